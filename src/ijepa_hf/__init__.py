@@ -1,0 +1,33 @@
+"""ijepa-hf: pretrain, continue, inspect, evaluate and publish I-JEPA encoders with Hugging Face tools.
+
+Importing the package makes `AutoModelForPreTraining` know `IJepaForPretraining`. `AutoModel` and `AutoConfig` stay as
+they are: what this package saves must load with the stock classes, also where this package is not installed.
+"""
+
+from transformers import AutoModelForPreTraining
+from transformers import IJepaConfig as _StockIJepaConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import IJepaDataCollator
+from ijepa_hf.masking import Masks, MaskSettings, draw_masks
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, IJepaModel, IJepaPredictor
+
+__version__ = "0.1.0"
+__all__ = [
+    "IJepaConfig",
+    "IJepaDataCollator",
+    "IJepaForPretraining",
+    "IJepaForPretrainingOutput",
+    "IJepaModel",
+    "IJepaPredictor",
+    "MaskSettings",
+    "Masks",
+    "draw_masks",
+]
+
+# Files hold transformers' 4.x parameter names; without this its renaming skips classes that it does not ship.
+for _name in ("IJepaModel", "IJepaForPretraining"):
+    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping("IJepaModel"), overwrite=True)
+for _config in (_StockIJepaConfig, IJepaConfig):
+    AutoModelForPreTraining.register(_config, IJepaForPretraining, exist_ok=True)

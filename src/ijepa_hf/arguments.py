@@ -1,0 +1,307 @@
+"""What a pretraining run is told: three dataclasses behind the command line and the recipes.
+
+One name for each thing, the same in a recipe, as a flag, in logs and in docs. A recipe is a flat YAML file of these
+names, shipped inside the package (`recipe_names()`) or given by path; flags override it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ijepa_hf.configuration_ijepa import IJepaConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _default(name: str) -> Any:
+    return IJepaConfig.__dataclass_fields__[name].default
+
+
+def _help(text: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A dataclass field with a help text; lists get a factory, as dataclasses demand."""
+    metadata = {"help": text}
+    if isinstance(default, list | tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata, **kwargs)
+    return field(default=default, metadata=metadata, **kwargs)
+
+
+@dataclass
+class ModelArguments:
+    """Fields of `IJepaConfig` that a recipe or a flag sets; see its docstring for ranges and sources."""
+
+    image_size: list[int] = _help("Pixels: one number, or height and width.", [224])
+    patch_size: list[int] = _help("Pixels of a patch: one number, or height and width.", [16])
+    num_channels: int = _help("Channels of an image.", 3)
+    hidden_size: int = _help("Width D of the encoder.", _default("hidden_size"))
+    num_hidden_layers: int = _help("Depth of the encoder.", _default("num_hidden_layers"))
+    num_attention_heads: int = _help("Heads of the encoder.", _default("num_attention_heads"))
+    intermediate_size: int | None = _help("Width of the encoder's MLPs; 4 x hidden_size if not given.", None)
+    predictor_hidden_size: int = _help("Width E of the predictor.", _default("predictor_hidden_size"))
+    predictor_num_hidden_layers: int = _help("Depth of the predictor.", _default("predictor_num_hidden_layers"))
+    predictor_num_attention_heads: int | None = _help("Heads of the predictor; the encoder's if not given.", None)
+    masking_strategy: str = _help("multi_block, or multi_block_official (published).", _default("masking_strategy"))
+    num_context_sets: int = _help("Context sets S drawn per image.", _default("num_context_sets"))
+    num_target_blocks: int = _help("Target blocks M drawn per image.", _default("num_target_blocks"))
+    context_scale: list[float] = _help("Least and most share of the grid of the context block.", (0.85, 1.0))
+    target_scale: list[float] = _help("Least and most share of the grid of a target block.", (0.15, 0.2))
+    target_aspect_ratio: list[float] = _help("Least and most height / width of a target block.", (0.75, 1.5))
+    context_keep_ratio: float = _help(
+        "Share of the patches that the context encoder sees (multi_block).", _default("context_keep_ratio")
+    )
+    official_min_keep: int = _help(
+        "Blocks keep more patches than this (multi_block_official).", _default("official_min_keep")
+    )
+    allow_overlap: bool = _help("Let context patches lie inside target blocks.", _default("allow_overlap"))
+    loss_type: str = _help("smooth_l1 (published code) or mse (paper).", _default("loss_type"))
+    normalize_targets: bool = _help("Layer-normalise the targets.", _default("normalize_targets"))
+    patch_init_std: float | None = _help(
+        "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.", None
+    )
+    hidden_dropout_prob: float = _help("Dropout after each sublayer.", 0.0)
+    attn_implementation: str | None = _help("Attention backend: sdpa, eager, ...; transformers' choice if not given.", None)
+
+    def to_config(self) -> IJepaConfig:
+        """Returns the validated model configuration.
+
+        Raises:
+            ValueError: If a field is bad or a geometry cannot fit; the message says what would.
+        """
+        fields = dataclasses.asdict(self)
+        fields.pop("attn_implementation")
+        for name in ("image_size", "patch_size"):
+            fields[name] = fields[name][0] if len(fields[name]) == 1 else fields[name]
+        if fields["intermediate_size"] is None:
+            fields["intermediate_size"] = 4 * fields["hidden_size"]
+        return IJepaConfig(**fields)
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from and how they are cut."""
+
+    dataset_name: str | None = _help(
+        "digits (built in), a Hub id, a folder of images, or a folder or file of parquet shards.", None
+    )
+    dataset_config_name: str | None = _help("Configuration of the Hub data set.", None)
+    train_split_name: str = _help("Split to train on.", "train")
+    eval_split_name: str | None = _help("Labelled split on which the finished encoder is scored; none if not given.", None)
+    image_column_name: str | None = _help("Column of the images; found by itself if there is only one.", None)
+    label_column_name: str | None = _help("Column of the labels, for the scores only; `label` if there is one.", None)
+    max_train_samples: int | None = _help("Use only the first so many images.", None)
+    max_eval_samples: int | None = _help("Score with at most so many images of each split.", None)
+    image_mean: list[float] = _help("Mean of each channel, of pixels in [0, 1].", IMAGENET_MEAN)
+    image_std: list[float] = _help("Standard deviation of each channel, of pixels in [0, 1].", IMAGENET_STD)
+    min_crop_scale: float = _help("Least share of the image that a random crop covers; 1 means no cropping.", 0.3)
+    dataloader_num_workers: int = _help("Processes that load images; 0 loads in the training process.", 0)
+
+    def check(self, num_channels: int) -> None:
+        """Raises `ValueError` if a value is bad."""
+        if self.dataset_name is None:
+            raise ValueError(
+                "dataset_name is not given: write --dataset_name followed by digits, a Hub id, or a folder of images."
+            )
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if len(value) != num_channels:
+                raise ValueError(
+                    f"{name}={value} has {len(value)} values, but num_channels={num_channels}; give one for each channel."
+                )
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std={self.image_std} must be greater than 0 everywhere.")
+        if not 0.0 < self.min_crop_scale <= 1.0:
+            raise ValueError(
+                f"min_crop_scale={self.min_crop_scale} must be in (0, 1]; 0.3 as published, 1 for no cropping."
+            )
+        _check_at_least(self, 0, "dataloader_num_workers")
+        _check_at_least(self, 1, "max_train_samples", "max_eval_samples")
+
+
+@dataclass
+class PretrainingArguments:
+    """The run: optimiser, schedules, batch, saving, logging."""
+
+    output_dir: str | None = _help("Folder of the run; runs/<recipe> if not given.", None)
+    overwrite_output_dir: bool = _help("Delete what another run left in output_dir.", False)
+    resume_from_checkpoint: str | None = _help("A checkpoint folder, or `latest` of output_dir.", None)
+    learning_rate: float | None = _help("Highest learning rate.", None)
+    base_learning_rate: float | None = _help("Instead of learning_rate: times global batch / 256.", None)
+    start_learning_rate: float = _help("Learning rate at the start of the warm-up.", 0.0)
+    final_learning_rate: float = _help("Learning rate at the end.", 1e-6)
+    warmup_epochs: float = _help("Length of the warm-up, in epochs.", 0.0)
+    weight_decay: float = _help("Weight decay at the start (matrices and the mask token only).", 0.04)
+    final_weight_decay: float = _help("Weight decay at the end.", 0.4)
+    ema_momentum: float = _help("Momentum of the target encoder at the start.", 0.996)
+    final_ema_momentum: float = _help("Momentum of the target encoder at the end.", 1.0)
+    schedule_scale: float = _help("Schedules are this many times as long as the run (published ipe_scale).", 1.0)
+    adam_beta1: float = _help("AdamW's beta 1.", 0.9)
+    adam_beta2: float = _help("AdamW's beta 2.", 0.999)
+    adam_epsilon: float = _help("AdamW's epsilon.", 1e-8)
+    max_grad_norm: float | None = _help("Clip gradients to this norm; off if not given.", None)
+    num_train_epochs: float = _help("Length of the run, in epochs.", 100.0)
+    max_train_steps: int | None = _help("Length of the run, in optimiser steps; wins over num_train_epochs.", None)
+    per_device_train_batch_size: int = _help("Images per device and micro-batch.", 64)
+    gradient_accumulation_steps: int = _help("Micro-batches per optimiser step.", 1)
+    mixed_precision: str = _help("no (float32) or bf16.", "no")
+    gradient_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, more time.", False)
+    seed: int = _help("Seed of every draw.", 0)
+    logging_steps: int = _help("Log every so many optimiser steps.", 10)
+    checkpointing_steps: int | None = _help("Save every so many optimiser steps; once an epoch if not given.", None)
+    checkpoints_total_limit: int = _help("Keep at most so many checkpoints.", 2)
+    report_to: list[str] = _help("Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", [])
+
+    def check(self) -> None:
+        """Raises `ValueError` if a value is bad."""
+        if (self.learning_rate is None) == (self.base_learning_rate is None):
+            given = "neither is" if self.learning_rate is None else "both are"
+            raise ValueError(
+                f"learning_rate and base_learning_rate: {given} given; give exactly one, e.g. --learning_rate 1e-3."
+            )
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision={self.mixed_precision!r} must be 'no' or 'bf16' (fp16's loss scaling skips steps, "
+                "which would break exact resume)."
+            )
+        for name in ("ema_momentum", "final_ema_momentum"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1; the published runs go from 0.996 to 1.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+        _check_at_least(
+            self, 0, "learning_rate", "base_learning_rate", "start_learning_rate", "final_learning_rate",
+            "warmup_epochs", "weight_decay", "final_weight_decay", "adam_epsilon", "seed",
+        )  # fmt: skip
+        _check_at_least(
+            self, 1, "max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "schedule_scale",
+        )  # fmt: skip
+        for name in ("num_train_epochs", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be greater than 0.")
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, PretrainingArguments)
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes shipped with the package."""
+    folder = resources.files("ijepa_hf") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str) -> dict[str, Any]:
+    """Reads a recipe.
+
+    Args:
+        recipe: Name of a shipped recipe, or the path of a YAML file.
+
+    Returns:
+        Argument names and values.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe or file; says which recipes there are.
+        ValueError: If the file is not a flat mapping, or a key is no argument; names the nearest one.
+    """
+    if recipe in recipe_names():
+        text = (resources.files("ijepa_hf") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text(encoding="utf-8")
+    else:
+        nearest = difflib.get_close_matches(recipe, recipe_names(), n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise FileNotFoundError(
+            f"recipe {recipe!r} is neither shipped ({', '.join(recipe_names())}) nor the path of a YAML file.{hint}"
+        )
+    values = yaml.safe_load(text) or {}
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise ValueError(f"recipe {recipe!r} must be a flat mapping of argument names to values, e.g. 'patch_size: 16'.")
+    known = argument_names()
+    for key in values:
+        if key not in known:
+            raise ValueError(f"recipe {recipe!r} has the key {key!r}, which is no argument{_nearest(str(key), known)}")
+    return values
+
+
+def argument_names() -> set[str]:
+    """Returns the names of all arguments, as written in recipes."""
+    return {entry.name for cls in ARGUMENT_CLASSES for entry in dataclasses.fields(cls)}
+
+
+def build_parser(prog: str = "ijepa-hf pretrain") -> HfArgumentParser:
+    """Returns the parser of `ijepa-hf pretrain`: an optional recipe, then a flag for each argument."""
+    parser = HfArgumentParser(
+        ARGUMENT_CLASSES,
+        prog=prog,
+        allow_abbrev=False,
+        description="Pretrain an I-JEPA model. A recipe sets the arguments, flags override it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "recipe", nargs="?", help=f"One of {', '.join(recipe_names())}, or the path of a YAML file.", default=None
+    )
+    return parser
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
+    """Turns a command line into checked arguments.
+
+    Args:
+        argv: What follows `ijepa-hf pretrain`: a recipe (optional, first), then flags.
+
+    Returns:
+        The three groups; `output_dir` is filled in.
+
+    Raises:
+        FileNotFoundError: If the recipe does not exist.
+        ValueError: If a flag or recipe key is unknown (the nearest is named), or a value is bad.
+    """
+    parser = build_parser()
+    recipe, flags = (argv[0], list(argv[1:])) if argv and not argv[0].startswith("-") else (None, list(argv))
+    positional = [] if recipe is None else [recipe]
+    _, unknown = parser.parse_known_args([*positional, *flags])
+    if unknown:
+        known = {f"--{name}" for name in argument_names()}
+        raise ValueError(f"{unknown[0]!r} is no flag of ijepa-hf pretrain{_nearest(unknown[0].split('=')[0], known)}")
+    # Recipe values travel through the same parser as flags do, so that they get the same types and errors.
+    defaults = _as_flags(load_recipe(recipe)) if recipe is not None else []
+    model, data, run, _ = parser.parse_args_into_dataclasses(args=[*positional, *defaults, *flags])
+    if run.output_dir is None:
+        run.output_dir = str(Path("runs") / (Path(recipe).stem if recipe else "ijepa"))
+    data.check(model.num_channels)
+    run.check()
+    return model, data, run
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is None or value == []:
+            continue
+        items = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *(str(item) for item in items)]
+    return flags
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(known))}."
+
+
+def _check_at_least(arguments: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+

@@ -1,0 +1,263 @@
+"""The configuration of an I-JEPA model: the stock `transformers.IJepaConfig` plus what pretraining needs.
+
+The stock fields describe the encoder (width, depth, heads, image and patch size). The fields added here describe the
+predictor, the masks and the loss; their defaults are the published ones. A file written by this class is read by the
+stock class as well (`model_type` stays `"ijepa"`), which is why `AutoModel.from_pretrained` needs nothing from here.
+
+Everything a user can get wrong is refused here, when the configuration is made, before any work is done.
+"""
+
+import difflib
+import math
+from typing import Any, Self
+
+from transformers import IJepaConfig as StockIJepaConfig
+from transformers import PreTrainedConfig
+
+from ijepa_hf.masking import MaskSettings
+
+MASK_FIELDS = (
+    "masking_strategy",
+    "num_context_sets",
+    "num_target_blocks",
+    "context_scale",
+    "target_scale",
+    "target_aspect_ratio",
+    "context_keep_ratio",
+    "official_min_keep",
+    "allow_overlap",
+)
+LOSS_TYPES = ("smooth_l1", "mse")
+
+# Keyword arguments that transformers itself understands although they are not dataclass fields of the stock class.
+_TRANSFORMERS_KEYWORDS = frozenset(
+    "attn_implementation auto_map experts_implementation model_type name_or_path num_labels output_attentions "
+    "pooler_act tie_word_embeddings torch_dtype transformers_version use_cache".split()
+)
+
+
+class IJepaConfig(StockIJepaConfig):
+    """Configuration of `IJepaModel`, `IJepaPredictor` and `IJepaForPretraining`.
+
+    Only what is added to or differs from `transformers.IJepaConfig` is listed.
+
+    Args:
+        layer_norm_eps (`float`, defaults to 1e-6): Added to the variance in each layer norm. The stock default is
+            1e-12; published models were trained with 1e-6.
+        image_size (`int` or `(height, width)`, defaults to 224): Pixels. Each side must be a multiple of the patch.
+        patch_size (`int` or `(height, width)`, defaults to 16): Pixels.
+        predictor_hidden_size (`int`, defaults to 384): Width E of the predictor; a multiple of 4 and of its heads.
+        predictor_num_hidden_layers (`int`, defaults to 12): Depth of the predictor.
+        predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; `None` takes the encoder's number,
+            as the published code does.
+        masking_strategy (`str`, defaults to `"multi_block"`): How masks are drawn, see `ijepa_hf.masking`:
+            `"multi_block"` (this package's unbiased version) or `"multi_block_official"` (as the published code).
+        num_context_sets (`int`, defaults to 1): Context sets S drawn per image.
+        num_target_blocks (`int`, defaults to 4): Target blocks M drawn per image.
+        context_scale (`(float, float)`, defaults to (0.85, 1.0)): Range of the context block's share of the grid.
+        target_scale (`(float, float)`, defaults to (0.15, 0.2)): Range of a target block's share of the grid.
+        target_aspect_ratio (`(float, float)`, defaults to (0.75, 1.5)): Range of a target block's height / width.
+        context_keep_ratio (`float`, defaults to 0.25): `"multi_block"` only: share of the grid's patches that the
+            context encoder sees, the same for each image.
+        official_min_keep (`int`, defaults to 10): `"multi_block_official"` only: blocks keep more patches than this.
+        allow_overlap (`bool`, defaults to `False`): Whether context patches may lie inside target blocks.
+        loss_type (`str`, defaults to `"smooth_l1"`): `"smooth_l1"` (published code) or `"mse"` (paper, squared L2).
+        normalize_targets (`bool`, defaults to `True`): Layer-normalise (no affine) the target representations.
+        patch_init_std (`float`, *optional*): Standard deviation of the initial patch embedding. `None` means
+            1/sqrt(inputs of a patch), which keeps small patches from drowning under the position table; the published
+            models used 0.02, right for 16x16x3 inputs.
+
+    Raises:
+        ValueError: If a field has a bad value, is not used by the chosen masking strategy, is unknown, or if blocks
+            cannot fit the patch grid. The message names the field, the value, the rule and a value that works.
+    """
+
+    layer_norm_eps: float = 1e-6
+    predictor_hidden_size: int = 384
+    predictor_num_hidden_layers: int = 12
+    predictor_num_attention_heads: int | None = None
+    masking_strategy: str = "multi_block"
+    num_context_sets: int = 1
+    num_target_blocks: int = 4
+    context_scale: tuple[float | int, float | int] | list[float | int] = (0.85, 1.0)
+    target_scale: tuple[float | int, float | int] | list[float | int] = (0.15, 0.2)
+    target_aspect_ratio: tuple[float | int, float | int] | list[float | int] = (0.75, 1.5)
+    context_keep_ratio: float | int = 0.25
+    official_min_keep: int = 10
+    allow_overlap: bool = False
+    loss_type: str = "smooth_l1"
+    normalize_targets: bool = True
+    patch_init_std: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        for name in ("context_scale", "target_scale", "target_aspect_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):  # JSON has no tuples
+                setattr(self, name, tuple(value))
+        self._check_geometry()
+        self._check_widths()
+        self._check_loss()
+        self.mask_settings()  # refuses masks that cannot fit
+        super().__post_init__(**kwargs)
+
+    # -- derived ---------------------------------------------------------------------------------------------------
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        (height, width), (patch_height, patch_width) = self.image_shape, self.patch_shape
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, N."""
+        return math.prod(self.grid_size)
+
+    @property
+    def resolved_patch_init_std(self) -> float:
+        """`patch_init_std`, or 1/sqrt(inputs of a patch) where that is `None`."""
+        if self.patch_init_std is not None:
+            return self.patch_init_std
+        return 1.0 / math.sqrt(self.num_channels * math.prod(self.patch_shape))
+
+    def mask_settings(self) -> MaskSettings:
+        """Returns what `ijepa_hf.masking.draw_masks` needs to know of this configuration."""
+        return MaskSettings(grid_size=self.grid_size, **{name: getattr(self, name) for name in MASK_FIELDS})
+
+    def predictor_config(self) -> "IJepaConfig":
+        """Returns a copy whose encoder fields (width, depth, heads, MLP width) are the predictor's."""
+        fields = self.to_dict()
+        fields["num_attention_heads"] = self.predictor_num_attention_heads or self.num_attention_heads
+        fields["hidden_size"] = self.predictor_hidden_size
+        fields["num_hidden_layers"] = self.predictor_num_hidden_layers
+        fields["intermediate_size"] = 4 * self.predictor_hidden_size
+        fields["pooler_output_size"] = None
+        config = type(self)(**fields)
+        config._attn_implementation_internal = self._attn_implementation_internal
+        return config
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_stock(cls, config: PreTrainedConfig) -> "IJepaConfig":
+        """Returns `config` itself if it is an `IJepaConfig` of this package, else its fields carried over into one.
+
+        Args:
+            config: This package's configuration, or a stock `transformers.IJepaConfig`.
+
+        Raises:
+            ValueError: If it is the configuration of another kind of model.
+        """
+        if isinstance(config, cls):
+            return config
+        if config.model_type != cls.model_type:
+            raise ValueError(f"config is a {type(config).__name__} (model_type={config.model_type!r}); expected 'ijepa'.")
+        converted = cls(**config.to_dict())
+        converted._attn_implementation_internal = getattr(config, "_attn_implementation_internal", None)
+        return converted
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but overrides of fields are merged *before* validation, so that they are validated."""
+        known = cls.__dataclass_fields__.keys()
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "dtype"}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    # -- rules -----------------------------------------------------------------------------------------------------
+
+    def _refuse_unknown(self, extra: dict[str, Any]) -> None:
+        """Refuses names that are no field. Files (which carry `transformers_version`) may hold a newer one's fields."""
+        if "transformers_version" in extra or getattr(self, "transformers_version", None) is not None:
+            return
+        known = set(self.__dataclass_fields__)
+        for name in extra:
+            if name.startswith("_") or name in known or name in _TRANSFORMERS_KEYWORDS:
+                continue
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields are {', '.join(sorted(known))}."
+            raise ValueError(f"{name!r} is not a field of IJepaConfig; {hint}")
+
+    def _check_geometry(self) -> None:
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            pair = (value, value) if isinstance(value, int) else tuple(value)
+            if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+                raise ValueError(f"{name}={value!r} must be a positive integer or (height, width); write {name}=224.")
+        for axis, side, patch in zip(("height", "width"), self.image_shape, self.patch_shape, strict=True):
+            if side % patch:
+                below, above = side // patch * patch, (side // patch + 1) * patch
+                works = f"{below} or {above}" if below else f"{above}"
+                raise ValueError(
+                    f"image_size={self.image_size!r}: the {axis} {side} is not a multiple of the patch's {axis} {patch} "
+                    f"(patch_size={self.patch_size!r}); use {works}, or a patch_size that divides {side}."
+                )
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels={self.num_channels} must be at least 1; write 3 for colour images.")
+
+    def _check_widths(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.predictor_num_hidden_layers < 1:
+            raise ValueError(
+                f"predictor_num_hidden_layers={self.predictor_num_hidden_layers} must be at least 1; the paper uses 6 or 12."
+            )
+        heads = self.predictor_num_attention_heads
+        if heads is not None and heads < 1:
+            raise ValueError(
+                f"predictor_num_attention_heads={heads} must be at least 1, or None for the encoder's "
+                f"num_attention_heads={self.num_attention_heads}."
+            )
+        heads_name = "num_attention_heads" if heads is None else "predictor_num_attention_heads"
+        _check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _check_width("predictor_hidden_size", self.predictor_hidden_size, heads_name, heads or self.num_attention_heads)
+
+    def _check_loss(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
+        if self.patch_init_std is not None and not self.patch_init_std > 0:
+            raise ValueError(
+                f"patch_init_std={self.patch_init_std} must be greater than 0; write None for 1/sqrt(inputs of a patch) "
+                "or 0.02 as published."
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a validated copy with some fields changed.
+
+        Args:
+            **changes: Fields and their new values.
+
+        Raises:
+            ValueError: As the constructor does; also for an unknown field.
+        """
+        fields = {name: value for name, value in self.to_dict().items() if name in self.__dataclass_fields__}
+        fields.pop("transformers_version", None)
+        return type(self)(**{**fields, **changes})
+
+
+def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width
+
+
+def _check_width(name: str, width: int, heads_name: str, heads: int) -> None:
+    """A width is a multiple of its heads, and of 4: the position table has sines and cosines of rows and columns."""
+    step = math.lcm(4, heads)
+    if width < 1 or width % step:
+        works = max(step, round(width / step) * step)
+        raise ValueError(
+            f"{name}={width} must be a multiple of 4 and of {heads_name}={heads}; the nearest that works is {works}."
+        )

@@ -1,0 +1,537 @@
+"""Which patches the context encoder sees and which the predictor must fill in.
+
+`draw_masks` draws the masks of a whole optimiser step, all images at once, from the numpy generator that it is given
+and from nothing else: the caller keys that generator on (seed, step), so every rank and worker can draw the same step
+and take its own slots of it. One target size and one context size are drawn per call, which keeps the tensors
+rectangular and the work of all ranks equal; positions are drawn per image.
+
+Two strategies. `multi_block` is the method of the paper (Assran et al., CVPR 2023, arXiv 2301.08243, section 3): every
+row and column is reached, and the context keeps the same number of patches K at any batch size.
+`multi_block_official` has the distribution of the published code: there the last row and column are never used, scale
+and aspect ratio of the targets move together, and the context gets smaller as the batch grows.
+
+Letters in shapes: B images, N patches of an image, K context patches kept, M target blocks, P patches in a target
+block, S context sets per image. Patch positions are row-major int64.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# `multi_block`: how often an image's targets are drawn before targets are put on top of each other.
+MAX_TARGET_DRAWS = 20
+# `multi_block_official`: draws of a context position before one more target block may be overlapped.
+OFFICIAL_TRIES = 20
+
+# How `multi_block` drops the context patches beyond K: "side" or "random", see `_keep_from_a_side`, `_keep_at_random`.
+_DROP_SURPLUS = "side"
+
+
+class Masks(NamedTuple):
+    """The masks of the images of one batch.
+
+    Attributes:
+        context_indices: int64 `[B, K]`, or `[B, S, K]` when more than one context set was asked for; ascending.
+        target_indices: int64 `[B, M, P]`; each row is a whole rectangle of patches, ascending.
+        redraw_rate: share of these images, 0 to 1, that had to be redrawn at least once because too little context was
+            left: targets in `multi_block`, context in `multi_block_official`.
+    """
+
+    context_indices: torch.Tensor
+    target_indices: torch.Tensor
+    redraw_rate: float
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """What `draw_masks` needs to know, checked when it is made. Fields are named and preset as in `IJepaConfig`.
+
+    Args:
+        grid_size: rows and columns of patches, each at least 1.
+        masking_strategy: "multi_block" or "multi_block_official".
+        num_context_sets: S, context sets per image, at least 1.
+        num_target_blocks: M, target blocks per image, at least 1.
+        context_scale: lowest and highest share of the grid that the context block covers, above 0 and up to 1.
+        target_scale: lowest and highest share of the grid that one target block covers, above 0 and up to 1.
+        target_aspect_ratio: lowest and highest height / width of a target block, above 0.
+        context_keep_ratio: share of the grid that the context keeps, above 0 and up to 1 (`multi_block` only).
+        official_min_keep: every block must have more than this many patches, at least 0 (`multi_block_official` only).
+        allow_overlap: leave target patches in the context.
+
+    Raises:
+        ValueError: a value is out of range, a field that the strategy does not use is set, or the sizes that can be
+            drawn do not fit the grid. The message names the field, its value, the rule and a value that would work.
+    """
+
+    grid_size: tuple[int, int]
+    masking_strategy: str = "multi_block"
+    num_context_sets: int = 1
+    num_target_blocks: int = 4
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    target_scale: tuple[float, float] = (0.15, 0.2)
+    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    context_keep_ratio: float = 0.25
+    official_min_keep: int = 10
+    allow_overlap: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_pair("grid_size", whole=True)
+        for name in ("context_scale", "target_scale"):
+            self._check_pair(name, highest=1.0)
+        self._check_pair("target_aspect_ratio")
+        self._check_count("num_context_sets", 1)
+        self._check_count("num_target_blocks", 1)
+        self._check_count("official_min_keep", 0)
+        if not _is_number(self.context_keep_ratio) or not 0 < self.context_keep_ratio <= 1:
+            raise ValueError(
+                f"context_keep_ratio={self.context_keep_ratio!r} must be a number above 0 and up to 1, "
+                "for example context_keep_ratio=0.25."
+            )
+        if not isinstance(self.allow_overlap, bool):
+            raise ValueError(f"allow_overlap={self.allow_overlap!r} must be a bool; use allow_overlap=False.")
+        if self.masking_strategy == "multi_block":
+            self._check_unused("official_min_keep")
+            _check_context_fits(self)
+        elif self.masking_strategy == "multi_block_official":
+            self._check_unused("context_keep_ratio")
+            _check_official_ends(self)
+        else:
+            raise ValueError(
+                f"masking_strategy={self.masking_strategy!r} must be 'multi_block' or 'multi_block_official'; "
+                "use masking_strategy='multi_block'."
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patches of one image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_context_patches(self) -> int:
+        """K, the context patches kept in a context set: `context_keep_ratio` of the grid, rounded, at least 1.
+
+        Raises:
+            ValueError: with `multi_block_official`, where it depends on the images of the batch.
+        """
+        if self.masking_strategy != "multi_block":
+            raise ValueError(
+                f"masking_strategy={self.masking_strategy!r} keeps another number of context patches in every batch; "
+                "only masking_strategy='multi_block' has a fixed num_context_patches."
+            )
+        return max(1, _round(self.context_keep_ratio * self.num_patches))
+
+    def _check_pair(self, name: str, highest: float = math.inf, whole: bool = False) -> None:
+        value = getattr(self, name)
+        example = f"for example {name}=" + ("(14, 14)" if whole else repr(_default(name)))
+        kind = "whole numbers" if whole else "numbers"
+        is_kind = _is_whole if whole else _is_number
+        if not isinstance(value, tuple | list) or len(value) != 2 or not all(is_kind(part) for part in value):
+            raise ValueError(f"{name}={value!r} must be two {kind}, {example}.")
+        first, second = (int(part) if whole else float(part) for part in value)
+        if whole and min(first, second) < 1:
+            raise ValueError(f"{name}={value!r} must be at least 1 row and 1 column, {example}.")
+        if not whole and not 0 < first <= second <= highest:
+            limit = "" if highest == math.inf else f" <= {highest:g}"
+            raise ValueError(f"{name}={value!r} must satisfy 0 < lowest <= highest{limit}, {example}.")
+        object.__setattr__(self, name, (first, second))
+
+    def _check_count(self, name: str, lowest: int) -> None:
+        value = getattr(self, name)
+        if not _is_whole(value) or value < lowest:
+            raise ValueError(
+                f"{name}={value!r} must be a whole number of at least {lowest}, for example {name}={_default(name)}."
+            )
+        object.__setattr__(self, name, int(value))
+
+    def _check_unused(self, name: str) -> None:
+        if getattr(self, name) != _default(name):
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} is not used by masking_strategy={self.masking_strategy!r} and may "
+                f"not be set; leave {name}={_default(name)!r}."
+            )
+
+
+def draw_masks(
+    settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice | None = None
+) -> Masks:
+    """Draw the masks of one optimiser step, or of some of its images.
+
+    `multi_block`: an image of which some context set keeps fewer than K patches outside the targets draws all its
+    targets again and keeps its context blocks; after `MAX_TARGET_DRAWS` draws its targets are laid on top of the
+    first one, last first, until K patches are left. Which K of them are kept favours no side of the image.
+
+    The positions of all `batch_size` images are drawn whatever `slots` is, so that with `multi_block`
+    `draw_masks(s, n, g, slots=slice(a, b))` gives rows a to b of `draw_masks(s, n, g)` for equal generators. With
+    `multi_block_official` the context is then cut to the shortest among the images returned, as each rank of the
+    published code does. How far the generator has moved afterwards depends on the redraws: key a new one every step.
+
+    Args:
+        settings: grid, strategy and sizes.
+        batch_size: images in the global batch of the step, over all ranks and accumulated micro-batches; at least 1.
+        generator: the only source of randomness.
+        slots: places in the global batch to return, at least one, inside 0 to batch_size; all of them if None.
+
+    Returns:
+        The masks of the chosen images, B being their number. No patch is in both context and target of an image unless
+        `allow_overlap` is set or, in `multi_block_official`, target blocks had to be given up.
+
+    Raises:
+        ValueError: `batch_size` is below 1, or `slots` is empty or reaches outside the batch.
+
+    Source: section 3 and appendix A.1 of arXiv 2301.08243 (sizes and numbers of blocks).
+    """
+    if not _is_whole(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, for example batch_size=1.")
+    slots = slice(0, batch_size) if slots is None else _check_slots(slots, batch_size)
+    if settings.masking_strategy == "multi_block_official":
+        return _draw_multi_block_official(settings, batch_size, generator, slots)
+    return _draw_multi_block(settings, batch_size, generator, slots)
+
+
+def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
+    grid, keep = settings.grid_size, settings.num_context_patches
+    per_context, per_target = (batch_size, settings.num_context_sets), (batch_size, settings.num_target_blocks)
+    target_size = _target_size(
+        grid, generator.uniform(*settings.target_scale), generator.uniform(*settings.target_aspect_ratio)
+    )
+    context_size = _context_size(grid, generator.uniform(*settings.context_scale))
+    # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
+    drop_surplus, draw_priorities = _SURPLUS_RULES[_DROP_SURPLUS]
+    priorities = draw_priorities(generator, per_context, settings.num_patches)[slots]
+    inside = _patches_inside(grid, context_size, _draw_corners(generator, grid, context_size, per_context)[slots])
+
+    corners = _draw_corners(generator, grid, target_size, per_target)[slots]
+    target_blocks = _block_indices(grid, target_size, corners)
+    if settings.allow_overlap:
+        visible, num_redrawn = inside, 0
+    else:
+        visible = _without_targets(inside, target_blocks)
+        failed = _images_short_of(visible, keep)
+        num_redrawn = failed.size
+        for attempt in range(1, MAX_TARGET_DRAWS + settings.num_target_blocks - 1):
+            if not failed.size:
+                break
+            if attempt < MAX_TARGET_DRAWS:
+                corners[failed] = _draw_corners(generator, grid, target_size, per_target)[slots][failed]
+            else:
+                # Last resort: the last two targets move onto the first, then the last three... With all of them there
+                # the context has lost one block, and MaskSettings made sure that K patches remain.
+                num_moved = attempt - MAX_TARGET_DRAWS + 1
+                corners[failed, -num_moved:] = corners[failed, :1]
+            target_blocks[failed] = _block_indices(grid, target_size, corners[failed])
+            visible[failed] = _without_targets(inside[failed], target_blocks[failed])
+            failed = failed[_images_short_of(visible[failed], keep)]
+        assert not failed.size, "MaskSettings accepted sizes that do not fit"
+
+    context_indices = drop_surplus(grid, visible.reshape(-1, settings.num_patches), keep, priorities)
+    return _as_masks(context_indices, target_blocks, num_redrawn, settings)
+
+
+def _draw_multi_block_official(
+    settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice
+) -> Masks:
+    grid, num_targets = settings.grid_size, settings.num_target_blocks
+    per_context, per_target = (batch_size, settings.num_context_sets), (batch_size, num_targets)
+    target_size = _official_size(grid, generator.random(), settings.target_scale, settings.target_aspect_ratio)
+    context_size = _official_size(grid, generator.random(), settings.context_scale, (1.0, 1.0))
+    corners = _draw_corners(generator, grid, target_size, per_target, use_last=False)[slots]
+    target_blocks = _block_indices(grid, target_size, corners)
+
+    # One row per image and context set; each is redrawn by itself until it has enough patches.
+    image = np.repeat(np.arange(len(target_blocks)), settings.num_context_sets)
+    visible = np.zeros((len(image), settings.num_patches), dtype=bool)
+    pending = np.arange(len(image))
+    redrawn = pending[:0]
+    for attempt in range(OFFICIAL_TRIES * num_targets + 1):
+        corners = _draw_corners(generator, grid, context_size, per_context, use_last=False)[slots].reshape(-1, 1)
+        inside = _patches_inside(grid, context_size, corners[pending])
+        # The last target blocks are the first that may be overlapped.
+        num_avoided = 0 if settings.allow_overlap else num_targets - attempt // OFFICIAL_TRIES
+        avoided = target_blocks[image[pending], :num_avoided]
+        visible[pending] = _without_targets(inside, avoided)[:, 0]
+        pending = pending[visible[pending].sum(axis=1) <= settings.official_min_keep]
+        if attempt == 0:
+            redrawn = np.unique(image[pending])
+        if not pending.size:
+            break
+    assert not pending.size, "MaskSettings accepted sizes that never succeed"
+
+    shortest = int(visible.sum(axis=1).min())
+    return _as_masks(_first_patches(visible, shortest), target_blocks, redrawn.size, settings)
+
+
+def _as_masks(
+    context_indices: np.ndarray, target_blocks: np.ndarray, num_redrawn: int, settings: MaskSettings
+) -> Masks:
+    num_images = len(target_blocks)
+    if settings.num_context_sets > 1:
+        context_indices = context_indices.reshape(num_images, settings.num_context_sets, -1)
+    return Masks(torch.from_numpy(context_indices), torch.from_numpy(target_blocks), num_redrawn / num_images)
+
+
+# Sizes of blocks
+
+
+def _target_size(grid: tuple[int, int], scale: float, aspect_ratio: float) -> tuple[int, int]:
+    """Height and width of a target block. One too long for the grid takes the whole side and keeps its area."""
+    rows, columns = grid
+    area = scale * rows * columns
+    height, width = _round(math.sqrt(area * aspect_ratio)), _round(math.sqrt(area / aspect_ratio))
+    if height > rows:
+        height, width = rows, _round(area / rows)
+    elif width > columns:
+        height, width = _round(area / columns), columns
+    return max(1, height), max(1, width)
+
+
+def _context_size(grid: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width of a context block of the grid's own shape; scale 1 is the whole grid."""
+    side = math.sqrt(scale)
+    return max(1, _round(grid[0] * side)), max(1, _round(grid[1] * side))
+
+
+def _official_size(
+    grid: tuple[int, int], uniform: float, scale: tuple[float, float], aspect_ratio: tuple[float, float]
+) -> tuple[int, int]:
+    """Height and width as in the published code: one number drives both ranges, and no block fills a side."""
+    rows, columns = grid
+    area = int(rows * columns * (scale[0] + uniform * (scale[1] - scale[0])))
+    ratio = aspect_ratio[0] + uniform * (aspect_ratio[1] - aspect_ratio[0])
+    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return min(height, rows - 1), min(width, columns - 1)
+
+
+# Blocks on the grid
+
+
+def _draw_corners(
+    generator: np.random.Generator,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    shape: tuple[int, int],
+    use_last: bool = True,
+) -> np.ndarray:
+    """Top-left patches, int64 `shape`, uniform over the places where the block fits, the last ones only if asked."""
+    tops = generator.integers(grid[0] - size[0] + use_last, size=shape)
+    lefts = generator.integers(grid[1] - size[1] + use_last, size=shape)
+    return tops * grid[1] + lefts
+
+
+def _block_indices(grid: tuple[int, int], size: tuple[int, int], corners: np.ndarray) -> np.ndarray:
+    """The patches of blocks with these corners, int64 `[*corners.shape, height * width]`, ascending."""
+    offsets = np.arange(size[0])[:, None] * grid[1] + np.arange(size[1])
+    return corners[..., None] + offsets.ravel()
+
+
+def _patches_inside(grid: tuple[int, int], size: tuple[int, int], corners: np.ndarray) -> np.ndarray:
+    """Which patches lie in blocks with these corners, bool `[*corners.shape, N]`."""
+    tops, lefts = np.divmod(corners[..., None], grid[1])
+    rows, columns = np.arange(grid[0]), np.arange(grid[1])
+    in_rows = (rows >= tops) & (rows < tops + size[0])
+    in_columns = (columns >= lefts) & (columns < lefts + size[1])
+    return (in_rows[..., :, None] & in_columns[..., None, :]).reshape(*corners.shape, -1)
+
+
+def _without_targets(inside: np.ndarray, target_blocks: np.ndarray) -> np.ndarray:
+    """Bool `[B, S, N]` like `inside`, less the patches of each image's target blocks `[B, M, P]`."""
+    num_images, num_sets, num_patches = inside.shape
+    first = np.arange(0, inside.size, num_patches).reshape(num_images, num_sets, 1)
+    visible = inside.ravel().copy()
+    # Flat indices: numpy assigns through them in half the time that it takes with three axes.
+    visible[(target_blocks.reshape(num_images, 1, -1) + first).ravel()] = False
+    return visible.reshape(inside.shape)
+
+
+def _images_short_of(visible: np.ndarray, keep: int) -> np.ndarray:
+    """The images, int64, of `[B, S, N]` of which some context set has fewer than `keep` visible patches."""
+    return np.flatnonzero(visible.sum(axis=2).min(axis=1) < keep)
+
+
+# From visible patches to K of them
+
+
+def _first_patches(visible: np.ndarray, keep: int) -> np.ndarray:
+    """The `keep` lowest positions that are True in each row of `[rows, N]`: int64 `[rows, keep]`, ascending."""
+    num_patches = visible.shape[1]
+    start_of_row = np.arange(0, visible.size, num_patches)
+    found = np.flatnonzero(visible)
+    first_of_row = np.searchsorted(found, start_of_row)
+    return found[first_of_row[:, None] + np.arange(keep)] - start_of_row[:, None]
+
+
+def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, priorities: np.ndarray) -> np.ndarray:
+    """Keep the first K patches met when the grid is scanned from one side, which leaves the context in one piece.
+
+    `priorities` numbers the scan of each row of `visible`. There are eight: along rows or along columns, from either
+    side, each line in either direction. All are equally likely, so that no side is favoured; with one direction per
+    side only, the last, incomplete line would always begin at the same end.
+    """
+    patches = np.arange(visible.shape[1]).reshape(grid)
+    corners = (patches, patches[:, ::-1], patches[::-1], patches[::-1, ::-1])
+    scans = np.array([scan.ravel() for corner in corners for scan in (corner, corner.T)])
+    scan = scans[priorities.ravel()]
+    first = np.arange(0, visible.size, visible.shape[1])[:, None]
+    kept = _first_patches(visible.take(scan + first), keep)
+    return np.sort(scan.take(kept + first), axis=1)
+
+
+def _draw_sides(generator: np.random.Generator, shape: tuple[int, int], num_patches: int) -> np.ndarray:
+    return generator.integers(8, size=shape)
+
+
+def _keep_at_random(grid: tuple[int, int], visible: np.ndarray, keep: int, priorities: np.ndarray) -> np.ndarray:
+    """Keep K visible patches chosen at random, which leaves the context scattered."""
+    num_patches = visible.shape[1]
+    # The position is packed below the random bits, so that a partition of plain integers carries it along.
+    keys = priorities.reshape(visible.shape) * num_patches + np.arange(num_patches)
+    keys[~visible] = np.iinfo(np.int64).max
+    keys.partition(keep - 1, axis=1)
+    return np.sort(keys[:, :keep] % num_patches, axis=1)
+
+
+def _draw_random_keys(generator: np.random.Generator, shape: tuple[int, int], num_patches: int) -> np.ndarray:
+    return generator.integers(2**40, size=(*shape, num_patches))
+
+
+_SURPLUS_RULES = {"side": (_keep_from_a_side, _draw_sides), "random": (_keep_at_random, _draw_random_keys)}
+
+
+# Checks of MaskSettings and of the arguments
+
+
+def _check_context_fits(settings: MaskSettings) -> None:
+    keep, num_patches = settings.num_context_patches, settings.num_patches
+    fewest = _fewest_context_patches(settings, settings.target_scale)
+    if fewest >= keep:
+        return
+    shape = f"{settings.grid_size[0]}x{settings.grid_size[1]}"
+    if fewest >= 1:
+        raise ValueError(
+            f"context_keep_ratio={settings.context_keep_ratio} asks for {keep} of the {num_patches} patches of a "
+            f"{shape} grid, but with context_scale={settings.context_scale} and target_scale={settings.target_scale} "
+            f"only {fewest} are sure to be left outside a target block; use at most "
+            f"context_keep_ratio={fewest / num_patches:.6g}."
+        )
+    low, high = settings.target_scale
+    while high * num_patches > 0.5:
+        low, high = min(low, high * 0.8), high * 0.8
+        if _fewest_context_patches(settings, (low, high)) >= keep:
+            raise ValueError(
+                f"target_scale={settings.target_scale} lets one target block cover the whole context block of a "
+                f"{shape} grid with context_scale={settings.context_scale}, so that nothing is left to see; use for "
+                f"example target_scale=({_floor_digits(low)}, {_floor_digits(high)})."
+            )
+    raise ValueError(
+        f"grid_size={settings.grid_size} with context_scale={settings.context_scale} leaves no room for {keep} "
+        "context patches beside a target block of one patch; use a larger grid, for example grid_size=(4, 4), with "
+        f"context_scale={_default('context_scale')}, target_scale={_default('target_scale')} and "
+        f"context_keep_ratio={_default('context_keep_ratio')}."
+    )
+
+
+def _fewest_context_patches(settings: MaskSettings, target_scale: tuple[float, float]) -> int:
+    """The fewest patches that any drawn sizes leave of a context block when all target blocks lie on one place."""
+    grid = settings.grid_size
+    # Both blocks grow with their scale, so the worst case is the smallest context with the largest target; only over
+    # aspect ratios is there anything to search.
+    height, width = _context_size(grid, settings.context_scale[0])
+    if settings.allow_overlap:
+        return height * width
+    area = target_scale[1] * settings.num_patches
+    ratios = _around(_ratios_that_round(area, grid), *settings.target_aspect_ratio)
+    sizes = {_target_size(grid, target_scale[1], ratio) for ratio in ratios}
+    return height * width - max(min(height, tall) * min(width, wide) for tall, wide in sizes)
+
+
+def _check_official_ends(settings: MaskSettings) -> None:
+    """Refuse sizes for which the published rule would draw for ever."""
+    smallest = {
+        "target_scale": _smallest_official_block(settings, settings.target_scale, settings.target_aspect_ratio),
+        "context_scale": _smallest_official_block(settings, settings.context_scale, (1.0, 1.0)),
+    }
+    for name, patches in smallest.items():
+        if patches > settings.official_min_keep:
+            continue
+        advice = f"official_min_keep={min(smallest.values()) - 1} would work"
+        if min(smallest.values()) < 1:
+            advice = "use a larger grid or scale, or masking_strategy='multi_block', which has no such limit"
+        raise ValueError(
+            f"official_min_keep={settings.official_min_keep} asks for more than {settings.official_min_keep} patches "
+            f"in every block, but {name}={getattr(settings, name)} on grid_size={settings.grid_size} can give a block "
+            f"of {patches}, for which the published rule would search for ever; {advice}."
+        )
+
+
+def _smallest_official_block(
+    settings: MaskSettings, scale: tuple[float, float], aspect_ratio: tuple[float, float]
+) -> int:
+    """The fewest patches of any block that `_official_size` can give."""
+    cells = settings.num_patches
+    areas = range(int(cells * scale[0]), int(cells * scale[1]) + 1)
+    ratios = {ratio for area in areas for ratio in _ratios_that_round(area, settings.grid_size)}
+    steps = [_share(area / cells, scale) for area in areas] + [_share(ratio, aspect_ratio) for ratio in ratios]
+    sizes = {_official_size(settings.grid_size, step, scale, aspect_ratio) for step in _around(steps, 0.0, 1.0)}
+    return min(height * width for height, width in sizes)
+
+
+def _ratios_that_round(area: float, grid: tuple[int, int]) -> list[float]:
+    """The aspect ratios at which the rounded height or width of a block of this area steps to the next number."""
+    if area <= 0:
+        return []
+    halves = [side + 0.5 for side in range(max(grid) + 1)]
+    return [half * half / area for half in halves] + [area / (half * half) for half in halves]
+
+
+def _around(steps: Iterable[float], low: float, high: float) -> list[float]:
+    """Numbers that visit every piece of [low, high] between steps of a function: the ends and the middles."""
+    edges = sorted({low, high, *(step for step in steps if low < step < high)})
+    return [low, *((left + right) / 2 for left, right in pairwise(edges)), high]
+
+
+def _share(value: float, interval: tuple[float, float]) -> float:
+    """Where in an interval a value lies, 0 at its start and 1 at its end."""
+    return (value - interval[0]) / (interval[1] - interval[0]) if interval[1] > interval[0] else 0.0
+
+
+def _check_slots(slots: slice, batch_size: int) -> slice:
+    if isinstance(slots, slice):
+        ends = [end for end in (slots.start, slots.stop) if end is not None]
+        if all(0 <= end <= batch_size for end in ends) and range(*slots.indices(batch_size)):
+            return slots
+    raise ValueError(
+        f"slots={slots!r} must be a slice of at least one place from 0 to batch_size={batch_size}, which counts the "
+        f"images of all ranks; use for example slots=slice(0, {batch_size})."
+    )
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(MaskSettings) if field.name == name)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _round(value: float) -> int:
+    """To the nearest whole number, halves upwards (Python's `round` sends them to the even neighbour)."""
+    return math.floor(value + 0.5)
+
+
+def _floor_digits(value: float) -> float:
+    """Cut to three significant digits, never upwards."""
+    digits = 2 - math.floor(math.log10(value))
+    return math.floor(value * 10**digits) / 10**digits

@@ -1,0 +1,282 @@
+"""What a finished run says of itself: scores, figures, `report.json`, the model card, and the text on the screen.
+
+The trained encoder always stands beside three rows that keep it honest: the same network untrained, with both usual
+initial values of its patch embedding, and the raw pixels. Scores are made where the data have labels and a held-out
+split (`eval_split_name`); nothing is chosen on that split.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor, nn
+
+from ijepa_hf.arguments import DataArguments
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import ImageRows, find_image_column, find_label_column, load_split, resized_pixels
+from ijepa_hf.diagnostics import rankme
+from ijepa_hf.evaluation.features import extract_features
+from ijepa_hf.evaluation.knn import knn_accuracy
+from ijepa_hf.evaluation.linear_probe import linear_accuracy
+from ijepa_hf.export import write_atomically
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
+from ijepa_hf.visualization import draw_curves_figure
+
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.json"
+NEIGHBOURS = 20
+PUBLISHED_PATCH_INIT_STD = 0.02
+RAW_PIXELS_SIDE = 32  # raw pixels of larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """Labelled images to score an encoder with.
+
+    Args:
+        train: Images of the training split.
+        train_labels: int64 `[n]`.
+        test: Held-out images.
+        test_labels: int64 `[m]`.
+    """
+
+    train: ImageRows
+    train_labels: np.ndarray
+    test: ImageRows
+    test_labels: np.ndarray
+
+
+def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> EvaluationSets | None:
+    """Loads what `data.eval_split_name` asks for.
+
+    Args:
+        data: The images.
+        config: Says the number of channels.
+
+    Returns:
+        The labelled sets, or `None` where no evaluation split was named.
+
+    Raises:
+        ValueError: If the split or its labels are missing.
+    """
+    if data.eval_split_name is None:
+        return None
+    parts: list[Any] = []
+    for split in (data.train_split_name, data.eval_split_name):
+        dataset = load_split(data, split)
+        label = find_label_column(dataset, data.label_column_name)
+        if label is None:
+            raise ValueError(
+                f"eval_split_name={data.eval_split_name!r} asks for scores, but the data set has no label column; its "
+                f"columns are {', '.join(dataset.features)}; choose with --label_column_name, or leave out "
+                "--eval_split_name."
+            )
+        dataset = _at_most(dataset, data.max_eval_samples)
+        images = ImageRows(dataset, find_image_column(dataset, data.image_column_name), config.num_channels)
+        parts += [images, np.asarray(dataset[label], dtype=np.int64)]
+    return EvaluationSets(*parts)
+
+
+def _at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """A part of a data set, spread evenly (sets are often sorted by class)."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.select(np.linspace(0, len(dataset) - 1, limit).round().astype(int))
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line cut short by a crash is left out.
+
+    Args:
+        output_dir: A run's folder.
+
+    Returns:
+        One dictionary for each logged step; none where the file is missing.
+    """
+    path = output_dir / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_report(
+    model: IJepaForPretraining,
+    output_dir: Path,
+    evaluation: EvaluationSets | None,
+    arguments: Mapping[str, Any],
+    *,
+    step: int,
+) -> None:
+    """Scores the target encoder, draws the curves, writes `report.json` and the model card.
+
+    Args:
+        model: The trained model.
+        output_dir: The run's folder.
+        evaluation: Labelled sets, or `None` for no scores.
+        arguments: All arguments of the run, as in `run.json`.
+        step: Optimiser steps done.
+    """
+    rows = read_metrics(output_dir)
+    (output_dir / "figures").mkdir(exist_ok=True)
+    draw_curves_figure(rows, output_dir / "figures" / "curves.png")
+    mean, std, seed = arguments["image_mean"], arguments["image_std"], arguments["seed"]
+    report = {
+        "step": step,
+        "epochs": rows[-1]["epoch"],
+        "parameters_encoder": sum(parameter.numel() for parameter in model.target_encoder.parameters()),
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+        "target_rankme_last": rows[-1]["target_rankme"],
+        "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
+        "scores": [] if evaluation is None else score_encoder(model, evaluation, mean, std, seed),
+        "num_eval_images": 0 if evaluation is None else len(evaluation.test),
+        "arguments": dict(arguments),
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    write_atomically(output_dir / "README.md", lambda path: path.write_text(_render_card(report, model.config), "utf-8"))
+    write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))  # last: it says "finished"
+
+
+def score_encoder(
+    model: IJepaForPretraining, evaluation: EvaluationSets, mean: Sequence[float], std: Sequence[float], seed: int
+) -> list[dict[str, Any]]:
+    """kNN and linear top-1 and RankMe of the target encoder, of the same network untrained, and of raw pixels.
+
+    Args:
+        model: The trained model.
+        evaluation: Labelled sets.
+        mean: Of each channel.
+        std: Of each channel.
+        seed: The run's seed: the untrained network is the one that this run started from.
+
+    Returns:
+        A row for each: `features` (its name), `knn`, `linear` (top-1 in [0, 1]), `rankme` (of the held-out images).
+    """
+    config = model.config
+    pixels = [resized_pixels(images, config, mean, std) for images in (evaluation.train, evaluation.test)]
+    encoders: list[tuple[str, nn.Module | None]] = [("trained encoder", model.target_encoder)]
+    for value, name in ((None, "1/sqrt(inputs)"), (PUBLISHED_PATCH_INIT_STD, f"{PUBLISHED_PATCH_INIT_STD}")):
+        untrained = new_model(config.replace(patch_init_std=value), seed).target_encoder
+        encoders.append((f"untrained, patch_init_std {name}", untrained.to(model.device)))
+    encoders.append(("raw pixels", None))
+    rows = []
+    for name, encoder in encoders:
+        train, test = (_raw(part) if encoder is None else extract_features(encoder, part) for part in pixels)
+        labelled = (train, evaluation.train_labels, test, evaluation.test_labels)
+        rows.append(
+            {
+                "features": name,
+                "knn": knn_accuracy(*labelled, k=min(NEIGHBOURS, len(train))),
+                "linear": linear_accuracy(*labelled),
+                "rankme": rankme(torch.from_numpy(test)),
+            }
+        )
+    return rows
+
+
+def _raw(pixels: Tensor) -> np.ndarray:
+    if max(pixels.shape[-2:]) > RAW_PIXELS_SIDE:
+        shape = [min(side, RAW_PIXELS_SIDE) for side in pixels.shape[-2:]]
+        pixels = nn.functional.interpolate(pixels, size=shape, mode="bilinear", antialias=True)
+    return pixels.flatten(1).numpy()
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def render_report(output_dir: Path) -> str:
+    """The report of a finished run, as printed at its end.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        Several lines of plain text.
+
+    Raises:
+        FileNotFoundError: If the run is not finished.
+    """
+    report = json.loads((output_dir / REPORT_FILE).read_text("utf-8"))
+    lines = [
+        f"steps {report['step']} ({report['epochs']:.4g} epochs), {report['images_per_second']:.0f} images/s",
+        f"loss {report['loss_first']:.4f} at the first step, {report['loss_last']:.4f} at the last; "
+        f"RankMe of the targets {report['target_rankme_last']:.1f}",
+    ]
+    if report["scores"]:
+        lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]
+        lines += _score_table(report["scores"], "{:<34} {:>8} {:>8} {:>8}")
+        lines += ["", *_verdict(report["scores"])]
+    figures = ", ".join(str(path) for path in sorted((output_dir / "figures").glob("*.png")))
+    lines += ["", f"pictures: {figures}", "", "load it with:", "", *_loading_lines(str(output_dir))]
+    return "\n".join(lines)
+
+
+def _score_table(scores: Sequence[Mapping[str, Any]], row: str) -> list[str]:
+    lines = [row.format("features", f"kNN-{NEIGHBOURS}", "linear", "RankMe")]
+    for score in scores:
+        values = f"{100 * score['knn']:.1f}", f"{100 * score['linear']:.1f}", f"{score['rankme']:.1f}"
+        lines.append(row.format(score["features"], *values))
+    return lines
+
+
+def _verdict(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says in words who wins, so that nobody has to hope."""
+    trained, pixels = scores[0], scores[-1]
+    lines = []
+    for metric, name in (("knn", f"kNN-{NEIGHBOURS}"), ("linear", "linear")):
+        best = max(row[metric] for row in scores[1:-1])
+        gain = 100 * (trained[metric] - best)
+        word = "above" if gain > 0 else "below" if gain < 0 else "equal to, 0.0 above,"
+        lines.append(f"{name}: trained is {abs(gain):.1f} points {word} the better untrained network.")
+        if pixels[metric] > trained[metric]:
+            lines[-1] += f" Raw pixels win, by {100 * (pixels[metric] - trained[metric]):.1f}."
+    return lines
+
+
+def _loading_lines(name: str) -> list[str]:
+    return [
+        "    from transformers import AutoImageProcessor, AutoModel",
+        f'    processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")',
+        '    features = model(**processor(image, return_tensors="pt")).last_hidden_state.mean(1)',
+    ]
+
+
+def _render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
+    arguments = report["arguments"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["ijepa", "jepa", "self-supervised-learning", "vision"],
+    )
+    template = resources.files("ijepa_hf") / "model_card_template.md"
+    with resources.as_file(template) as path:
+        card = ModelCard.from_template(
+            data,
+            template_path=str(path),
+            name=Path(arguments["output_dir"]).name,
+            dataset=arguments["dataset_name"],
+            split=arguments["train_split_name"],
+            config=config,
+            report=report,
+            loading="\n".join(line.removeprefix("    ") for line in _loading_lines(arguments["output_dir"])),
+            scores="\n".join(_markdown_table(report["scores"])),
+            verdict=" ".join(_verdict(report["scores"])) if report["scores"] else "",
+            neighbours=NEIGHBOURS,
+            arguments="\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None),
+        )
+    return str(card)
+
+
+def _markdown_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not scores:
+        return []
+    header, *rows = _score_table(scores, "| {} | {} | {} | {} |")
+    return [header, "| --- | --- | --- | --- |", *rows]

@@ -1,0 +1,711 @@
+"""The pretraining loop, on `accelerate`.
+
+`pretrain` reads from top to bottom: check everything that can be wrong, build, restore, then for each optimiser step
+draw a global batch, take the step (`training_step`), log and save. Schedules, order, crops and masks are pure functions
+of the step, so a resumed run needs weights, optimiser state and the step's number, and gives the bits of an
+uninterrupted one.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
+from ijepa_hf.checkpointing import (
+    Checkpoint,
+    config_fields,
+    find_latest,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import (
+    IJepaDataCollator,
+    ImageRows,
+    PretrainingImages,
+    StepBatchSampler,
+    build_loader,
+    find_image_column,
+    global_batch_size,
+    keyed_generator,
+    load_split,
+)
+from ijepa_hf.diagnostics import feature_std, rankme
+from ijepa_hf.export import export_model, exported_step, write_atomically
+from ijepa_hf.image_transforms import normalize
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, new_model
+from ijepa_hf.report import METRICS_FILE, REPORT_FILE, load_evaluation_sets, read_metrics, render_report, write_report
+from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
+from ijepa_hf.visualization import draw_masks_figure
+
+RUN_FILE = "run.json"
+MASK_FIGURE_IMAGES = 6
+RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
+
+logger = logging.getLogger(__name__)
+
+_DRAW_DROPOUT = 4  # beside the streams of data.py
+# What may differ between a run and its continuation: none of it changes a weight.
+_FREE_ARGUMENTS = frozenset(
+    "output_dir overwrite_output_dir resume_from_checkpoint dataloader_num_workers logging_steps checkpointing_steps "
+    "checkpoints_total_limit report_to per_device_train_batch_size gradient_accumulation_steps "
+    "eval_split_name label_column_name max_eval_samples".split()
+)
+# What a run writes, and `overwrite_output_dir` deletes.
+_RUN_ENTRIES = (
+    RUN_FILE, METRICS_FILE, REPORT_FILE, "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    "pretraining", "figures", "trackers",
+)  # fmt: skip
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the run stopped before it could spoil the weights."""
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and what its schedules span, in optimiser steps.
+
+    Args:
+        global_batch_size: Images in an optimiser step.
+        steps_per_epoch: The last incomplete global batch of an epoch is dropped.
+        num_steps: Of the whole run.
+        warmup_steps: Of the learning rate.
+        schedule_steps: What learning rate and weight decay span (published `int(ipe_scale * steps)`).
+        momentum_steps: What the momentum spans (published `ipe_scale * steps`, not cut to whole steps).
+        learning_rate: The highest.
+    """
+
+    global_batch_size: int
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    schedule_steps: int
+    momentum_steps: float
+    learning_rate: float
+
+
+def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int) -> Plan:
+    """Works out the plan of a run.
+
+    Args:
+        run: The arguments.
+        num_samples: Images in the data set.
+        num_ranks: Processes.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If the data set is smaller than a global batch, or the warm-up is as long as the run.
+    """
+    batch = global_batch_size(
+        num_samples, run.per_device_train_batch_size, run.gradient_accumulation_steps, num_ranks
+    )
+    per_epoch = num_samples // batch
+    num_steps = run.max_train_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
+    warmup = int(run.warmup_epochs * per_epoch)
+    if warmup and warmup >= num_steps:
+        raise ValueError(
+            f"warmup_epochs={run.warmup_epochs:g} are {warmup} steps, but the run has only {num_steps}; use "
+            f"--warmup_epochs {num_steps / per_epoch / 10:.2g} or train for longer."
+        )
+    if run.learning_rate is not None:
+        learning_rate = run.learning_rate
+    else:
+        assert run.base_learning_rate is not None  # PretrainingArguments.check
+        learning_rate = run.base_learning_rate * batch / 256
+    momentum_steps = run.schedule_scale * num_steps
+    return Plan(batch, per_epoch, num_steps, warmup, int(momentum_steps), momentum_steps, learning_rate)
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the schedules say for one optimiser step."""
+
+    learning_rate: float
+    weight_decay: float
+    ema_momentum: float
+
+
+def values_at(step: int, run: PretrainingArguments, plan: Plan) -> StepValues:
+    """The schedules at a step.
+
+    Args:
+        step: Optimiser steps already done. The published code counts learning rate and weight decay before use, so the
+            first step has position 1 there, and momentum position 0.
+        run: The arguments.
+        plan: The plan.
+
+    Returns:
+        Learning rate, weight decay and momentum of the step.
+    """
+    return StepValues(
+        learning_rate_at(
+            step + 1,
+            learning_rate=plan.learning_rate,
+            start_learning_rate=run.start_learning_rate,
+            final_learning_rate=run.final_learning_rate,
+            warmup_steps=plan.warmup_steps,
+            total_steps=plan.schedule_steps,
+        ),
+        weight_decay_at(
+            step + 1,
+            weight_decay=run.weight_decay,
+            final_weight_decay=run.final_weight_decay,
+            total_steps=plan.schedule_steps,
+        ),
+        ema_momentum_at(
+            step,
+            ema_momentum=run.ema_momentum,
+            final_ema_momentum=run.final_ema_momentum,
+            total_steps=plan.momentum_steps,
+        ),
+    )
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> torch.optim.AdamW:
+    """AdamW in the published groups: biases and 1-D parameters do not decay; the (3-D) mask token does.
+
+    Args:
+        model: Whose context encoder and predictor are trained; the target encoder is in no group.
+        run: Betas and epsilon.
+
+    Returns:
+        The optimiser; its groups keep `param_names`, learning rate and decay are set at each step.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim == 1 or name.endswith("bias")
+            (plain if is_plain else decayed).append((name, parameter))
+    groups = [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(run.adam_beta1, run.adam_beta2), eps=run.adam_epsilon, fused=True)
+
+
+@dataclass
+class StepResult:
+    """What came of one optimiser step.
+
+    Args:
+        loss: Mean over the global batch.
+        grad_norm_encoder: Of the context encoder, before clipping.
+        grad_norm_predictor: Of the predictor, before clipping.
+        targets: `[B, M, P, D]` of this rank's last micro-batch.
+    """
+
+    loss: float
+    grad_norm_encoder: float
+    grad_norm_predictor: float
+    targets: Tensor
+
+
+def training_step(
+    accelerator: Accelerator,
+    prepared: nn.Module,
+    model: IJepaForPretraining,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict[str, Tensor]],
+    values: StepValues,
+    *,
+    max_grad_norm: float | None = None,
+) -> StepResult:
+    """One optimiser step: forward and backward of each micro-batch, AdamW, then the moving average.
+
+    Args:
+        accelerator: Runs the backward pass and averages over ranks.
+        prepared: The model as `accelerator.prepare` returned it.
+        model: The model inside.
+        optimizer: From `make_optimizer`.
+        micro_batches: `pixel_values` float, `context_indices`, `target_indices`, on the device, of equal size.
+        values: Learning rate, weight decay and momentum of this step.
+        max_grad_norm: Clip to this norm; `None` is off.
+
+    Returns:
+        Loss, gradient norms and targets.
+
+    Raises:
+        NonFiniteLossError: If the loss is NaN or infinite on any rank; the weights are as they were before the step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = values.learning_rate
+        if group["decays"]:
+            group["weight_decay"] = values.weight_decay
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
+            output: IJepaForPretrainingOutput = prepared(**batch)
+            assert output.loss is not None
+            assert output.targets is not None
+            loss = output.loss / len(micro_batches)
+            accelerator.backward(loss)
+            total += loss.detach()
+    mean = float(accelerator.reduce(total, "mean"))
+    if not math.isfinite(mean):
+        raise NonFiniteLossError(f"the loss is {mean}")
+    norms = [_grad_norm(part) for part in (model.context_encoder, model.predictor)]
+    if max_grad_norm is not None:
+        accelerator.clip_grad_norm_(prepared.parameters(), max_grad_norm)
+    optimizer.step()
+    model.update_target_encoder(values.ema_momentum)
+    return StepResult(mean, float(norms[0]), float(norms[1]), output.targets)
+
+
+def _grad_norm(module: nn.Module) -> Tensor:
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def pretrain(model_arguments: ModelArguments, data: DataArguments, run: PretrainingArguments) -> Path:
+    """Runs a pretraining to its end, or continues one, and prints its report.
+
+    Args:
+        model_arguments: The model.
+        data: The images.
+        run: Everything else; `output_dir` is set.
+
+    Returns:
+        The run's folder, see "What a run leaves behind" in docs/architecture.md.
+
+    Raises:
+        ValueError: If an argument is bad, the folder is another run's, or the data do not fit; before any work is done.
+        FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
+        NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
+    """
+    config = model_arguments.to_config()
+    assert run.output_dir is not None  # parse_arguments
+    output_dir = Path(run.output_dir)
+    arguments = describe_arguments(model_arguments, data, run)
+    _check_output_dir(output_dir, arguments, run)
+    accelerator = _make_accelerator(run, output_dir)
+    if _is_finished(output_dir, run):
+        if accelerator.is_main_process:
+            print(f"{output_dir} holds this run, finished. Its report:\n")
+            print(render_report(output_dir))
+        return output_dir
+
+    images = _load_images(data, config)
+    evaluation = load_evaluation_sets(data, config)
+    plan = make_plan(run, len(images), accelerator.num_processes)
+    sampler = _make_sampler(run, plan, len(images), accelerator)
+    checkpoint = _find_checkpoint(run, output_dir)
+    model = _make_model(config, model_arguments, run)
+    optimizer = make_optimizer(model, run)
+    prepared = accelerator.prepare(model)  # the optimiser stays bare: its steps are driven here, once per global batch
+    if checkpoint is not None:
+        restore(checkpoint, model, optimizer, config_fields(config))
+        sampler.start_step = checkpoint.step
+    loader = _make_loader(images, config, data, run, plan, sampler, accelerator)
+
+    if accelerator.is_main_process:
+        _prepare_output_dir(output_dir, arguments, run, sampler.start_step)
+        _draw_first_masks(loader, sampler, config, output_dir)
+        _announce(accelerator, model, run, plan, len(images), sampler.start_step)
+    accelerator.wait_for_everyone()
+    state = _RunState(accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments)
+    _run_steps(state, loader, sampler.start_step)
+    if accelerator.is_main_process:
+        write_report(model, output_dir, evaluation, arguments, step=plan.num_steps)
+        print()
+        print(render_report(output_dir))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return output_dir
+
+
+@dataclass
+class _RunState:
+    """What the loop, the log and the saving share."""
+
+    accelerator: Accelerator
+    model: IJepaForPretraining
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: IJepaConfig
+    data: DataArguments
+    run: PretrainingArguments
+    plan: Plan
+    output_dir: Path
+    arguments: dict[str, Any]
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint and the two-part folder."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.output_dir,
+                step,
+                self.model,
+                self.optimizer,
+                config=config_fields(self.config),
+                arguments=self.arguments,
+                total_limit=self.run.checkpoints_total_limit,
+            )
+            self.export(step)
+        self.accelerator.wait_for_everyone()
+
+    def export(self, step: int) -> None:
+        """Writes the two-part folder."""
+        mean, std = self.data.image_mean, self.data.image_std
+        export_model(self.model, self.output_dir, step=step, image_mean=mean, image_std=std)
+
+
+def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
+    """The loop over optimiser steps."""
+    accelerator, run, plan = state.accelerator, state.run, state.plan
+    if accelerator.is_main_process and start_step and exported_step(state.output_dir) != start_step:
+        state.export(start_step)  # the last life of this run was cut short between checkpoint and export
+    state.model.train()
+    clock = _Clock()
+    batches = iter(loader)
+    every = run.checkpointing_steps or plan.steps_per_epoch
+    progress = tqdm(
+        total=plan.num_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
+    )
+    with contextlib.closing(progress), contextlib.closing(_MetricsLog(state)) as metrics:
+        for step in range(start_step, plan.num_steps):
+            with clock.waiting():
+                micro_batches = [next(batches) for _ in range(run.gradient_accumulation_steps)]
+            values = values_at(step, run, plan)
+            _seed_dropout(state, step)
+            try:
+                result = training_step(
+                    accelerator,
+                    state.prepared,
+                    state.model,
+                    state.optimizer,
+                    [_to_device(batch, state) for batch in micro_batches],
+                    values,
+                    max_grad_norm=run.max_grad_norm,
+                )
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(_stop_message(step + 1, error, values, state.output_dir)) from None
+            done = step + 1
+            progress.update()
+            clock.steps += 1
+            if done == 1 or done % run.logging_steps == 0 or done == plan.num_steps:
+                row = metrics.write(done, result, values, clock)
+                progress.set_postfix(loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False)
+            if done % every == 0 or done == plan.num_steps:
+                with clock.stopped():
+                    state.save(done)
+
+
+def _to_device(batch: dict[str, Tensor], state: _RunState) -> dict[str, Tensor]:
+    device = state.accelerator.device
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    moved["pixel_values"] = normalize(moved["pixel_values"], state.data.image_mean, state.data.image_std)
+    return moved
+
+
+def _seed_dropout(state: _RunState, step: int) -> None:
+    """Dropout draws from torch's global generator: make it a function of (seed, step, rank), as all else is."""
+    if state.config.hidden_dropout_prob or state.config.attention_probs_dropout_prob:
+        rank = state.accelerator.process_index
+        torch.manual_seed(int(keyed_generator(state.run.seed, _DRAW_DROPOUT, step, rank).integers(2**62)))
+
+
+def _stop_message(step: int, error: NonFiniteLossError, values: StepValues, output_dir: Path) -> str:
+    latest = find_latest(output_dir)
+    kept = f"the last good checkpoint is {latest.path}" if latest else "no checkpoint had been written yet"
+    return (
+        f"stopped at step {step}: {error} (learning rate {values.learning_rate:.3g}); {kept}. Try a lower "
+        "--learning_rate, a longer --warmup_epochs, or --max_grad_norm 1."
+    )
+
+
+# -- building --------------------------------------------------------------------------------------------------------
+
+
+def _make_accelerator(run: PretrainingArguments, output_dir: Path) -> Accelerator:
+    # the only buffers are the position tables, which never change
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(
+        mixed_precision=run.mixed_precision,
+        log_with=run.report_to or None,
+        project_dir=str(output_dir / "trackers"),
+        kwargs_handlers=[ddp],
+    )
+
+
+def _load_images(data: DataArguments, config: IJepaConfig) -> ImageRows:
+    dataset = load_split(data, data.train_split_name)
+    if data.max_train_samples is not None:
+        dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
+    return ImageRows(dataset, find_image_column(dataset, data.image_column_name), config.num_channels)
+
+
+def _make_sampler(
+    run: PretrainingArguments, plan: Plan, num_samples: int, accelerator: Accelerator
+) -> StepBatchSampler:
+    return StepBatchSampler(
+        num_samples,
+        run.per_device_train_batch_size,
+        plan.num_steps,
+        run.seed,
+        accumulation_steps=run.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+
+
+def _make_loader(
+    images: ImageRows,
+    config: IJepaConfig,
+    data: DataArguments,
+    run: PretrainingArguments,
+    plan: Plan,
+    sampler: StepBatchSampler,
+    accelerator: Accelerator,
+) -> DataLoader:
+    return build_loader(
+        PretrainingImages(images, config.image_shape, data.min_crop_scale, run.seed),
+        sampler,
+        # pixels travel as bytes where the images are bytes, and are normalised on the device
+        IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=plan.global_batch_size),
+        num_workers=data.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _make_model(config: IJepaConfig, model_arguments: ModelArguments, run: PretrainingArguments) -> IJepaForPretraining:
+    model = new_model(config, run.seed)
+    if model_arguments.attn_implementation is not None:
+        model.set_attn_implementation(model_arguments.attn_implementation)
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def describe_arguments(
+    model_arguments: ModelArguments, data: DataArguments, run: PretrainingArguments
+) -> dict[str, Any]:
+    """All arguments of a run as one flat dictionary, as `run.json` and checkpoints keep them.
+
+    Args:
+        model_arguments: The model.
+        data: The images.
+        run: Everything else.
+
+    Returns:
+        Names and values.
+    """
+    return {name: value for part in (model_arguments, data, run) for name, value in dataclasses.asdict(part).items()}
+
+
+def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments) -> None:
+    """Refuses a folder that is not this run's, or a run that is not finished and was not asked to go on."""
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    if not (output_dir / RUN_FILE).is_file():
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} is not empty and holds no run of ijepa-hf; choose another --output_dir."
+        )
+    if run.overwrite_output_dir:
+        return
+    stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
+    differing = [
+        name
+        for name in sorted({*stored, *arguments} - _FREE_ARGUMENTS)
+        if stored.get(name) != arguments.get(name)
+    ]
+    if differing:
+        listed = "; ".join(f"{name} is {stored.get(name)!r} there, {arguments.get(name)!r} here" for name in differing)
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds another run: {listed}. Choose another --output_dir, or add "
+            "--overwrite_output_dir to delete that run."
+        )
+    if run.resume_from_checkpoint is None and not (output_dir / REPORT_FILE).is_file():
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds this run, unfinished. Add --resume_from_checkpoint latest to "
+            "continue it, or --overwrite_output_dir to start again."
+        )
+
+
+def _is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
+    if run.overwrite_output_dir or not (output_dir / REPORT_FILE).is_file():
+        return False
+    report = json.loads((output_dir / REPORT_FILE).read_text("utf-8"))
+    return exported_step(output_dir) == report["step"]
+
+
+def _prepare_output_dir(
+    output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, start_step: int
+) -> None:
+    if run.overwrite_output_dir and start_step == 0 and output_dir.exists():
+        _delete_run(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"arguments": arguments}, indent=2) + "\n"
+    write_atomically(output_dir / RUN_FILE, lambda path: path.write_text(text, "utf-8"))
+    rows = [row for row in read_metrics(output_dir) if row["step"] <= start_step]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(output_dir / METRICS_FILE, lambda path: path.write_text(lines, "utf-8"))
+
+
+def _draw_first_masks(loader: DataLoader, sampler: StepBatchSampler, config: IJepaConfig, output_dir: Path) -> None:
+    """Draws the first images of the run with their masks: worth a look while it trains."""
+    first = StepBatchSampler(
+        sampler.num_samples, min(MASK_FIGURE_IMAGES, sampler.batch_size), num_steps=1, seed=sampler.seed
+    )
+    batch = loader.collate_fn([loader.dataset[key] for key in next(iter(first))])
+    path = output_dir / "figures" / "masks.png"
+    path.parent.mkdir(exist_ok=True)
+    draw_masks_figure(
+        batch["pixel_values"], batch["context_indices"], batch["target_indices"], config.patch_shape, path
+    )
+
+
+def _delete_run(output_dir: Path) -> None:
+    """Deletes what a run writes, and nothing else that may lie in the folder."""
+    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob("checkpoint-*")):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
+    if run.resume_from_checkpoint is None or run.overwrite_output_dir and run.resume_from_checkpoint == "latest":
+        return None
+    if run.resume_from_checkpoint != "latest":
+        return read_checkpoint(Path(run.resume_from_checkpoint))
+    checkpoint = find_latest(output_dir)
+    if checkpoint is None:
+        logger.warning("resume_from_checkpoint=latest: %s holds no checkpoint; starting at step 0.", output_dir)
+    return checkpoint
+
+
+def _announce(
+    accelerator: Accelerator,
+    model: IJepaForPretraining,
+    run: PretrainingArguments,
+    plan: Plan,
+    num_images: int,
+    start_step: int,
+) -> None:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print("***** Running training *****")
+    print(f"  images                  {num_images}")
+    print(f"  epochs, steps           {plan.num_steps / plan.steps_per_epoch:.4g}, {plan.num_steps}")
+    print(
+        f"  global batch            {plan.global_batch_size} = {run.per_device_train_batch_size} x "
+        f"{run.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes"
+    )
+    print(f"  trained parameters      {trained:,}")
+    print(f"  device, precision       {accelerator.device}, {run.mixed_precision}")
+    if start_step:
+        print(f"  continuing at step      {start_step}")
+
+
+# -- the log ---------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Time since the last log line: all of it, and the part spent waiting for data; saving does not count."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def read(self, global_batch_size: int) -> dict[str, float]:
+        """Images per second and share of time waiting for data since the last reading; starts again."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        values = {
+            "images_per_second": self.steps * global_batch_size / seconds,
+            "data_wait_share": self.waited / seconds,
+        }
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+        return values
+
+
+class _MetricsLog:
+    """Writes `metrics.jsonl` and tells the trackers; a tracker that fails is dropped with a warning, not the run."""
+
+    def __init__(self, state: _RunState) -> None:
+        self.state = state
+        self.trackers: list[Any] = []
+        if not state.accelerator.is_main_process:
+            return
+        if state.run.report_to:
+            flat = {name: value if isinstance(value, int | float | bool) else str(value) for name, value in state.arguments.items()}
+            state.accelerator.init_trackers("ijepa-hf", flat)
+            self.trackers = list(state.accelerator.trackers)
+        self.file = (state.output_dir / METRICS_FILE).open("a", encoding="utf-8")
+
+    def write(self, step: int, result: StepResult, values: StepValues, clock: _Clock) -> dict[str, Any]:
+        """Writes one line; returns it."""
+        rows = result.targets.flatten(0, 2).float()
+        rows = rows[:: max(1, len(rows) // RANKME_ROWS)][:RANKME_ROWS]
+        line = {
+            "step": step,
+            "epoch": round(step / self.state.plan.steps_per_epoch, 4),
+            "loss": result.loss,
+            "learning_rate": values.learning_rate,
+            "weight_decay": values.weight_decay,
+            "ema_momentum": values.ema_momentum,
+            "grad_norm_encoder": result.grad_norm_encoder,
+            "grad_norm_predictor": result.grad_norm_predictor,
+            "target_std": feature_std(rows),
+            "target_rankme": rankme(rows),
+            **clock.read(self.state.plan.global_batch_size),
+        }
+        if self.state.accelerator.is_main_process:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self._tell_trackers(line, step)
+        return line
+
+    def _tell_trackers(self, line: dict[str, Any], step: int) -> None:
+        for tracker in list(self.trackers):
+            try:
+                tracker.log({name: value for name, value in line.items() if name != "step"}, step=step)
+            except Exception as error:  # a tracker is somebody else's code and network; the run matters more
+                logger.warning("tracker %s failed at step %d and is dropped: %s", tracker.name, step, error)
+                self.trackers.remove(tracker)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.state.accelerator.is_main_process:
+            self.file.close()
