@@ -32,6 +32,10 @@ supported() {  # whether a Python is there and new enough
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
+described() {  # what a Python says of itself, in one line
+    if command -v "$1" >/dev/null; then "$1" --version 2>&1 | head -n 1; else echo missing; fi
+}
+
 version() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
@@ -41,12 +45,12 @@ choose_python() {
         for PYTHON in python3 python3.13 python3.12 python3.11; do
             if supported "$PYTHON"; then break; fi
         done
-        supported "$PYTHON" || fail "found no Python 3.11 or newer (python3 is $(python3 --version 2>&1 || echo missing));" \
-            "install one, or name one that is not on the PATH: make setup PYTHON=/opt/python/bin/python3.12"
+        supported "$PYTHON" || fail "found no Python 3.11 or newer (python3: $(described python3));" \
+            "install one, or name one elsewhere: make setup PYTHON=/opt/python/bin/python3.12"
     fi
     command -v "$PYTHON" >/dev/null || fail "there is no '$PYTHON' here; name a Python 3.11 or newer: make setup PYTHON=python3.12"
-    supported "$PYTHON" || fail "'$PYTHON' is $("$PYTHON" --version 2>&1 || true), but Python 3.11 or newer is needed:" \
-        "make setup PYTHON=python3.12"
+    supported "$PYTHON" || fail "'$PYTHON' is no Python 3.11 or newer (it says: $(described "$PYTHON"));" \
+        "name another: make setup PYTHON=python3.12"
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "'$PYTHON' cannot make virtual environments; install its venv" \
         "module (Debian and Ubuntu: the package python3-venv), or name another: make setup PYTHON=python3.12"
 }

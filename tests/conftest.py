@@ -5,7 +5,6 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ def _set_environment() -> str:
     """Set what libraries read while they are imported, for this process and those that tests start.
 
     Returns:
-        The empty folder that stands for the user's Hugging Face folder, so that no test finds a token or a cached model.
+        The empty folder that stands for the user's Hugging Face folder, so that no test finds a token or a model.
     """
     hugging_face_home = tempfile.mkdtemp(prefix="ijepa-hf-tests-")
     os.environ.update(
@@ -119,7 +118,7 @@ def cifar10_folder() -> Path:
 
 
 @pytest.fixture
-def child_environment() -> Iterator[dict[str, str]]:
+def child_environment() -> dict[str, str]:
     """The environment for a process that a test starts: offline, and with this Python's commands first on the PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    yield {**os.environ, "PATH": path}
+    return {**os.environ, "PATH": path}

@@ -83,7 +83,7 @@ def test_colour_becomes_luma_for_one_channel():
     assert np.abs(pixels(decode_image(photo(), 1)) - expected).max() <= 0.51  # rounded to whole numbers
 
 
-def test_palette_cmyk_and_bilevel_pictures_become_rgb():
+def test_palette_cmyk_lab_and_bilevel_pictures_are_converted():
     palette = photo().quantize(16)
     np.testing.assert_array_equal(
         pixels(decode_image(encode(palette, "PNG"), 3)),
@@ -93,6 +93,8 @@ def test_palette_cmyk_and_bilevel_pictures_become_rgb():
     assert (pixels(decode_image(cyan, 3)) == (0, 255, 255)).all()
     assert (pixels(decode_image(black, 3)) == 0).all()
     assert (pixels(decode_image(black, 1)) == 0).all()
+    lab = Image.new("LAB", (4, 3), (255, 128, 128))
+    assert (pixels(decode_image(lab, 1)) >= 254).all()
     bilevel = np.eye(4, dtype=bool)
     np.testing.assert_array_equal(pixels(decode_image(Image.fromarray(bilevel), 1)), 255 * bilevel)
 
@@ -198,6 +200,7 @@ def test_channel_axis_settles_what_the_shape_cannot():
         (b"", 3, "image of 0 bytes cannot be decoded: UnidentifiedImageError"),
         (b"not an image", 3, "image of 12 bytes cannot be decoded: UnidentifiedImageError"),
         (encode(photo(), "JPEG")[:400], 3, "cannot be decoded: OSError: .*[Tt]runcated"),
+        (encode(photo(), "PNG", exif=b"Exif\0\0nonsense"), 3, "cannot be decoded: SyntaxError: not a TIFF file"),
         ({"bytes": b"junk", "path": "cats/7.jpg"}, 3, "image 'cats/7.jpg' cannot be decoded"),
         ({"bytes": None, "path": None}, 3, "must have 'bytes' or 'path'"),
         (photo(), 4, r"num_channels=4, but a picture can give 1 or 3 channels \(this one, mode 'RGB', has 3\)"),
@@ -368,9 +371,9 @@ def test_crop_scale_aspect_and_place_follow_their_closed_forms(side: tuple[int, 
 
 def test_the_last_row_and_column_can_be_reached():
     top, left, height, width = boxes(6, 6, (4, 4), 0.3, 500).T
-    assert (top + height).max() == 6
-    assert (left + width).max() == 6
-    assert top.min() == left.min() == 0
+    for start, side in ((top, height), (left, width)):
+        for length in (3, 4, 5):
+            assert set(start[side == length]) == set(range(7 - length))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ def test_past_the_end_the_final_values_are_held():
         assert ema_momentum_at(50 + extra, ema_momentum=0.996, final_ema_momentum=1.0, total_steps=50.5) == 1.0
 
 
+def test_a_final_learning_rate_above_the_peak_is_a_floor_after_the_warmup():
+    rates = {"learning_rate": 1e-4, "start_learning_rate": 0.0, "final_learning_rate": 1e-3}
+    assert learning_rate_at(5, **rates, warmup_steps=10, total_steps=50) == pytest.approx(5e-5, rel=1e-12)
+    assert learning_rate_at(10, **rates, warmup_steps=10, total_steps=50) == 1e-3
+
+
 def test_weight_decay_may_also_fall():
     values = [weight_decay_at(t, weight_decay=0.4, final_weight_decay=0.1, total_steps=8) for t in (4, 8, 9)]
     assert values == pytest.approx([0.25, 0.1, 0.1], rel=1e-12)

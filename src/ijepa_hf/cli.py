@@ -88,3 +88,7 @@ def command_flags() -> dict[str, set[str]]:
         name: {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
         for name, parser in parsers.items()
     }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

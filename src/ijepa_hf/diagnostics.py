@@ -1,7 +1,7 @@
 """Has the representation collapsed? Two numbers, each a pure function of a matrix of features.
 
 Both take features [n, D], one row an image (or a patch), and need no labels. They see different failures:
-`feature_std` falls to 0 when every row is the same vector; `rankme` falls to 1 when the rows differ along one direction
+`feature_std` falls to 0 when every row is the same vector; `rankme` falls to 1 when rows differ along one direction
 only, however far. Neither sees an encoder that writes down *where* a patch is instead of what it shows; rows averaged
 over an image's patches are safer there than rows of single patches.
 """

@@ -320,9 +320,8 @@ def _draw_corners(
     use_last: bool = True,
 ) -> np.ndarray:
     """Top-left patches, int64 `shape`, uniform over the places where the block fits, the last ones only if asked."""
-    tops = generator.integers(grid[0] - size[0] + use_last, size=shape)
-    lefts = generator.integers(grid[1] - size[1] + use_last, size=shape)
-    return tops * grid[1] + lefts
+    places = _block_indices(grid, (grid[0] - size[0] + use_last, grid[1] - size[1] + use_last), np.array(0))
+    return places[generator.integers(len(places), size=shape)]
 
 
 def _block_indices(grid: tuple[int, int], size: tuple[int, int], corners: np.ndarray) -> np.ndarray:
@@ -375,8 +374,9 @@ def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, pri
     side only, the last, incomplete line would always begin at the same end.
     """
     patches = np.arange(visible.shape[1]).reshape(grid)
-    corners = (patches, patches[:, ::-1], patches[::-1], patches[::-1, ::-1])
-    scans = np.array([scan.ravel() for corner in corners for scan in (corner, corner.T)])
+    from_top, from_left = patches, patches.T
+    scans = np.array([scan.ravel() for scan in (from_top, from_top[:, ::-1], from_left, from_left[:, ::-1])])
+    scans = np.concatenate([scans, scans[:, ::-1]])  # from the bottom and from the right
     scan = scans[priorities.ravel()]
     first = np.arange(0, visible.size, visible.shape[1])[:, None]
     kept = _first_patches(visible.take(scan + first), keep)
@@ -420,18 +420,25 @@ def _check_context_fits(settings: MaskSettings) -> None:
             f"only {fewest} are sure to be left outside a target block; use at most "
             f"context_keep_ratio={fewest / num_patches:.6g}."
         )
+    context_height, context_width = _context_size(settings.grid_size, settings.context_scale[0])
+    enough = min(keep, (context_height * context_width + 1) // 2)
     low, high = settings.target_scale
-    while high * num_patches > 0.5:
+    while high > 1e-6:
         low, high = min(low, high * 0.8), high * 0.8
-        if _fewest_context_patches(settings, (low, high)) >= keep:
-            raise ValueError(
-                f"target_scale={settings.target_scale} lets one target block cover the whole context block of a "
-                f"{shape} grid with context_scale={settings.context_scale}, so that nothing is left to see; use for "
-                f"example target_scale=({_floor_digits(low)}, {_floor_digits(high)})."
-            )
+        fewest = _fewest_context_patches(settings, (low, high))
+        if fewest < enough:
+            continue
+        advice = f"target_scale=({_floor_digits(low)}, {_floor_digits(high)})"
+        if fewest < keep:
+            advice += f" with context_keep_ratio={fewest / num_patches:.6g}"
+        raise ValueError(
+            f"target_scale={settings.target_scale} lets one target block cover the whole context block of a {shape} "
+            f"grid with context_scale={settings.context_scale}, so that no patch is left to see; use for example "
+            f"{advice}."
+        )
     raise ValueError(
-        f"grid_size={settings.grid_size} with context_scale={settings.context_scale} leaves no room for {keep} "
-        "context patches beside a target block of one patch; use a larger grid, for example grid_size=(4, 4), with "
+        f"grid_size={settings.grid_size} with context_scale={settings.context_scale} gives a context block of one "
+        "patch, which a target block can cover; use for example grid_size=(4, 4) or larger, with "
         f"context_scale={_default('context_scale')}, target_scale={_default('target_scale')} and "
         f"context_keep_ratio={_default('context_keep_ratio')}."
     )

@@ -575,6 +575,17 @@ def new_model(config: IJepaConfig, seed: int) -> IJepaForPretraining:
         return IJepaForPretraining(config)
 
 
+def enable_gradient_checkpointing(model: IJepaForPretraining) -> None:
+    """Recompute activations in the backward pass, in the context encoder and the predictor.
+
+    Args:
+        model: The model; the target encoder has no backward pass.
+    """
+    # transformers renamed it on the way to version 6
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, Any]) -> str | None:
     """The subfolder of a repo or folder that holds the full model ('' is its root), or None where there is none."""
     for subfolder in (download.get("subfolder") or "", PRETRAINING_SUBFOLDER):

@@ -103,10 +103,8 @@ def ema_momentum_at(step0: int, *, ema_momentum: float, final_ema_momentum: floa
     for name, value in (("ema_momentum", ema_momentum), ("final_ema_momentum", final_ema_momentum)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name}={value} must be in [0, 1], for example 0.996.")
-    if step0 >= total_steps:
-        return final_ema_momentum
     value = ema_momentum + step0 * (final_ema_momentum - ema_momentum) / total_steps
-    # Rounding can put the sum one ulp past the final value, and a momentum above 1 would push the target away.
+    # Past the end, and by rounding perhaps before it; a momentum above 1 would push the target away.
     return min(max(value, min(ema_momentum, final_ema_momentum)), max(ema_momentum, final_ema_momentum))
 
 

@@ -49,7 +49,12 @@ from ijepa_hf.data import (
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.export import export_model, exported_step, write_atomically
 from ijepa_hf.image_transforms import normalize
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, new_model
+from ijepa_hf.modeling_ijepa import (
+    IJepaForPretraining,
+    IJepaForPretrainingOutput,
+    enable_gradient_checkpointing,
+    new_model,
+)
 from ijepa_hf.report import METRICS_FILE, REPORT_FILE, load_evaluation_sets, read_metrics, render_report, write_report
 from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 from ijepa_hf.visualization import draw_masks_figure
@@ -499,7 +504,7 @@ def _make_model(config: IJepaConfig, model_arguments: ModelArguments, run: Pretr
     if model_arguments.attn_implementation is not None:
         model.set_attn_implementation(model_arguments.attn_implementation)
     if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     return model
 
 

@@ -85,7 +85,7 @@ def test_random_features_score_about_chance():
         ({"train_y": np.zeros(7)}, r"train_x of shape \(600, 64\) and train_y of shape \(7,\)"),
         ({"test_x": np.zeros((0, 64)), "test_y": np.zeros(0)}, "with n at least 1"),
         ({"test_x": np.zeros((200, 63))}, "train_x has 64 columns and test_x has 63"),
-        ({"test_x": np.full((200, 64), np.nan)}, "NaN"),
+        ({"test_x": np.full((200, 64), np.nan)}, "test_x holds NaN"),
     ],
 )
 def test_impossible_arguments_are_named(change: dict, message: str):

@@ -31,7 +31,8 @@ def knn_accuracy(
         Top-1 accuracy, 0 to 1.
 
     Raises:
-        ValueError: `k` outside 1 to n_train, `temperature` not above 0, or shapes that do not agree.
+        ValueError: `k` outside 1 to n_train, `temperature` not above 0, shapes that do not agree, or features that are
+            not finite.
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (arXiv 1805.01978),
         section 3.4, with its temperature of 0.07.
@@ -51,7 +52,7 @@ def knn_accuracy(
 
 
 def check_split(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> None:
-    """Refuse features and labels whose shapes do not belong together.
+    """Refuse features and labels that do not belong together, and features that are not finite.
 
     Args:
         train_x: [n_train, D] features.
@@ -60,7 +61,7 @@ def check_split(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, te
         test_y: [n_test] labels.
 
     Raises:
-        ValueError: an empty half, a number of labels other than that of its rows, or two widths D.
+        ValueError: an empty half, a number of labels other than that of its rows, NaN or infinity, or two widths D.
     """
     for name, features, labels in (("train", train_x, train_y), ("test", test_x, test_y)):
         if np.ndim(features) != 2 or len(features) == 0 or np.shape(labels) != (len(features),):
@@ -68,6 +69,8 @@ def check_split(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, te
                 f"{name}_x of shape {np.shape(features)} and {name}_y of shape {np.shape(labels)} must be [n, D] and "
                 "[n], with n at least 1."
             )
+        if not np.isfinite(features).all():
+            raise ValueError(f"{name}_x holds NaN or infinity: the encoder's output is broken, or its input was.")
     if np.shape(train_x)[1] != np.shape(test_x)[1]:
         raise ValueError(
             f"train_x has {np.shape(train_x)[1]} columns and test_x has {np.shape(test_x)[1]}: they must come from "

@@ -37,7 +37,8 @@ def linear_accuracy(
         Top-1 accuracy, 0 to 1.
 
     Raises:
-        ValueError: fewer than five training images or two classes, or shapes that do not agree.
+        ValueError: fewer than five training images or two classes, shapes that do not agree, or features that are not
+            finite.
 
     Source: the linear protocol of the paper (arXiv 2301.08243), appendix A.2, with a convex solver in place of SGD.
     """
@@ -45,8 +46,8 @@ def linear_accuracy(
     labels, counts = np.unique(train_y, return_counts=True)
     if len(train_x) < 5 or len(labels) < 2:
         raise ValueError(
-            f"train_y has {len(train_x)} labels of {len(labels)} classes: a linear probe needs at least 5 labels of at "
-            "least 2 classes."
+            f"train_y has {len(train_x)} labels of {len(labels)} classes: a linear probe needs at least 5 labels of "
+            "at least 2 classes."
         )
     train_x, test_x = np.asarray(train_x, dtype=np.float64), np.asarray(test_x, dtype=np.float64)
     by_class = counts.min() >= 2 and math.ceil(_VALIDATION_SHARE * len(train_x)) >= len(labels)

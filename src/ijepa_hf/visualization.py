@@ -1,0 +1,264 @@
+"""Pictures of a run: what the masks hide on real images, and how the logged numbers moved.
+
+Both functions write a PNG and return the matplotlib figure, for a notebook or a tracker. They build `Figure` objects
+directly and never touch pyplot, so they need no display and leave no figure open.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+# Okabe and Ito's colours, told apart by nearly everyone, in the order that stands out most on photographs.
+_BLOCK_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2")
+_HIDDEN = 0.80  # gray level of a patch that the context encoder does not see
+_FADE = 0.80  # how far a panel of a target block fades what is not in the block
+_TINT = 0.25  # how much of the block's colour is laid over it
+_PANEL_INCHES = 1.7
+_DPI = 150
+
+_CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "mean over target values", {"loss": ""}),
+    ("RankMe of the targets", "effective rank, 1 to width D", {"target_rankme": ""}),
+    ("Std of the targets", "mean over the D dimensions", {"target_std": ""}),
+    (
+        "Gradient norm",
+        "L2 norm",
+        {"grad_norm": "all", "grad_norm_encoder": "context encoder", "grad_norm_predictor": "predictor"},
+    ),
+    ("Learning rate", "step size of AdamW", {"learning_rate": ""}),
+    ("Weight decay", "decay coefficient", {"weight_decay": ""}),
+    ("EMA momentum", "share of the old target kept", {"ema_momentum": ""}),
+    ("Throughput", "images per second", {"images_per_second": ""}),
+)
+
+
+def draw_masks_figure(
+    images: torch.Tensor,
+    context_indices: torch.Tensor,
+    target_indices: torch.Tensor,
+    patch_size: tuple[int, int],
+    path: str | Path,
+) -> Figure:
+    """Draw images beside what the context encoder sees of them and what the predictor must predict.
+
+    One row an image: the image; each context set, every other patch gray; each target block in its own colour, the
+    rest faded.
+
+    Args:
+        images: [B, C, height, width]. uint8 is shown as it is; floating point is stretched between the image's own
+            smallest and largest value, so normalised pixels will do. Three channels are colours, of more the first
+            three are shown; of one or two the first, in gray.
+        context_indices: int64 [B, K] or [B, S, K], row-major patch positions.
+        target_indices: int64 [B, M, P], row-major patch positions.
+        patch_size: (height, width) of a patch in pixels; divides the image.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure, B rows by 1 + S + M panels.
+
+    Raises:
+        ValueError: shapes that do not belong together, a patch size that does not divide the image, or an index
+            outside the grid.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    context_indices = context_indices[:, None] if context_indices.ndim == 2 else context_indices
+    _check_masks(images, context_indices, target_indices, patch_size)
+    sets, blocks = context_indices.shape[1], target_indices.shape[1]
+    titles = ["image"]
+    titles += ["context" if sets == 1 else f"context {s + 1}" for s in range(sets)]
+    titles += [f"target {m + 1}" for m in range(blocks)]
+    figure, axes = _panel_grid(len(images), len(titles), images.shape[-2] / images.shape[-1])
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9, color="#333333", pad=4)
+    for row, image, contexts, targets in zip(axes, images, context_indices, target_indices, strict=True):
+        picture = _displayable(image)
+        _show(row[0], picture)
+        for axis, indices in zip(row[1:], contexts, strict=False):
+            _show(axis, _context_picture(picture, _visible(indices, picture, patch_size), patch_size))
+        for axis, indices, color in zip(row[1 + sets :], targets, cycle(_BLOCK_COLORS), strict=False):
+            block = _visible(indices, picture, patch_size)
+            _show(axis, _target_picture(picture, block, patch_size, _rgb(color)))
+            axis.add_collection(
+                LineCollection(_outline(block, patch_size), colors=color, linewidths=1.6, clip_on=False)
+            )
+    figure.savefig(path, dpi=_DPI)
+    return figure
+
+
+def draw_curves_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Figure:
+    """Draw the logged numbers of a run over its optimiser steps, a small panel each.
+
+    Args:
+        rows: lines of `metrics.jsonl`, each with `step` and any of `loss`, `target_rankme`, `target_std`, `grad_norm`,
+            `grad_norm_encoder`, `grad_norm_predictor`, `learning_rate`, `weight_decay`, `ema_momentum` and
+            `images_per_second`. A row may lack some; a panel that no row has a value for is left out; a missing or
+            null value is a gap in its line.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: no rows, a row without `step`, or rows with none of the names above.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not rows or any("step" not in row for row in rows):
+        raise ValueError("rows must be a non-empty list of dicts that each have a 'step', as in metrics.jsonl.")
+    panels = []
+    for title, unit, names in _CURVES:
+        lines = {label: _column(rows, name) for name, label in names.items()}
+        lines = {label: values for label, values in lines.items() if not np.isnan(values).all()}
+        if lines:
+            panels.append((title, unit, lines))
+    if not panels:
+        known = [name for _, _, names in _CURVES for name in names]
+        raise ValueError(f"rows have {sorted(rows[0])}, and none of what can be drawn: {known}.")
+    columns = min(4, len(panels))
+    lines_of_panels = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * lines_of_panels), layout="constrained", facecolor="white")
+    axes = figure.subplots(lines_of_panels, columns, squeeze=False).ravel()
+    for axis, (title, unit, lines) in zip(axes, panels, strict=False):
+        _draw_lines(axis, _column(rows, "step"), lines)
+        axis.set_title(title, fontsize=10, loc="left", fontweight="bold", color="#222222")
+        axis.set_ylabel(unit, fontsize=8, color="#555555")
+        axis.set_xlabel("optimiser step", fontsize=8, color="#555555")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.savefig(path, dpi=_DPI)
+    return figure
+
+
+def _check_masks(
+    images: torch.Tensor, context_indices: torch.Tensor, target_indices: torch.Tensor, patch_size: tuple[int, int]
+) -> None:
+    if images.ndim != 4 or context_indices.ndim != 3 or target_indices.ndim != 3 or len(images) == 0:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}, context_indices of shape {tuple(context_indices.shape)} and "
+            f"target_indices of shape {tuple(target_indices.shape)} must be [B, C, H, W], [B, K] or [B, S, K], and "
+            "[B, M, P], with B at least 1."
+        )
+    if not len(images) == len(context_indices) == len(target_indices):
+        raise ValueError(
+            f"{len(images)} images, {len(context_indices)} rows of context_indices and {len(target_indices)} rows of "
+            "target_indices: these must be of one batch."
+        )
+    height, width = images.shape[-2:]
+    if height % patch_size[0] or width % patch_size[1]:
+        raise ValueError(f"patch_size={patch_size} must divide the images, which are {height} x {width} pixels.")
+    patches = (height // patch_size[0]) * (width // patch_size[1])
+    for name, indices in (("context_indices", context_indices), ("target_indices", target_indices)):
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < patches:
+            raise ValueError(
+                f"{name} run from {int(indices.min())} to {int(indices.max())}, but {height} x {width} pixels in "
+                f"patches of {patch_size[0]} x {patch_size[1]} give the positions 0 to {patches - 1}."
+            )
+
+
+def _panel_grid(rows: int, columns: int, aspect: float) -> tuple[Figure, np.ndarray]:
+    """Axes without ticks or frames, each of the image's own shape, with thin gaps and room for one line of titles."""
+    gap, edge, head = 0.06, 0.08, 0.28  # inches
+    panel_height = _PANEL_INCHES * aspect
+    width = 2 * edge + columns * _PANEL_INCHES + (columns - 1) * gap
+    height = head + edge + rows * panel_height + (rows - 1) * gap
+    figure = Figure(figsize=(width, height), facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=edge / width,
+        right=1 - edge / width,
+        top=1 - head / height,
+        bottom=edge / height,
+        wspace=gap / _PANEL_INCHES,
+        hspace=gap / panel_height,
+    )
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _show(axis: Axes, picture: np.ndarray) -> None:
+    height, width = picture.shape[:2]
+    axis.imshow(picture, extent=(0, width, height, 0), vmin=0, vmax=1)
+
+
+def _displayable(image: torch.Tensor) -> np.ndarray:
+    """[C, height, width] of any kind to RGB in [0, 1], [height, width, 3]."""
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    pixels = shown.permute(1, 2, 0).cpu().double().numpy()
+    if not image.is_floating_point():
+        return pixels / 255
+    low, high = pixels.min(), pixels.max()
+    return (pixels - low) / (high - low) if high > low else np.full_like(pixels, 0.5)
+
+
+def _visible(indices: torch.Tensor, picture: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    """Patch positions to a boolean grid [rows, columns]."""
+    grid = np.zeros((picture.shape[0] // patch_size[0], picture.shape[1] // patch_size[1]), dtype=bool)
+    grid.ravel()[indices.cpu().numpy()] = True
+    return grid
+
+
+def _pixelwise(grid: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    return grid.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1)[:, :, None]
+
+
+def _context_picture(picture: np.ndarray, visible: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    return np.where(_pixelwise(visible, patch_size), picture, _HIDDEN)
+
+
+def _target_picture(
+    picture: np.ndarray, block: np.ndarray, patch_size: tuple[int, int], color: np.ndarray
+) -> np.ndarray:
+    gray = picture.mean(axis=2, keepdims=True)
+    faded = (1 - _FADE) * gray + _FADE * _HIDDEN
+    return np.where(_pixelwise(block, patch_size), (1 - _TINT) * picture + _TINT * color, faded)
+
+
+def _outline(block: np.ndarray, patch_size: tuple[int, int]) -> list[list[tuple[float, float]]]:
+    """Edges, in pixels, between the block's patches and all others: a rectangle, or several for scattered patches."""
+    height, width = patch_size
+    padded = np.pad(block, 1)
+    across = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # horizontal edges, above patch (row, column)
+    along = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # vertical edges, left of patch (row, column)
+    lines = [[(c * width, r * height), ((c + 1) * width, r * height)] for r, c in across]
+    return lines + [[(c * width, r * height), (c * width, (r + 1) * height)] for r, c in along]
+
+
+def _rgb(color: str) -> np.ndarray:
+    return np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    values = [row.get(name) for row in rows]
+    return np.array([np.nan if value is None else float(value) for value in values])
+
+
+def _draw_lines(axis: Axes, steps: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
+    for (label, values), color in zip(lines.items(), ("#0072B2", "#E69F00", "#009E73"), strict=False):
+        # One logged value would be an invisible line.
+        axis.plot(
+            steps,
+            values,
+            color=color,
+            linewidth=1.4,
+            label=label,
+            marker="o" if np.isfinite(values).sum() == 1 else None,
+        )
+    if len(lines) > 1:
+        axis.legend(fontsize=7, frameon=False)
+    axis.grid(color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#999999")
+    axis.tick_params(labelsize=8, colors="#555555")
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # no common factor above the axis

@@ -1,0 +1,150 @@
+"""Arguments: recipes, flags over recipes, and mistakes named before any work."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from ijepa_hf import IJepaConfig
+from ijepa_hf.arguments import (
+    ARGUMENT_CLASSES,
+    ModelArguments,
+    argument_names,
+    build_parser,
+    load_recipe,
+    parse_arguments,
+    recipe_names,
+)
+
+PUBLISHED = {
+    # recipe: (image, patch, width, depth, heads, mlp, predictor depth, epochs, warmup, global batch)
+    "in1k-vitb16": (224, 16, 768, 12, 12, 3072, 6, 600, 15, 2048),
+    "in1k-vitl16": (224, 16, 1024, 24, 16, 4096, 12, 600, 15, 2048),
+    "in1k-vith14": (224, 14, 1280, 32, 16, 5120, 12, 300, 40, 2048),
+    "in1k-vith16-448": (448, 16, 1280, 32, 16, 5120, 12, 300, 40, 2048),
+    "in22k-vitg16": (224, 16, 1408, 40, 16, 6144, 16, 44, 3, 2048),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_recipes_hold_the_published_numbers(name):
+    image, patch, width, depth, heads, mlp, predictor_depth, epochs, warmup, batch = PUBLISHED[name]
+    model, data, run = parse_arguments([name, "--dataset_name", "somewhere"])
+    config = model.to_config()
+    assert (config.image_size, config.patch_size, config.hidden_size) == (image, patch, width)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size) == (depth, heads, mlp)
+    assert (config.predictor_num_hidden_layers, config.predictor_hidden_size) == (predictor_depth, 384)
+    assert config.masking_strategy == "multi_block_official"
+    assert config.patch_init_std == 0.02
+    assert (run.num_train_epochs, run.warmup_epochs, run.learning_rate) == (epochs, warmup, 1e-3)
+    assert (run.weight_decay, run.final_weight_decay) == (0.04, 0.4)
+    assert (run.ema_momentum, run.final_ema_momentum, run.schedule_scale) == (0.996, 1.0, 1.0)
+    assert (run.mixed_precision, run.final_learning_rate, data.min_crop_scale) == ("bf16", 1e-6, 0.3)
+    header = (load_text(name)).split("\n\n")[0]
+    assert str(batch) in header
+    assert "accelerate launch" in header
+
+
+def load_text(name):
+    from importlib import resources
+
+    return (resources.files("ijepa_hf") / "recipes" / f"{name}.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses_and_begins_with_what_it_reproduces_its_source_hardware_and_command(name):
+    parse_arguments([name, *([] if load_recipe(name).get("dataset_name") else ["--dataset_name", "x"])])
+    comments = [line for line in load_text(name).splitlines() if line.startswith("#")]
+    header = "\n".join(comments)
+    for word in ("Source", "Hardware", "Command"):
+        assert word in header, f"{name} lacks {word}"
+
+
+def test_flags_override_recipes_and_recipes_override_defaults():
+    model, _, run = parse_arguments(["digits", "--seed", "7", "--hidden_size", "48"])
+    assert (run.seed, model.hidden_size) == (7, 48)
+    assert model.patch_size == [4]
+    assert run.adam_beta1 == 0.9
+
+
+def test_a_recipe_by_path_works_and_names_the_output_folder(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"dataset_name": "digits", "image_size": [32, 64], "learning_rate": 1e-3}))
+    model, _, run = parse_arguments([str(path)])
+    assert model.to_config().image_shape == (32, 64)
+    assert run.output_dir == "runs/mine"
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("dataset_name: digits\nlearning_rate: 1e-3\n")  # YAML 1.1 reads 1e-3 as a string
+    assert parse_arguments([str(path)])[2].learning_rate == 1e-3
+
+
+def test_every_model_argument_is_a_config_field_with_the_same_default():
+    config = IJepaConfig()
+    for entry in dataclasses.fields(ModelArguments):
+        if entry.name == "attn_implementation":
+            continue
+        value = getattr(ModelArguments().to_config(), entry.name)
+        assert value == getattr(config, entry.name), entry.name
+
+
+def test_no_two_argument_groups_share_a_name_and_each_argument_has_a_help_text():
+    names = [entry.name for cls in ARGUMENT_CLASSES for entry in dataclasses.fields(cls)]
+    assert len(names) == len(set(names))
+    for cls in ARGUMENT_CLASSES:
+        for entry in dataclasses.fields(cls):
+            assert entry.metadata["help"].endswith("."), entry.name
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "--ema_momentum" in text
+    assert "default: 0.996" in text
+
+
+MISTAKES = [
+    (["digits", "--lerning_rate", "1"], "'--lerning_rate' is no flag .* '--learning_rate'"),
+    (["digits", "--learning_rate", "1e-3", "--base_learning_rate", "1e-3"], "both are given"),
+    (["--dataset_name", "digits"], "neither is given"),
+    (["--learning_rate", "1e-3"], "dataset_name is not given"),
+    (["digits", "--mixed_precision", "fp16"], "mixed_precision='fp16'"),
+    (["digits", "--ema_momentum", "1.5"], "ema_momentum=1.5"),
+    (["digits", "--adam_beta2", "1"], "adam_beta2=1.0"),
+    (["digits", "--min_crop_scale", "0"], "min_crop_scale=0.0"),
+    (["digits", "--image_mean", "0.5"], "image_mean=.* has 1 values, but num_channels=3"),
+    (["digits", "--image_std", "0.5", "0", "0.5"], "image_std"),
+    (["digits", "--logging_steps", "0"], "logging_steps=0 must be at least 1"),
+    (["digits", "--num_train_epochs", "0"], "num_train_epochs=0"),
+    (["digits", "--weight_decay", "-1"], "weight_decay=-1"),
+    (["digits", "--max_grad_norm", "0"], "max_grad_norm=0"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES)
+def test_a_mistake_is_named_with_what_to_write_instead(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(argv)
+
+
+def test_an_unknown_recipe_and_an_unknown_recipe_key_name_the_nearest(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'digit' is neither shipped.*Did you mean 'digits'"):
+        parse_arguments(["digit"])
+    path = tmp_path / "bad.yaml"
+    path.write_text("dataset_nam: digits\n")
+    with pytest.raises(ValueError, match="'dataset_nam', which is no argument; did you mean 'dataset_name'"):
+        parse_arguments([str(path)])
+    path.write_text("model: {width: 3}\n")
+    with pytest.raises(ValueError, match="flat mapping"):
+        parse_arguments([str(path)])
+
+
+def test_a_bad_geometry_is_refused_when_the_config_is_made():
+    model, _, _ = parse_arguments(["digits", "--image_size", "30"])
+    with pytest.raises(ValueError, match="image_size=30"):
+        model.to_config()
+    assert "image_size" in argument_names()

@@ -1,0 +1,415 @@
+"""The model: equal to the stock encoder where it should be, right in what it adds, and a transformers model in all else."""
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from tiny import scrambled_model, tiny_batch, tiny_config, tiny_model
+from torch import nn
+
+from ijepa_hf import IJepaConfig, IJepaForPretraining, IJepaModel
+from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, from_file_name, gather_patches, sincos_position_table, to_file_name
+
+
+def stock_twin(model: IJepaModel, backend: str) -> transformers.IJepaModel:
+    """The stock class with the same weights."""
+    fields = {name: getattr(model.config, name) for name in transformers.IJepaConfig.__dataclass_fields__}
+    stock = transformers.IJepaModel(transformers.IJepaConfig(**fields, attn_implementation=backend))
+    stock.load_state_dict(model.state_dict())
+    return stock.to(model.dtype).eval()
+
+
+# -- against the stock class -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_size", [32, [32, 64]])
+def test_encoder_without_indices_equals_the_stock_model_bit_for_bit(backend, dtype, image_size):
+    model = scrambled_model(image_size=image_size).target_encoder.to(dtype)
+    model.set_attn_implementation(backend)
+    pixels = tiny_batch(model.config)["pixel_values"].to(dtype)
+    with torch.no_grad():
+        ours, stock = model(pixels), stock_twin(model, backend)(pixels)
+    assert torch.equal(ours.last_hidden_state, stock.last_hidden_state)
+
+
+def test_interpolated_position_table_equals_the_stock_models_and_serves_rectangular_grids():
+    model = scrambled_model().target_encoder
+    larger = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        ours = model(larger, interpolate_pos_encoding=True).last_hidden_state
+        stock = stock_twin(model, "sdpa")(larger, interpolate_pos_encoding=True).last_hidden_state
+        wide = model(torch.randn(2, 3, 16, 64), interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(ours, stock)
+    assert wide.shape == (2, 4 * 16, 32)
+
+
+def test_an_image_of_another_size_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="48x32 pixels, the model was made for 32x32.*interpolate_pos_encoding"):
+        tiny_model().target_encoder(torch.randn(1, 3, 48, 32))
+
+
+def test_encoder_adds_no_parameter_to_the_stock_one():
+    ours, stock = IJepaModel(tiny_config()), transformers.IJepaModel(transformers.IJepaConfig())
+    assert {name for name, _ in ours.named_parameters()} | {"embeddings.position_embeddings"} == {
+        name.replace("layers.2.", "layers.0.") for name, _ in stock.named_parameters() if "layers." not in name
+    } | {name for name, _ in ours.named_parameters() if "layers." in name}
+    assert set(ours.state_dict()) == {
+        name for name in stock.state_dict() if "layers." not in name or name.split(".")[1] in "01"
+    }
+
+
+# -- what enters the encoder -----------------------------------------------------------------------------------------
+
+
+def test_encoder_with_indices_is_the_stock_layers_on_those_rows():
+    model = scrambled_model().context_encoder
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        rows = model.embeddings.patch_embeddings(batch["pixel_values"]) + model.embeddings.position_embeddings
+        hidden = torch.stack([row[index] for row, index in zip(rows, batch["context_indices"], strict=True)])
+        for layer in model.layers:
+            hidden = layer(hidden, None)
+        expected = model.layernorm(hidden)
+        actual = model(batch["pixel_values"], context_indices=batch["context_indices"]).last_hidden_state
+    assert torch.equal(actual, expected)
+
+
+def test_context_sets_are_encoded_as_if_each_were_alone():
+    model = scrambled_model(num_context_sets=3).eval()
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        together = model(**batch)
+        for number in range(3):
+            alone = model(batch["pixel_values"], batch["context_indices"][:, number], batch["target_indices"])
+            torch.testing.assert_close(together.predictions[:, number], alone.predictions, atol=1e-6, rtol=0)
+            assert torch.equal(together.targets, alone.targets)
+        losses = [
+            model(batch["pixel_values"], batch["context_indices"][:, number], batch["target_indices"]).loss
+            for number in range(3)
+        ]
+    assert together.loss.item() == pytest.approx(float(torch.stack(losses).mean()), abs=1e-6)
+
+
+def test_gather_patches_picks_rows_of_any_index_shape():
+    features = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
+    indices = torch.tensor([[[0, 4], [2, 2]], [[1, 3], [4, 0]]])
+    expected = torch.stack([features[b][indices[b]] for b in range(2)])
+    assert torch.equal(gather_patches(features, indices), expected)
+
+
+def test_position_table_of_a_rectangular_grid_encodes_columns_first_then_rows():
+    table = sincos_position_table(8, (2, 3))[0]
+    for row in range(2):
+        for column in range(3):
+            angles = [column, column / 100], [row, row / 100]  # frequencies 1 and 10000^(-1/2)
+            expected = [f(a) for axis in angles for f in (math.sin, math.cos) for a in axis]
+            torch.testing.assert_close(table[row * 3 + column], torch.tensor(expected), atol=1e-7, rtol=0)
+
+
+# -- loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_means_over_everything_of_their_closed_forms():
+    model = tiny_model()
+    predictions, targets = torch.randn(2, 4, 5, 32) * 2, torch.randn(2, 4, 5, 32)
+    difference = (predictions - targets).abs()
+    smooth = torch.where(difference < 1, difference**2 / 2, difference - 0.5).mean()
+    assert float(model.compute_loss(predictions, targets)) == pytest.approx(float(smooth), rel=1e-6)
+    model.config.loss_type = "mse"
+    per_block = difference.pow(2).sum((2, 3))  # the paper's figure: P*D times ours
+    assert float(model.compute_loss(predictions, targets)) == pytest.approx(float(per_block.mean()) / (5 * 32), rel=1e-6)
+
+
+def test_targets_are_layer_normalised_without_affine_unless_switched_off():
+    model = scrambled_model()
+    batch = tiny_batch(model.config)
+    raw = gather_patches(model.target_encoder(batch["pixel_values"]).last_hidden_state, batch["target_indices"])
+    centred = raw - raw.mean(-1, keepdim=True)
+    expected = centred / (raw.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(model(**batch).targets, expected.detach(), atol=1e-6, rtol=0)
+    model.config.normalize_targets = False
+    torch.testing.assert_close(model(**batch).targets, raw.detach(), atol=1e-6, rtol=0)
+
+
+def test_without_loss_there_are_still_predictions():
+    output = tiny_model()(**tiny_batch(tiny_config()), return_loss=False)
+    assert output.loss is None
+    assert output.predictions.shape == output.targets.shape
+
+
+# -- drawing its own masks -------------------------------------------------------------------------------------------
+
+
+def test_one_line_on_a_batch_works_and_is_governed_by_torchs_seed():
+    model = tiny_model()
+    pixels = tiny_batch(model.config)["pixel_values"]
+    torch.manual_seed(5)
+    first = model(pixels)
+    torch.manual_seed(5)
+    second = model(pixels)
+    third = model(pixels)
+    first.loss.backward()
+    assert torch.equal(first.context_indices, second.context_indices)
+    assert first.loss.item() == second.loss.item()
+    assert not torch.equal(first.context_indices, third.context_indices)
+    assert first.context_indices.shape == (4, 16)
+    assert model.predictor.mask_token.grad.abs().sum() > 0
+
+
+# -- initial weights -------------------------------------------------------------------------------------------------
+
+
+def test_initial_weights_are_the_stated_ones():
+    model = tiny_model(hidden_size=64, intermediate_size=256, predictor_hidden_size=64)
+    conv = model.context_encoder.embeddings.patch_embeddings.projection
+    assert float(conv.weight.detach().std()) == pytest.approx(1 / math.sqrt(48), rel=0.1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "layernorm" in name:
+            assert bool((parameter == 1).all()), name
+        elif "projection" not in name:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.25), name
+
+
+def test_published_patch_init_std_is_used_where_it_is_set():
+    conv = tiny_model(patch_init_std=0.02).context_encoder.embeddings.patch_embeddings.projection
+    assert float(conv.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_target_encoder_starts_as_a_copy_of_the_context_encoder():
+    model = tiny_model()
+    for one, other in zip(model.ijepa.parameters(), model.context_encoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one is not other
+
+
+# -- as any transformers model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"num_channels": 1}, {"num_channels": 12}, {"image_size": [24, 40], "patch_size": [4, 8]}])
+def test_any_number_of_channels_and_rectangular_images_and_patches_train(changes):
+    model = tiny_model(**changes)
+    output = model(**tiny_batch(model.config))
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert model.context_encoder.embeddings.patch_embeddings.projection.weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_in_encoder_and_predictor():
+    plain, saving = scrambled_model().train(), scrambled_model().train()
+    enable_gradient_checkpointing(saving)
+    assert all(layer.gradient_checkpointing for layer in (*saving.context_encoder.layers, *saving.predictor.layers))
+    batch = tiny_batch(plain.config)
+    for model in (plain, saving):
+        model(**batch).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        if one.grad is not None:
+            assert torch.equal(one.grad, other.grad), name
+
+
+def test_backends_agree_and_switching_reaches_every_part():
+    model = scrambled_model()
+    batch = tiny_batch(model.config)
+    losses = {}
+    for backend in ("sdpa", "eager"):
+        model.set_attn_implementation(backend)
+        for part in (model, model.ijepa, model.context_encoder, model.predictor):
+            assert part.config._attn_implementation == backend
+        losses[backend] = model(**batch).loss.item()
+    assert losses["sdpa"] == pytest.approx(losses["eager"], abs=1e-6)
+
+
+def test_hidden_states_and_attentions_are_the_context_encoders():
+    model = scrambled_model()
+    batch = tiny_batch(model.config)
+    with pytest.raises(ValueError, match="output_attentions=True: the attention backend 'sdpa' computes no attention maps.*eager"):
+        model(**batch, output_attentions=True)
+    model.set_attn_implementation("eager")
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in output.hidden_states] == [(4, 16, 32)] * 3
+    assert [map_.shape for map_ in output.attentions] == [(4, 2, 16, 16)] * 2
+    torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(4, 2, 16))
+
+
+def test_return_dict_false_gives_the_same_values_as_a_tuple():
+    model = scrambled_model()
+    batch = tiny_batch(model.config)
+    named, plain = model(**batch), model(**batch, return_dict=False)
+    assert isinstance(plain, tuple)
+    assert plain[0].item() == named.loss.item()
+    assert torch.equal(plain[1], named.predictions)
+    assert isinstance(model.target_encoder(batch["pixel_values"], return_dict=False), tuple)
+
+
+def test_bfloat16_weights_give_nearly_the_same_loss_and_keep_the_position_tables_in_float32(tmp_path):
+    model = scrambled_model()
+    model.save_pretrained(tmp_path)
+    half = IJepaForPretraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.predictor.embed.weight.dtype == torch.bfloat16
+    for part in (half.ijepa.embeddings, half.context_encoder.embeddings, half.predictor):
+        assert part.position_embeddings.dtype == torch.float32
+    batch = tiny_batch(model.config)
+    output = half(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()})
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(model(**batch).loss.item(), rel=0.02)
+
+
+def test_autocast_to_bfloat16_trains():
+    model = scrambled_model().train()
+    batch = tiny_batch(model.config)
+    reference = model(**batch).loss.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(reference, rel=0.02)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_compiles_without_graph_breaks_in_the_encoder():
+    model = scrambled_model().target_encoder
+    pixels = tiny_batch(model.config)["pixel_values"]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixels).last_hidden_state, model(pixels).last_hidden_state)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_saved_model_loads_with_equal_weights_and_a_frozen_target(tmp_path):
+    model = scrambled_model()
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        IJepaForPretraining.from_pretrained(tmp_path),
+        IJepaForPretraining.from_pretrained(tmp_path, device_map="cpu"),
+        transformers.AutoModelForPreTraining.from_pretrained(tmp_path),
+    ):
+        assert type(loaded) is IJepaForPretraining
+        assert_same_weights(loaded, model)
+        assert not any(parameter.requires_grad for parameter in loaded.ijepa.parameters())
+        assert all(parameter.requires_grad for parameter in loaded.context_encoder.parameters())
+
+
+def test_overrides_and_loading_info_work_as_in_transformers(tmp_path):
+    scrambled_model().save_pretrained(tmp_path)
+    model, info = IJepaForPretraining.from_pretrained(
+        tmp_path, loss_type="mse", attn_implementation="eager", output_loading_info=True
+    )
+    assert (model.config.loss_type, model.predictor.config._attn_implementation) == ("mse", "eager")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not any(parameter.requires_grad for parameter in model.ijepa.parameters())
+
+
+def test_an_encoder_only_folder_starts_both_encoders_and_says_that_the_predictor_is_new(tmp_path, caplog):
+    encoder = scrambled_model().target_encoder
+    encoder.save_pretrained(tmp_path)
+    transformers.utils.logging.get_logger("transformers").propagate = True
+    try:
+        model = IJepaForPretraining.from_pretrained(tmp_path)
+    finally:
+        transformers.utils.logging.get_logger("transformers").propagate = False
+    assert "the predictor is new" in caplog.text
+    assert_same_weights(model.ijepa, encoder)
+    assert_same_weights(model.context_encoder, encoder)
+    assert float(model.predictor.embed.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+    assert not any(parameter.requires_grad for parameter in model.ijepa.parameters())
+
+
+def test_a_stock_encoders_folder_starts_a_model_too(tmp_path):
+    torch.manual_seed(0)
+    stock = transformers.IJepaModel(
+        transformers.IJepaConfig(
+            image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+    )
+    stock.save_pretrained(tmp_path)
+    model = IJepaForPretraining.from_pretrained(tmp_path, predictor_hidden_size=16, predictor_num_hidden_layers=1)
+    for name, value in stock.state_dict().items():
+        assert torch.equal(model.context_encoder.state_dict()[name], value), name
+    assert model.predictor.config.hidden_size == 16
+
+
+def test_the_stock_class_reads_the_encoder_out_of_a_full_model_file(tmp_path):
+    model = scrambled_model()
+    model.save_pretrained(tmp_path)
+    encoder = IJepaModel.from_pretrained(tmp_path)
+    assert_same_weights(encoder, model.target_encoder)
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        IJepaForPretraining.from_pretrained(str(tmp_path / "nowhere"))
+
+
+def test_file_names_translate_back_and_forth_without_clashes():
+    names = list(tiny_model().state_dict())
+    files = [to_file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert [from_file_name(name) for name in files] == names
+    assert [from_file_name(name) for name in names] == names
+
+
+def test_a_state_dict_with_file_names_loads_without_strictness_losing_a_tensor():
+    source, target = scrambled_model(0), scrambled_model(7)
+    result = target.load_state_dict(
+        {to_file_name(name): value for name, value in source.state_dict().items()}, strict=False
+    )
+    assert not result.missing_keys
+    assert_same_weights(source, target)
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["encoder", "pretraining"])
+def test_integer_pixels_are_refused(call):
+    model = tiny_model()
+    pixels = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"dtype torch.uint8; the model needs normalised floats"):
+        (model if call == "pretraining" else model.target_encoder)(pixels)
+
+
+def test_indices_of_a_wrong_kind_are_refused():
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    pixels, context, target = batch.values()
+    for arguments, message in (
+        ((pixels, context), "context_indices were given without target_indices"),
+        ((pixels, None, target), "target_indices were given without context_indices"),
+        ((pixels, context.int(), target), "context_indices have dtype torch.int32"),
+        ((pixels, torch.ones(4, 64, dtype=torch.bool), target), "a boolean mask is turned into positions"),
+        ((pixels, context[:2], target), r"context_indices have shape \[2, 16\]; for 4 images"),
+        ((pixels, context, target[:, 0]), r"target_indices have shape .* \[B, M, P\]"),
+        ((pixels, context[:, :0], target), "not empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
+    with pytest.raises(ValueError, match="bool_masked_pos is not used"):
+        model.target_encoder(pixels, bool_masked_pos=torch.zeros(4, 64))
+
+
+def test_momentum_outside_zero_and_one_is_refused():
+    for momentum in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="momentum="):
+            tiny_model().update_target_encoder(momentum)
+
+
+def test_a_model_can_be_copied_and_pickled_free_of_hooks():
+    model = scrambled_model()
+    twin = copy.deepcopy(model)
+    assert_same_weights(model, twin)
+    assert isinstance(twin.config, IJepaConfig)

@@ -1,0 +1,113 @@
+"""The report: scores that can be checked, rows that keep it honest, and texts that say what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import scrambled_model, tiny_config, tiny_run
+
+from ijepa_hf.arguments import DataArguments
+from ijepa_hf.evaluation.knn import knn_accuracy
+from ijepa_hf.report import load_evaluation_sets, read_metrics, render_report, score_encoder
+
+DIGITS = {"dataset_name": "digits", "eval_split_name": "test", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("run") / "digits-tiny", eval_split_name="test", max_eval_samples=80)
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def test_rows_are_the_trained_encoder_both_untrained_ones_and_raw_pixels(report):
+    assert [row["features"] for row in report["scores"]] == [
+        "trained encoder",
+        "untrained, patch_init_std 1/sqrt(inputs)",
+        "untrained, patch_init_std 0.02",
+        "raw pixels",
+    ]
+    for row in report["scores"]:
+        assert 0 <= row["knn"] <= 1
+        assert 0 <= row["linear"] <= 1
+        assert row["rankme"] >= 1
+
+
+def test_raw_pixel_and_encoder_scores_are_those_of_features_computed_by_hand():
+    evaluation = load_evaluation_sets(DataArguments(**DIGITS, max_eval_samples=200), tiny_config())
+    model = scrambled_model()
+    rows = {row["features"]: row for row in score_encoder(model, evaluation, [0.5] * 3, [0.5] * 3, seed=0)}
+    parts = []
+    for images in (evaluation.train, evaluation.test):
+        arrays = np.stack([np.asarray(images[index], dtype=np.float32) for index in range(len(images))])
+        parts.append((arrays / 255 - 0.5) / 0.5)
+    labels = evaluation.train_labels, evaluation.test_labels
+    flat = [part.transpose(0, 3, 1, 2).reshape(len(part), -1) for part in parts]
+    assert rows["raw pixels"]["knn"] == knn_accuracy(flat[0], labels[0], flat[1], labels[1], k=20)
+    with torch.no_grad():
+        encoded = [
+            model.target_encoder(torch.from_numpy(part).permute(0, 3, 1, 2)).last_hidden_state.mean(1).numpy()
+            for part in parts
+        ]
+    assert rows["trained encoder"]["knn"] == pytest.approx(
+        knn_accuracy(encoded[0], labels[0], encoded[1], labels[1], k=20), abs=0.006
+    )
+
+
+def test_an_untrained_model_scores_as_the_untrained_row_says():
+    from ijepa_hf.modeling_ijepa import new_model
+
+    evaluation = load_evaluation_sets(DataArguments(**DIGITS, max_eval_samples=150), tiny_config())
+    rows = score_encoder(new_model(tiny_config(), 4), evaluation, [0.5] * 3, [0.5] * 3, seed=4)
+    assert {**rows[0], "features": ""} == {**rows[1], "features": ""}
+
+
+def test_the_text_names_scores_winners_pictures_and_three_lines_that_load_it(run, report):
+    text = render_report(run)
+    for row in report["scores"]:
+        assert f"{100 * row['knn']:.1f}" in text
+    raw, trained = report["scores"][-1], report["scores"][0]
+    assert ("Raw pixels win" in text) == (raw["knn"] > trained["knn"] or raw["linear"] > trained["linear"])
+    assert str(run / "figures" / "masks.png") in text
+    assert str(run / "figures" / "curves.png") in text
+    lines = [line.strip() for line in text.splitlines()[-3:]]
+    from PIL import Image
+
+    names = {"image": Image.new("RGB", (40, 40))}
+    exec("\n".join(lines), names)
+    assert names["features"].shape == (1, 32)
+
+
+def test_the_card_has_valid_metadata_and_the_runs_numbers(run, report):
+    card = (run / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "image-feature-extraction"
+    assert "# digits-tiny" in body
+    assert f"{report['loss_last']:.4f}" in body
+    assert f"| trained encoder | {100 * report['scores'][0]['knn']:.1f} |" in body
+    assert "max_train_steps: 6" in body
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_an_evaluation_split_without_labels_is_refused_with_the_columns(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / split / "a.png")
+    data = DataArguments(dataset_name=str(tmp_path), eval_split_name="test")
+    with pytest.raises(ValueError, match="no label column; its columns are image"):
+        load_evaluation_sets(data, tiny_config())
+    assert load_evaluation_sets(DataArguments(dataset_name=str(tmp_path)), tiny_config()) is None

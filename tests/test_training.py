@@ -1,0 +1,255 @@
+"""The loop: groups, plan, log, folder, and every mistake found before work starts."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import final_weights, logged, scrambled_model, tiny_batch, tiny_config, tiny_run
+
+from ijepa_hf import training
+from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.checkpointing import find_latest
+from ijepa_hf.export import exported_step
+from ijepa_hf.training import (
+    NonFiniteLossError,
+    StepValues,
+    make_optimizer,
+    make_plan,
+    training_step,
+    values_at,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("run") / "run")
+
+
+# -- plan and optimiser ----------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_is_kept_from_biases_and_vectors_and_not_from_the_mask_token():
+    model = scrambled_model()
+    decayed, plain = make_optimizer(model, PretrainingArguments(learning_rate=1e-3)).param_groups
+    names = dict(model.named_parameters())
+    assert all(names[name].ndim > 1 and not name.endswith("bias") for name in decayed["param_names"])
+    assert all(names[name].ndim == 1 for name in plain["param_names"])
+    assert "predictor.mask_token" in decayed["param_names"]
+    assert plain["weight_decay"] == 0.0
+    training_step(
+        Accelerator(cpu=True), model, model, make_optimizer(model, PretrainingArguments(learning_rate=1e-3)),
+        [tiny_batch(model.config)], StepValues(1e-3, 0.3, 0.9),
+    )  # fmt: skip
+
+
+def test_scheduled_values_reach_the_right_groups():
+    model = scrambled_model().train()
+    optimizer = make_optimizer(model, PretrainingArguments(learning_rate=1e-3))
+    training_step(Accelerator(cpu=True), model, model, optimizer, [tiny_batch(model.config)], StepValues(0.01, 0.3, 0.9))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+def test_plan_counts_steps_warm_up_and_schedules():
+    run = PretrainingArguments(
+        base_learning_rate=1e-3,
+        num_train_epochs=10,
+        warmup_epochs=2.5,
+        schedule_scale=1.25,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+    )
+    plan = make_plan(run, num_samples=1000, num_ranks=4)
+    assert (plan.global_batch_size, plan.steps_per_epoch, plan.num_steps) == (64, 15, 150)
+    assert (plan.warmup_steps, plan.schedule_steps, plan.momentum_steps) == (37, 187, 187.5)
+    assert plan.learning_rate == pytest.approx(1e-3 * 64 / 256)
+    run.max_train_steps = 40
+    assert make_plan(run, 1000, 4).num_steps == 40
+    run.max_train_steps = 37
+    with pytest.raises(ValueError, match=r"warmup_epochs=2.5 are 37 steps, but the run has only 37; use --warmup_epochs"):
+        make_plan(run, 1000, 4)
+
+
+def test_values_rise_through_the_warm_up_and_momentum_starts_at_its_first_value():
+    run = PretrainingArguments(learning_rate=1.0, start_learning_rate=0.2, warmup_epochs=1, per_device_train_batch_size=10)
+    plan = make_plan(run, num_samples=100, num_ranks=1)
+    assert values_at(0, run, plan).learning_rate == pytest.approx(0.2 + 0.8 / 10)
+    assert values_at(9, run, plan).learning_rate == pytest.approx(1.0)
+    assert values_at(0, run, plan).ema_momentum == 0.996
+
+
+def test_clipping_limits_the_step_and_the_logged_norms_are_those_before_it():
+    results = {}
+    for limit in (None, 1e-3):
+        model = scrambled_model().train()
+        optimizer = make_optimizer(model, PretrainingArguments(learning_rate=1e-3))
+        result = training_step(
+            Accelerator(cpu=True), model, model, optimizer, [tiny_batch(model.config)], StepValues(1e-3, 0.0, 0.9),
+            max_grad_norm=limit,
+        )  # fmt: skip
+        total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        results[limit] = (result.grad_norm_encoder, result.grad_norm_predictor, float(total))
+    assert results[None][:2] == results[1e-3][:2]
+    assert results[None][2] == pytest.approx((results[None][0] ** 2 + results[None][1] ** 2) ** 0.5, rel=1e-5)
+    assert results[1e-3][2] == pytest.approx(1e-3, rel=1e-3)
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_behind_what_the_documents_say(run):
+    entries = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "metrics.jsonl"}
+    expected |= {"run.json", "report.json", "pretraining/config.json", "pretraining/model.safetensors"}
+    expected |= {"figures/masks.png", "figures/curves.png"}
+    expected |= {
+        f"checkpoint-{step}/{name}"
+        for step in (4, 6)
+        for name in ("checkpoint.json", "model.safetensors", "optimizer.safetensors")
+    }
+    assert entries == expected
+    assert exported_step(run) == 6
+
+
+def test_metrics_have_a_line_each_with_every_promised_number(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    promised = {"step", "epoch", "loss", "learning_rate", "weight_decay", "ema_momentum", "grad_norm_encoder"}
+    promised |= {"grad_norm_predictor", "images_per_second", "data_wait_share", "target_std", "target_rankme"}
+    for row in rows:
+        assert set(row) == promised
+        assert 0 <= row["data_wait_share"] <= 1
+        assert 1 <= row["target_rankme"] <= 32
+    assert rows[0]["loss"] != rows[-1]["loss"]
+
+
+def test_logging_steps_thin_the_log_but_keep_first_and_last(tmp_path):
+    run = tiny_run(tmp_path / "run", logging_steps=4)
+    assert [step for (step,) in logged(run, "step")] == [1, 4, 6]
+
+
+def test_a_finished_run_prints_its_report_again_and_does_nothing_else(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    tiny_run(run, resume_from_checkpoint="latest")
+    text = capsys.readouterr().out
+    assert "holds this run, finished" in text
+    assert "loss" in text
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_bfloat16_and_gradient_checkpointing_train_to_nearly_the_same_loss(run, tmp_path):
+    reference = logged(run, "loss")[-1][0]
+    half = tiny_run(tmp_path / "half", mixed_precision="bf16", attn_implementation="eager")
+    assert logged(half, "loss")[-1][0] == pytest.approx(reference, rel=0.05)
+    saving = tiny_run(tmp_path / "saving", gradient_checkpointing="true")
+    assert all(torch.equal(value, final_weights(run)[name]) for name, value in final_weights(saving).items())
+
+
+def test_an_export_cut_short_is_written_again_from_the_checkpoint(tmp_path):
+    run = tiny_run(tmp_path / "run")
+    expected = final_weights(run)
+    (run / "report.json").unlink()
+    (run / "pretraining" / "model.safetensors").write_bytes(b"half")
+    tiny_run(run, resume_from_checkpoint="latest")
+    assert exported_step(run) == 6
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(run).items())
+
+
+def test_latest_on_an_empty_folder_starts_at_the_beginning_and_says_so(tmp_path, caplog):
+    run = tiny_run(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=4)
+    assert "holds no checkpoint; starting at step 0" in caplog.text
+    assert [step for (step,) in logged(run, "step")] == [1, 2, 3, 4]
+
+
+def test_overwriting_deletes_the_other_run_and_nothing_else(tmp_path):
+    run = tiny_run(tmp_path / "run")
+    (run / "mine.txt").write_text("precious")
+    tiny_run(run, max_train_steps=2, overwrite_output_dir="true")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert (run / "mine.txt").read_text() == "precious"
+    assert [step for (step,) in logged(run, "step")] == [1, 2]
+
+
+class FailingTracker:
+    name = "failing"
+
+    def log(self, values, step):
+        raise OSError("the network is down")
+
+
+def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *_: setattr(self, "trackers", [FailingTracker()]))
+    monkeypatch.setattr(training, "_make_accelerator", lambda *_: Accelerator(cpu=True))
+    run = tiny_run(tmp_path / "run", report_to="tensorboard")
+    assert len(logged(run, "step")) == 6
+    assert caplog.text.count("tracker failing failed at step 1 and is dropped: the network is down") == 1
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"image_size": 30}, "image_size=30"),
+    ({"context_keep_ratio": 0.95}, "context_keep_ratio"),
+    ({"per_device_train_batch_size": 65}, "64 images, fewer than one global batch of 65"),
+    ({"image_column_name": "photo"}, "image_column_name='photo' is no column .*'image'"),
+    ({"train_split_name": "validation"}, "no split 'validation'"),
+    ({"eval_split_name": "validation"}, "no split 'validation'"),
+    ({"warmup_epochs": 1}, "warmup_epochs=1 are 8 steps, but the run has only 6"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_a_mistake_is_found_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_checkpoint_and_another_models_checkpoint_are_refused(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        tiny_run(tmp_path / "run", resume_from_checkpoint=tmp_path / "checkpoint-9")
+    with pytest.raises(ValueError, match="another model's: hidden_size is 32 there, 48 here"):
+        tiny_run(tmp_path / "run", hidden_size=48, resume_from_checkpoint=run / "checkpoint-4")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_of_something_else_or_of_this_run_unfinished_is_refused(run, tmp_path):
+    before = final_weights(run)
+    with pytest.raises(ValueError, match=r"holds another run: seed is 0 there, 1 here.*--overwrite_output_dir"):
+        tiny_run(run, seed=1)
+    assert all(torch.equal(value, before[name]) for name, value in final_weights(run).items())
+    (tmp_path / "thesis.tex").write_text("precious")
+    for overwrite in ("false", "true"):
+        with pytest.raises(ValueError, match="is not empty and holds no run of ijepa-hf"):
+            tiny_run(tmp_path, overwrite_output_dir=overwrite)
+    other = tiny_run(tmp_path / "other", max_train_steps=4)
+    (other / "report.json").unlink()
+    with pytest.raises(ValueError, match=r"holds this run, unfinished\. Add --resume_from_checkpoint latest"):
+        tiny_run(other, max_train_steps=4)
+
+
+def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    whole = training.training_step
+
+    def spoil(accelerator, prepared, model, optimizer, micro_batches, values, **kwargs):
+        if float(values.ema_momentum) > 0.998:  # from the fifth of six steps on
+            micro_batches[0]["pixel_values"][0, 0, 0, 0] = float("nan")
+        return whole(accelerator, prepared, model, optimizer, micro_batches, values, **kwargs)
+
+    monkeypatch.setattr(training, "training_step", spoil)
+    flags = {"ema_momentum": 0.996, "checkpointing_steps": 2}
+    with pytest.raises(NonFiniteLossError, match=r"stopped at step 5: the loss is nan .*checkpoint-4.*--learning_rate"):
+        tiny_run(tmp_path / "run", **flags)
+    checkpoint = find_latest(tmp_path / "run")
+    assert checkpoint.step == 4
+    monkeypatch.undo()
+    resumed = tiny_run(tmp_path / "run", **flags, resume_from_checkpoint="latest")
+    clean = tiny_run(tmp_path / "clean", **flags)
+    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(resumed).items())
+
+
+def test_the_configuration_of_a_run_is_the_arguments_own(run):
+    config = json.loads((run / "pretraining" / "config.json").read_text())
+    assert config["hidden_size"] == tiny_config().hidden_size
+    assert config["architectures"] == ["IJepaForPretraining"]

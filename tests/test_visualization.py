@@ -1,0 +1,246 @@
+"""Pictures, read back from the PNG: the right patches gray, the right blocks coloured, the right curves."""
+
+import math
+from pathlib import Path
+
+import matplotlib.pyplot
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ijepa_hf.visualization import draw_curves_figure, draw_masks_figure
+
+GRAY = 204  # a hidden patch
+BLOCK_COLORS = [(230, 159, 0), (86, 180, 233)]  # of the first two target blocks
+
+
+def patch_centres(figure: Figure, png: Path, panel: int, grid: tuple[int, int]) -> np.ndarray:
+    """What the PNG shows at the middle of each patch of a panel, uint8 [rows, columns, 3]."""
+    pixels = np.asarray(Image.open(png).convert("RGB"))
+    box = figure.axes[panel].get_position()
+    height, width = pixels.shape[:2]
+    rows = [round(height * (1 - box.y1 + (r + 0.5) / grid[0] * box.height)) for r in range(grid[0])]
+    columns = [round(width * (box.x0 + (c + 0.5) / grid[1] * box.width)) for c in range(grid[1])]
+    return pixels[np.ix_(rows, columns)]
+
+
+def patches_of_one_colour(batch: int, channels: int, grid: tuple[int, int], patch: tuple[int, int], seed: int = 0):
+    """Images whose patches are each of one random colour; also these colours, [batch, rows, columns, channels]."""
+    colors = np.random.default_rng(seed).integers(0, 256, (batch, *grid, channels), dtype=np.uint8)
+    pixels = colors.repeat(patch[0], axis=1).repeat(patch[1], axis=2)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), colors
+
+
+def at(indices: list[int], grid: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(grid[0] * grid[1], dtype=bool)
+    mask[indices] = True
+    return mask.reshape(grid)
+
+
+@pytest.mark.parametrize("patch", [(4, 4), (3, 8), (16, 16)])
+def test_the_picture_shows_image_context_and_each_target_block(tmp_path, patch: tuple[int, int]):
+    grid = (3, 5)
+    images, colors = patches_of_one_colour(2, 3, grid, patch)
+    contexts = torch.tensor([[0, 1, 5], [4, 9, 14]])
+    targets = torch.tensor([[[6, 7, 11, 12], [2, 3, 7, 8]], [[0, 1, 5, 6], [1, 2, 6, 7]]])
+    figure = draw_masks_figure(images, contexts, targets, patch, tmp_path / "masks.png")
+    assert [axis.get_title() for axis in figure.axes[:4]] == ["image", "context", "target 1", "target 2"]
+    for row in range(2):
+        shown = [patch_centres(figure, tmp_path / "masks.png", 4 * row + panel, grid) for panel in range(4)]
+        np.testing.assert_array_equal(shown[0], colors[row])
+        visible = at(contexts[row].tolist(), grid)
+        np.testing.assert_array_equal(shown[1][visible], colors[row][visible])
+        assert (shown[1][~visible] == GRAY).all()
+        for number, color in enumerate(BLOCK_COLORS):
+            block = at(targets[row, number].tolist(), grid)
+            tinted = 0.75 * colors[row] + 0.25 * np.array(color)
+            assert np.abs(shown[2 + number][block] - tinted[block]).max() <= 1
+            faded = 0.2 * colors[row].mean(axis=-1, keepdims=True) + 0.8 * GRAY
+            assert np.abs(shown[2 + number][~block] - faded[~block]).max() <= 1
+
+
+def test_a_block_is_outlined_in_its_colour_and_nothing_else_is(tmp_path):
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    figure = draw_masks_figure(
+        images, torch.tensor([[0]]), torch.tensor([[[5, 6], [9, 13]]]), (8, 8), tmp_path / "m.png"
+    )
+    edges = {tuple(map(tuple, segment.tolist())) for segment in figure.axes[2].collections[0].get_segments()}
+    assert edges == {
+        *(((x, y), (x + 8, y)) for x in (8, 16) for y in (8, 16)),
+        *(((x, 8), (x, 16)) for x in (8, 24)),
+    }
+    pixels = np.asarray(Image.open(tmp_path / "m.png").convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    for panel, color in zip((2, 3), BLOCK_COLORS, strict=True):
+        box = figure.axes[panel].get_position()
+        part = pixels[:, round(width * box.x0) : round(width * box.x1)]
+        drawn = np.abs(part - np.array(color)).max(axis=-1) <= 2
+        assert drawn.sum() > 200
+        rows, columns = np.nonzero(drawn)
+        seen = [(rows.min() - height * (1 - box.y1)) / (height * box.height), columns.min() / part.shape[1]]
+        seen += [(rows.max() - height * (1 - box.y1)) / (height * box.height), columns.max() / part.shape[1]]
+        expected = [1 / 4, 1 / 4, 2 / 4, 3 / 4] if panel == 2 else [2 / 4, 1 / 4, 4 / 4, 2 / 4]
+        np.testing.assert_allclose(seen, expected, atol=0.02)
+
+
+def test_several_context_sets_get_a_panel_each(tmp_path):
+    grid = (2, 2)
+    images, colors = patches_of_one_colour(1, 3, grid, (8, 8))
+    figure = draw_masks_figure(
+        images, torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[0]]]), (8, 8), tmp_path / "masks.png"
+    )
+    assert [axis.get_title() for axis in figure.axes] == ["image", "context 1", "context 2", "target 1"]
+    for panel, visible in ((1, [0, 1]), (2, [2, 3])):
+        shown = patch_centres(figure, tmp_path / "masks.png", panel, grid)
+        np.testing.assert_array_equal(shown[at(visible, grid)], colors[0][at(visible, grid)])
+        assert (shown[~at(visible, grid)] == GRAY).all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "shown_channels"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (7, [0, 1, 2])]
+)
+def test_any_number_of_channels_can_be_shown(tmp_path, channels: int, shown_channels: list[int]):
+    grid = (2, 3)
+    images, colors = patches_of_one_colour(1, channels, grid, (6, 6))
+    figure = draw_masks_figure(images, torch.tensor([[0]]), torch.tensor([[[1]]]), (6, 6), tmp_path / "masks.png")
+    shown = patch_centres(figure, tmp_path / "masks.png", 0, grid)
+    np.testing.assert_array_equal(shown, colors[0][..., shown_channels])
+
+
+def test_floats_are_stretched_between_their_own_ends(tmp_path):
+    images = torch.tensor([[-2.0, 0.0], [1.0, 2.0]]).repeat_interleave(8, 0).repeat_interleave(8, 1)[None, None]
+    batch = torch.cat([images, torch.full_like(images, 3.0)])
+    indices = torch.zeros(2, 1, dtype=torch.int64)
+    figure = draw_masks_figure(batch, indices, indices[:, None], (8, 8), tmp_path / "masks.png")
+    shown = patch_centres(figure, tmp_path / "masks.png", 0, (2, 2))[..., 0]
+    np.testing.assert_allclose(shown, [[0, 127.5], [191.25, 255]], atol=1)
+    constant = patch_centres(figure, tmp_path / "masks.png", 3, (2, 2))
+    assert np.abs(constant - 127.5).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(3, 8, 8)}, r"images of shape \(3, 8, 8\)"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, "B at least 1"),
+        ({"target_indices": torch.zeros(1, 2, dtype=torch.int64)}, r"target_indices of shape \(1, 2\)"),
+        ({"context_indices": torch.zeros(2, 1, dtype=torch.int64)}, "1 images, 2 rows of context_indices and 1 rows"),
+        ({"patch_size": (3, 4)}, r"patch_size=\(3, 4\) must divide the images, which are 8 x 8"),
+        ({"context_indices": torch.tensor([[4]])}, "context_indices run from 4 to 4, but .* positions 0 to 3"),
+        ({"target_indices": torch.tensor([[[-1]]])}, "target_indices run from -1 to -1"),
+    ],
+)
+def test_masks_that_do_not_belong_to_the_images_are_refused(tmp_path, change: dict, message: str):
+    arguments = {
+        "images": torch.zeros(1, 3, 8, 8),
+        "context_indices": torch.tensor([[0]]),
+        "target_indices": torch.tensor([[[1]]]),
+        "patch_size": (4, 4),
+        "path": tmp_path / "masks.png",
+    }
+    with pytest.raises(ValueError, match=message):
+        draw_masks_figure(**{**arguments, **change})
+    assert not (tmp_path / "masks.png").exists()
+
+
+def metrics(steps: int = 20) -> list[dict]:
+    return [
+        {
+            "step": 10 * t + 1,
+            "epoch": t / 4,
+            "loss": math.exp(-t / 9),
+            "learning_rate": 1e-3 * t / steps,
+            "weight_decay": 0.04 + 0.01 * t,
+            "ema_momentum": 0.996 + 2e-4 * t,
+            "target_rankme": 10.0 + t,
+            "target_std": 0.5,
+            "grad_norm": 1.0 + t % 3,
+            "images_per_second": 500.0,
+        }
+        for t in range(steps)
+    ]
+
+
+def test_each_number_is_drawn_in_a_panel_with_title_and_unit(tmp_path):
+    rows = metrics()
+    figure = draw_curves_figure(rows, tmp_path / "curves.png")
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    names = {
+        "Loss": "loss",
+        "RankMe of the targets": "target_rankme",
+        "Std of the targets": "target_std",
+        "Gradient norm": "grad_norm",
+        "Learning rate": "learning_rate",
+        "Weight decay": "weight_decay",
+        "EMA momentum": "ema_momentum",
+        "Throughput": "images_per_second",
+    }
+    assert list(panels) == list(names)
+    for title, axis in panels.items():
+        (line,) = axis.lines
+        assert line.get_xdata().tolist() == [row["step"] for row in rows]
+        assert line.get_ydata().tolist() == [row[names[title]] for row in rows]
+        assert axis.get_xlabel() == "optimiser step"
+        assert axis.get_ylabel()
+    assert panels["Throughput"].get_ylabel() == "images per second"
+
+
+def test_the_curve_is_on_the_paper_where_its_values_are(tmp_path):
+    rows = [{"step": t, "loss": value} for t, value in [(0, 0.0), (100, 1.0)]]
+    figure = draw_curves_figure(rows, tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+    rows_drawn, columns_drawn = np.nonzero(np.abs(pixels - np.array([0, 114, 178])).max(axis=-1) <= 2)
+    box = figure.axes[0].get_position()
+    left, right = pixels.shape[1] * box.x0, pixels.shape[1] * box.x1
+    top, bottom = pixels.shape[0] * (1 - box.y1), pixels.shape[0] * (1 - box.y0)
+    assert left < columns_drawn.min() < left + 0.1 * (right - left)
+    assert right - 0.1 * (right - left) < columns_drawn.max() < right
+    first, last = columns_drawn.argmin(), columns_drawn.argmax()
+    assert bottom - 0.1 * (bottom - top) < rows_drawn[first] < bottom  # starts low
+    assert top < rows_drawn[last] < top + 0.1 * (bottom - top)  # ends high
+
+
+def test_missing_numbers_leave_gaps_and_missing_names_no_panel(tmp_path):
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None, "target_rankme": 7}, {"step": 3, "loss": 0.25}]
+    figure = draw_curves_figure(rows, tmp_path / "curves.png")
+    panels = {axis.get_title(loc="left"): axis.lines[0].get_ydata() for axis in figure.axes}
+    np.testing.assert_array_equal(panels["Loss"], [0.5, np.nan, 0.25])
+    np.testing.assert_array_equal(panels["RankMe of the targets"], [np.nan, 7, np.nan])
+    assert len(panels) == 2
+
+
+def test_gradient_norms_of_encoder_and_predictor_share_a_panel_with_a_legend(tmp_path):
+    rows = [{"step": t, "grad_norm_encoder": 1.0 + t, "grad_norm_predictor": 2.0} for t in range(3)]
+    (axis,) = draw_curves_figure(rows, tmp_path / "curves.png").axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["context encoder", "predictor"]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[1, 2, 3], [2, 2, 2]]
+
+
+def test_a_single_logged_value_is_visible(tmp_path):
+    draw_curves_figure([{"step": 1, "loss": 0.5}, {"step": 2}], tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+    assert (np.abs(pixels - np.array([0, 114, 178])).max(axis=-1) <= 2).sum() > 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "non-empty list of dicts"),
+        ([{"loss": 1.0}], "each have a 'step'"),
+        ([{"step": 1, "accuracy": 1.0}], r"\['accuracy', 'step'\], and none of what can be drawn: \['loss'"),
+    ],
+)
+def test_rows_without_anything_to_draw_are_refused(tmp_path, rows: list[dict], message: str):
+    with pytest.raises(ValueError, match=message):
+        draw_curves_figure(rows, tmp_path / "curves.png")
+
+
+def test_pyplot_is_not_touched_and_a_missing_folder_is_named(tmp_path):
+    draw_curves_figure([{"step": 1, "loss": 1.0}], str(tmp_path / "curves.png"))
+    indices = torch.tensor([[0]])
+    draw_masks_figure(torch.zeros(1, 1, 8, 8), indices, indices[None], (8, 8), str(tmp_path / "masks.png"))
+    assert matplotlib.pyplot.get_fignums() == []
+    with pytest.raises(FileNotFoundError, match="figures"):
+        draw_curves_figure([{"step": 1, "loss": 1.0}], tmp_path / "figures" / "curves.png")
