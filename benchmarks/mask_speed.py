@@ -1,7 +1,7 @@
 """How fast masks are drawn, beside the published collator.
 
     python benchmarks/mask_speed.py
-    IJEPA_OFFICIAL=path/to/ijepa python benchmarks/mask_speed.py --output benchmarks/mask_speed.json
+    IJEPA_OFFICIAL=path/to/ijepa python benchmarks/mask_speed.py --output benchmarks/results/mask_speed.json
 
 `IJEPA_OFFICIAL` names a checkout of github.com/facebookresearch/ijepa (it is not part of this project: its licence is
 CC BY-NC). Both samplers then run in this process, on one thread, in alternating rounds, so that whatever else the

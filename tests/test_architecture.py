@@ -43,7 +43,7 @@ GATHERING = {"", "evaluation"}
 OPEN_TO_ALL = {"__version__"}
 
 # Tests of the project as a whole, which have no module of their own.
-TESTS_OF_THE_WHOLE = {"architecture", "documents", "official_parity"}
+TESTS_OF_THE_WHOLE = {"architecture", "documents", "official_parity", "recipes_slow"}
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}
 UNSAFE_READERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

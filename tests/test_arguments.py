@@ -102,7 +102,7 @@ def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit) as exit_:
         build_parser().parse_args(["--help"])
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "--ema_momentum" in text
     assert "default: 0.996" in text
 

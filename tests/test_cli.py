@@ -62,7 +62,13 @@ def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, c
     tiny_run(tmp_path / "run", max_train_steps=2)  # so that the command below prints its report and ends
     assert cli.main(["pretrain", *tiny_flags(tmp_path / "run", max_train_steps=2)]) == 0
     assert "finished" in capsys.readouterr().out
-    argv = ["convert", str(golden / "official_checkpoint.pth.tar"), str(tmp_path / "out"), "--num_attention_heads", "4"]
+    argv = [
+        "convert",
+        str(golden / "official_checkpoint.pth.tar"),
+        str(tmp_path / "out"),
+        "--num_attention_heads",
+        "4",
+    ]
     assert cli.main(argv) == 0
     assert "CC BY-NC 4.0" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -24,9 +24,7 @@ def test_defaults_are_the_published_ones():
     assert (config.loss_type, config.normalize_targets, config.layer_norm_eps) == ("smooth_l1", True, 1e-6)
 
 
-@given(
-    rows=st.integers(4, 20), columns=st.integers(4, 20), patch=st.tuples(st.integers(1, 16), st.integers(1, 16))
-)
+@given(rows=st.integers(4, 20), columns=st.integers(4, 20), patch=st.tuples(st.integers(1, 16), st.integers(1, 16)))
 def test_grid_is_the_image_divided_by_the_patch(rows, columns, patch):
     config = IJepaConfig(image_size=[rows * patch[0], columns * patch[1]], patch_size=list(patch))
     assert config.grid_size == (rows, columns)
@@ -103,7 +101,9 @@ def test_saved_and_loaded_config_is_equal(tmp_path):
     config = tiny_config(image_size=[32, 64], context_scale=(0.9, 1.0), patch_init_std=0.1)
     config.save_pretrained(tmp_path)
     loaded = IJepaConfig.from_pretrained(tmp_path)
-    assert {name: getattr(loaded, name) for name in MASK_FIELDS} == {name: getattr(config, name) for name in MASK_FIELDS}
+    assert {name: getattr(loaded, name) for name in MASK_FIELDS} == {
+        name: getattr(config, name) for name in MASK_FIELDS
+    }
     assert loaded.image_shape == (32, 64)
     assert loaded.patch_init_std == 0.1
 

@@ -100,7 +100,7 @@ def test_damaged_foreign_and_hostile_files_are_refused_without_running_code_or_w
     hostile = tmp_path / "hostile.pth.tar"
     torch.save({"encoder": Hostile()}, hostile)
     legacy = tmp_path / "legacy.pth.tar"
-    legacy.write_bytes(pickle.dumps({"encoder": Hostile()}))
+    legacy.write_bytes(pickle.dumps({"encoder": Hostile()}, protocol=2))
     text = tmp_path / "text.pth.tar"
     text.write_text("hello")
     for path, message in (

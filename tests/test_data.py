@@ -1,5 +1,7 @@
 """Data: sources, order, crops and the collator; every draw a function of where it happens."""
 
+from itertools import chain
+
 import datasets
 import numpy as np
 import pytest
@@ -95,7 +97,9 @@ def test_mistakes_about_the_source_are_named(tmp_path, digits):
     with pytest.raises(ValueError, match="image_column_name='pictures' is no column .*'image'"):
         find_image_column(digits, "pictures")
     with pytest.raises(ValueError, match="several image columns"):
-        find_image_column(digits.rename_column("image", "a").add_column("b", digits["image"][:]).cast_column("b", datasets.Image()))
+        find_image_column(
+            digits.rename_column("image", "a").add_column("b", digits["image"][:]).cast_column("b", datasets.Image())
+        )
     with pytest.raises(ValueError, match="label_column_name='kind'"):
         find_label_column(digits, "kind")
 
@@ -156,7 +160,7 @@ def test_order_covers_an_epoch_once_resumes_exactly_and_does_not_depend_on_the_s
         ]
         micro = list(zip(*samplers, strict=True))
         flat = [[key for part in row for key in part] for row in micro]
-        return [sum(flat[i : i + accumulation], []) for i in range(0, len(flat), accumulation)]
+        return [list(chain(*flat[i : i + accumulation])) for i in range(0, len(flat), accumulation)]
 
     whole = global_batches(size, 1, 1)
     assert global_batches(batch, accumulation, ranks) == whole
@@ -164,7 +168,7 @@ def test_order_covers_an_epoch_once_resumes_exactly_and_does_not_depend_on_the_s
     assert global_batches(batch, accumulation, ranks, start) == whole[start:]
     per_epoch = samples // size
     epoch = [key for row in whole[:per_epoch] for key in row]
-    assert len({key.index for key in epoch}) == len(epoch) == per_epoch * size
+    assert len({key.image for key in epoch}) == len(epoch) == per_epoch * size
     assert [key.slot for key in whole[0]] == list(range(size))
     assert whole[per_epoch][0].epoch == 1
 
@@ -172,14 +176,16 @@ def test_order_covers_an_epoch_once_resumes_exactly_and_does_not_depend_on_the_s
 def test_epochs_and_seeds_have_different_orders():
     def first_epoch(seed, epoch):
         keys = [key for row in StepBatchSampler(40, 10, 8, seed) for key in row]
-        return [key.index for key in keys if key.epoch == epoch]
+        return [key.image for key in keys if key.epoch == epoch]
 
     assert sorted(first_epoch(0, 0)) == sorted(first_epoch(0, 1)) == list(range(40))
     assert len({tuple(first_epoch(*place)) for place in ((0, 0), (0, 1), (1, 0))}) == 3
 
 
 def test_a_set_smaller_than_one_global_batch_is_refused_with_a_size_that_works():
-    with pytest.raises(ValueError, match="50 images, fewer than one global batch of 64 .*--per_device_train_batch_size 12"):
+    with pytest.raises(
+        ValueError, match="50 images, fewer than one global batch of 64 .*--per_device_train_batch_size 12"
+    ):
         StepBatchSampler(50, 16, 1, 0, accumulation_steps=2, num_ranks=2)
 
 
@@ -200,7 +206,9 @@ def test_a_crop_depends_on_seed_epoch_and_image_and_not_on_step_or_slot(digits):
     assert torch.equal(crop, images[SampleKey(1, 99, 0, 17)]["pixel_values"])
     for other in (SampleKey(2, 30, 2, 17), SampleKey(1, 30, 2, 18)):
         assert not torch.equal(crop, images[other]["pixel_values"])
-    assert not torch.equal(crop, PretrainingImages(rows, (32, 32), 0.3, seed=6)[SampleKey(1, 30, 2, 17)]["pixel_values"])
+    assert not torch.equal(
+        crop, PretrainingImages(rows, (32, 32), 0.3, seed=6)[SampleKey(1, 30, 2, 17)]["pixel_values"]
+    )
 
 
 def loader(digits, workers=0, batch=6, accumulation=1, rank=0, ranks=1):

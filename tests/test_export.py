@@ -28,7 +28,10 @@ def folder(model, tmp_path):
 
 def test_files_hold_the_same_names_and_tensors_as_transformers_own_saving(model, folder, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = load_file(folder / "pretraining" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors")
+    ours, theirs = (
+        load_file(folder / "pretraining" / "model.safetensors"),
+        load_file(tmp_path / "theirs" / "model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     root = load_file(folder / "model.safetensors")
@@ -44,7 +47,9 @@ def test_root_loads_as_a_stock_encoder_and_the_rest_is_found_without_being_told(
         assert torch.equal(encoder(pixels).last_hidden_state, model.target_encoder(pixels).last_hidden_state)
     for cls in (IJepaForPretraining, transformers.AutoModelForPreTraining):
         loaded = cls.from_pretrained(folder)
-        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+        )
 
 
 def test_a_root_of_another_dtype_does_not_change_the_full_models(model, folder):

@@ -201,6 +201,11 @@ def test_channel_axis_settles_what_the_shape_cannot():
         (b"not an image", 3, "image of 12 bytes cannot be decoded: UnidentifiedImageError"),
         (encode(photo(), "JPEG")[:400], 3, "cannot be decoded: OSError: .*[Tt]runcated"),
         (encode(photo(), "PNG", exif=b"Exif\0\0nonsense"), 3, "cannot be decoded: SyntaxError: not a TIFF file"),
+        (
+            encode(Image.fromarray(np.eye(99, dtype=np.uint16)), "PNG")[:90],
+            1,
+            "cannot be decoded: OSError: .*runcated",
+        ),
         ({"bytes": b"junk", "path": "cats/7.jpg"}, 3, "image 'cats/7.jpg' cannot be decoded"),
         ({"bytes": None, "path": None}, 3, "must have 'bytes' or 'path'"),
         (photo(), 4, r"num_channels=4, but a picture can give 1 or 3 channels \(this one, mode 'RGB', has 3\)"),
@@ -362,6 +367,7 @@ def test_crop_scale_aspect_and_place_follow_their_closed_forms(side: tuple[int, 
     scale = height * width / (side[0] * side[1])
     aspect = np.log(width / height * size[0] / size[1])
     assert scale.min() >= 0.3 - 1e-5
+    assert scale.max() > 0.97
     assert np.abs(aspect).max() <= limit + 1e-5
     assert stats.kstest(scale, scale_cdf).pvalue > 1e-3
     assert stats.kstest(aspect, aspect_cdf).pvalue > 1e-3

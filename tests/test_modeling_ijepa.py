@@ -1,4 +1,5 @@
-"""The model: equal to the stock encoder where it should be, right in what it adds, and a transformers model in all else."""
+"""The model: equal to the stock encoder where it should be, right in what it adds, and a transformers model in all
+else."""
 
 import copy
 import math
@@ -10,7 +11,13 @@ from tiny import scrambled_model, tiny_batch, tiny_config, tiny_model
 from torch import nn
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, IJepaModel
-from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, from_file_name, gather_patches, sincos_position_table, to_file_name
+from ijepa_hf.modeling_ijepa import (
+    enable_gradient_checkpointing,
+    from_file_name,
+    gather_patches,
+    sincos_position_table,
+    to_file_name,
+)
 
 
 def stock_twin(model: IJepaModel, backend: str) -> transformers.IJepaModel:
@@ -121,7 +128,9 @@ def test_losses_are_means_over_everything_of_their_closed_forms():
     assert float(model.compute_loss(predictions, targets)) == pytest.approx(float(smooth), rel=1e-6)
     model.config.loss_type = "mse"
     per_block = difference.pow(2).sum((2, 3))  # the paper's figure: P*D times ours
-    assert float(model.compute_loss(predictions, targets)) == pytest.approx(float(per_block.mean()) / (5 * 32), rel=1e-6)
+    assert float(model.compute_loss(predictions, targets)) == pytest.approx(
+        float(per_block.mean()) / (5 * 32), rel=1e-6
+    )
 
 
 def test_targets_are_layer_normalised_without_affine_unless_switched_off():
@@ -191,7 +200,9 @@ def test_target_encoder_starts_as_a_copy_of_the_context_encoder():
 # -- as any transformers model ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"num_channels": 1}, {"num_channels": 12}, {"image_size": [24, 40], "patch_size": [4, 8]}])
+@pytest.mark.parametrize(
+    "changes", [{"num_channels": 1}, {"num_channels": 12}, {"image_size": [24, 40], "patch_size": [4, 8]}]
+)
 def test_any_number_of_channels_and_rectangular_images_and_patches_train(changes):
     model = tiny_model(**changes)
     output = model(**tiny_batch(model.config))
@@ -227,7 +238,9 @@ def test_backends_agree_and_switching_reaches_every_part():
 def test_hidden_states_and_attentions_are_the_context_encoders():
     model = scrambled_model()
     batch = tiny_batch(model.config)
-    with pytest.raises(ValueError, match="output_attentions=True: the attention backend 'sdpa' computes no attention maps.*eager"):
+    with pytest.raises(
+        ValueError, match="output_attentions=True: the attention backend 'sdpa' computes no attention maps.*eager"
+    ):
         model(**batch, output_attentions=True)
     model.set_attn_implementation("eager")
     output = model(**batch, output_hidden_states=True, output_attentions=True)
@@ -333,7 +346,12 @@ def test_a_stock_encoders_folder_starts_a_model_too(tmp_path):
     torch.manual_seed(0)
     stock = transformers.IJepaModel(
         transformers.IJepaConfig(
-            image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+            image_size=32,
+            patch_size=4,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
         )
     )
     stock.save_pretrained(tmp_path)

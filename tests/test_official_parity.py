@@ -1,4 +1,5 @@
-"""Values equal the published code's: numbers that it produced on a tiny model (see fixtures/golden), never its code."""
+"""Values equal the published code's: numbers that it produced on a tiny model (see fixtures/golden), never its
+code."""
 
 import json
 from pathlib import Path
@@ -28,7 +29,7 @@ def tiny_model() -> IJepaForPretraining:
 
 
 def golden_case(case: str) -> dict[str, torch.Tensor]:
-    """Indices and outputs of a case in our layout: published rows are (m * C + c) * B + b, masks [C, B, K], [M, B, P]."""
+    """A case in our layout; published rows are (m * C + c) * B + b, published masks [C, B, K] and [M, B, P]."""
     tensors = load_file(GOLDEN / "forward.safetensors")
     context_indices = tensors[f"{case}.masks_enc"].transpose(0, 1)  # [B, S, K]
     target_indices = tensors[f"{case}.masks_pred"].transpose(0, 1)  # [B, M, P]

@@ -46,7 +46,9 @@ def test_weight_decay_is_kept_from_biases_and_vectors_and_not_from_the_mask_toke
 def test_scheduled_values_reach_the_right_groups():
     model = scrambled_model().train()
     optimizer = make_optimizer(model, PretrainingArguments(learning_rate=1e-3))
-    training_step(Accelerator(cpu=True), model, model, optimizer, [tiny_batch(model.config)], StepValues(0.01, 0.3, 0.9))
+    training_step(
+        Accelerator(cpu=True), model, model, optimizer, [tiny_batch(model.config)], StepValues(0.01, 0.3, 0.9)
+    )
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
@@ -67,12 +69,16 @@ def test_plan_counts_steps_warm_up_and_schedules():
     run.max_train_steps = 40
     assert make_plan(run, 1000, 4).num_steps == 40
     run.max_train_steps = 37
-    with pytest.raises(ValueError, match=r"warmup_epochs=2.5 are 37 steps, but the run has only 37; use --warmup_epochs"):
+    with pytest.raises(
+        ValueError, match=r"warmup_epochs=2.5 are 37 steps, but the run has only 37; use --warmup_epochs"
+    ):
         make_plan(run, 1000, 4)
 
 
 def test_values_rise_through_the_warm_up_and_momentum_starts_at_its_first_value():
-    run = PretrainingArguments(learning_rate=1.0, start_learning_rate=0.2, warmup_epochs=1, per_device_train_batch_size=10)
+    run = PretrainingArguments(
+        learning_rate=1.0, start_learning_rate=0.2, warmup_epochs=1, per_device_train_batch_size=10
+    )
     plan = make_plan(run, num_samples=100, num_ranks=1)
     assert values_at(0, run, plan).learning_rate == pytest.approx(0.2 + 0.8 / 10)
     assert values_at(9, run, plan).learning_rate == pytest.approx(1.0)
@@ -122,6 +128,14 @@ def test_metrics_have_a_line_each_with_every_promised_number(run):
         assert 0 <= row["data_wait_share"] <= 1
         assert 1 <= row["target_rankme"] <= 32
     assert rows[0]["loss"] != rows[-1]["loss"]
+
+
+def test_a_run_announces_its_masks_and_warns_where_they_are_hard_to_fit(tmp_path, capsys, caplog):
+    tiny_run(tmp_path / "easy", max_train_steps=1, warmup_epochs=0)
+    assert "16 context patches of 8x8, 4 targets" in capsys.readouterr().out
+    assert "leaves little room" not in caplog.text
+    tiny_run(tmp_path / "hard", max_train_steps=1, warmup_epochs=0, context_keep_ratio=0.5)
+    assert "context_keep_ratio=0.5 leaves little room" in caplog.text
 
 
 def test_logging_steps_thin_the_log_but_keep_first_and_last(tmp_path):
@@ -239,7 +253,9 @@ def test_a_nan_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr(training, "training_step", spoil)
     flags = {"ema_momentum": 0.996, "checkpointing_steps": 2}
-    with pytest.raises(NonFiniteLossError, match=r"stopped at step 5: the loss is nan .*checkpoint-4.*--learning_rate"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"stopped at step 5: the loss is nan .*checkpoint-4.*--learning_rate"
+    ):
         tiny_run(tmp_path / "run", **flags)
     checkpoint = find_latest(tmp_path / "run")
     assert checkpoint.step == 4

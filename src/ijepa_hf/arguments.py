@@ -66,8 +66,11 @@ class ModelArguments:
     patch_init_std: float | None = _help(
         "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.", None
     )
+    initializer_range: float = _help("Std of the initial weights (truncated normal); 0.02 as published.", 0.02)
     hidden_dropout_prob: float = _help("Dropout after each sublayer.", 0.0)
-    attn_implementation: str | None = _help("Attention backend: sdpa, eager, ...; transformers' choice if not given.", None)
+    attn_implementation: str | None = _help(
+        "Attention backend: sdpa, eager, ...; transformers' choice if not given.", None
+    )
 
     def to_config(self) -> IJepaConfig:
         """Returns the validated model configuration.
@@ -93,7 +96,9 @@ class DataArguments:
     )
     dataset_config_name: str | None = _help("Configuration of the Hub data set.", None)
     train_split_name: str = _help("Split to train on.", "train")
-    eval_split_name: str | None = _help("Labelled split on which the finished encoder is scored; none if not given.", None)
+    eval_split_name: str | None = _help(
+        "Labelled split on which the finished encoder is scored; none if not given.", None
+    )
     image_column_name: str | None = _help("Column of the images; found by itself if there is only one.", None)
     label_column_name: str | None = _help("Column of the labels, for the scores only; `label` if there is one.", None)
     max_train_samples: int | None = _help("Use only the first so many images.", None)
@@ -113,7 +118,8 @@ class DataArguments:
             value = getattr(self, name)
             if len(value) != num_channels:
                 raise ValueError(
-                    f"{name}={value} has {len(value)} values, but num_channels={num_channels}; give one for each channel."
+                    f"{name}={value} has {len(value)} values, but num_channels={num_channels}; give one for "
+                    "each channel."
                 )
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std={self.image_std} must be greater than 0 everywhere.")
@@ -152,6 +158,9 @@ class PretrainingArguments:
     gradient_accumulation_steps: int = _help("Micro-batches per optimiser step.", 1)
     mixed_precision: str = _help("no (float32) or bf16.", "no")
     gradient_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, more time.", False)
+    num_cpu_threads: int | None = _help(
+        "Threads of torch on a CPU; its own choice if not given. 1 is fastest for small models.", None
+    )
     seed: int = _help("Seed of every draw.", 0)
     logging_steps: int = _help("Log every so many optimiser steps.", 10)
     checkpointing_steps: int | None = _help("Save every so many optimiser steps; once an epoch if not given.", None)
@@ -172,7 +181,9 @@ class PretrainingArguments:
             )
         for name in ("ema_momentum", "final_ema_momentum"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1; the published runs go from 0.996 to 1.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be between 0 and 1; the published runs go from 0.996 to 1."
+                )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
@@ -183,6 +194,7 @@ class PretrainingArguments:
         _check_at_least(
             self, 1, "max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
             "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "schedule_scale",
+            "num_cpu_threads",
         )  # fmt: skip
         for name in ("num_train_epochs", "max_grad_norm"):
             value = getattr(self, name)
@@ -224,7 +236,9 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         )
     values = yaml.safe_load(text) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise ValueError(f"recipe {recipe!r} must be a flat mapping of argument names to values, e.g. 'patch_size: 16'.")
+        raise ValueError(
+            f"recipe {recipe!r} must be a flat mapping of argument names to values, e.g. 'patch_size: 16'."
+        )
     known = argument_names()
     for key in values:
         if key not in known:
@@ -304,4 +318,3 @@ def _check_at_least(arguments: Any, least: int, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
-

@@ -2,9 +2,9 @@
 
     output_dir/checkpoint-<step>/   model.safetensors  optimizer.safetensors  checkpoint.json
 
-`checkpoint.json` is written last: the step, the model's configuration, the run's arguments, and size and SHA-256 of the
-other files. No generator's state is needed, every draw is a function of the step (see `data.py`). Only safetensors and
-JSON are read, never pickles.
+`checkpoint.json` is written last: the step, the model's configuration, the run's arguments, and size and SHA-256 of
+the other files. No generator's state is needed, every draw is a function of the step (see `data.py`). Only
+safetensors and JSON are read, never pickles.
 """
 
 import hashlib
@@ -150,7 +150,9 @@ def find_latest(output_dir: Path) -> Checkpoint | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> None:
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
+) -> None:
     """Puts a checkpoint's weights and optimiser state in place.
 
     Args:
@@ -192,7 +194,11 @@ def config_fields(config: Any) -> dict[str, Any]:
         A dictionary that is equal for equal models, whichever transformers version wrote it.
     """
     ignored = {"transformers_version", "architectures", "dtype", "model_type", "_name_or_path"}
-    return {name: value for name, value in json.loads(json.dumps(config.to_dict(), default=str)).items() if name not in ignored}
+    return {
+        name: value
+        for name, value in json.loads(json.dumps(config.to_dict(), default=str)).items()
+        if name not in ignored
+    }
 
 
 def _folders(output_dir: Path) -> list[tuple[int, Path]]:
@@ -225,7 +231,9 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _check_finite(model: nn.Module, step: int) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise FloatingPointError(f"step {step}: {name} has NaN or infinite values; the checkpoint was not written.")
+            raise FloatingPointError(
+                f"step {step}: {name} has NaN or infinite values; the checkpoint was not written."
+            )
 
 
 def _differs(one: Any, other: Any) -> bool:

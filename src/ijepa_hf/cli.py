@@ -69,12 +69,16 @@ def _convert(argv: list[str]) -> int:
 def build_convert_parser() -> argparse.ArgumentParser:
     """Returns the parser of `ijepa-hf convert`."""
     parser = argparse.ArgumentParser(
-        prog="ijepa-hf convert", description=COMMANDS["convert"], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="ijepa-hf convert",
+        description=COMMANDS["convert"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("checkpoint", help="The .pth.tar file; read without running any code in it.")
     parser.add_argument("output_dir", help="The folder to write; must be empty or missing.")
     parser.add_argument(
-        "--num_attention_heads", type=int, help="Heads of both networks; only needed for an encoder that is not a published size."
+        "--num_attention_heads",
+        type=int,
+        help="Heads of both networks; only needed for an encoder that is not a published size.",
     )
     return parser
 

@@ -31,8 +31,20 @@ LOSS_TYPES = ("smooth_l1", "mse")
 
 # Keyword arguments that transformers itself understands although they are not dataclass fields of the stock class.
 _TRANSFORMERS_KEYWORDS = frozenset(
-    "attn_implementation auto_map experts_implementation model_type name_or_path num_labels output_attentions "
-    "pooler_act tie_word_embeddings torch_dtype transformers_version use_cache".split()
+    [
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "pooler_act",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 
 
@@ -162,7 +174,9 @@ class IJepaConfig(StockIJepaConfig):
         if isinstance(config, cls):
             return config
         if config.model_type != cls.model_type:
-            raise ValueError(f"config is a {type(config).__name__} (model_type={config.model_type!r}); expected 'ijepa'.")
+            raise ValueError(
+                f"config is a {type(config).__name__} (model_type={config.model_type!r}); expected 'ijepa'."
+            )
         converted = cls(**config.to_dict())
         converted._attn_implementation_internal = getattr(config, "_attn_implementation_internal", None)
         return converted
@@ -177,7 +191,7 @@ class IJepaConfig(StockIJepaConfig):
     # -- rules -----------------------------------------------------------------------------------------------------
 
     def _refuse_unknown(self, extra: dict[str, Any]) -> None:
-        """Refuses names that are no field. Files (which carry `transformers_version`) may hold a newer one's fields."""
+        """Refuses names that are no field. Files (with a `transformers_version`) may hold fields of the future."""
         if "transformers_version" in extra or getattr(self, "transformers_version", None) is not None:
             return
         known = set(self.__dataclass_fields__)
@@ -199,7 +213,8 @@ class IJepaConfig(StockIJepaConfig):
                 below, above = side // patch * patch, (side // patch + 1) * patch
                 works = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
-                    f"image_size={self.image_size!r}: the {axis} {side} is not a multiple of the patch's {axis} {patch} "
+                    f"image_size={self.image_size!r}: the {axis} {side} is not a multiple of the patch's {axis} "
+                    f"{patch} "
                     f"(patch_size={self.patch_size!r}); use {works}, or a patch_size that divides {side}."
                 )
         if self.num_channels < 1:
@@ -211,7 +226,8 @@ class IJepaConfig(StockIJepaConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.predictor_num_hidden_layers < 1:
             raise ValueError(
-                f"predictor_num_hidden_layers={self.predictor_num_hidden_layers} must be at least 1; the paper uses 6 or 12."
+                f"predictor_num_hidden_layers={self.predictor_num_hidden_layers} must be at least 1; the paper "
+                "uses 6 or 12."
             )
         heads = self.predictor_num_attention_heads
         if heads is not None and heads < 1:
@@ -221,14 +237,17 @@ class IJepaConfig(StockIJepaConfig):
             )
         heads_name = "num_attention_heads" if heads is None else "predictor_num_attention_heads"
         _check_width("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _check_width("predictor_hidden_size", self.predictor_hidden_size, heads_name, heads or self.num_attention_heads)
+        _check_width(
+            "predictor_hidden_size", self.predictor_hidden_size, heads_name, heads or self.num_attention_heads
+        )
 
     def _check_loss(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
         if self.patch_init_std is not None and not self.patch_init_std > 0:
             raise ValueError(
-                f"patch_init_std={self.patch_init_std} must be greater than 0; write None for 1/sqrt(inputs of a patch) "
+                f"patch_init_std={self.patch_init_std} must be greater than 0; write None for 1/sqrt(inputs of "
+                "a patch) "
                 "or 0.02 as published."
             )
 

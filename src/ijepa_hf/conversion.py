@@ -1,8 +1,9 @@
 """Published I-JEPA checkpoints (`*.pth.tar`) into this package's model folder.
 
-One table of names (`NAMES`) says where each tensor goes; everything else follows from it. A checkpoint holds the context
-encoder, the target encoder and the predictor; all three are carried over, nothing is loaded in part. The file stores no
-architecture: width, depth, MLP width, patch and grid follow from shapes, the number of heads from the published sizes.
+One table of names (`NAMES`) says where each tensor goes; everything else follows from it. A checkpoint holds the
+context encoder, the target encoder and the predictor; all three are carried over, nothing is loaded in part. The
+file stores no architecture: width, depth, MLP width, patch and grid follow from shapes, the number of heads from the
+published sizes.
 
 The file is unpickled with `weights_only=True`: no code in it is run.
 """
@@ -13,10 +14,9 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
@@ -84,7 +84,8 @@ def convert(checkpoint: str | Path, output_dir: str | Path, *, num_attention_hea
     write_atomically(target / "README.md", lambda path: path.write_text(_card(model.config, source), "utf-8"))
     config = model.config
     return (
-        f"{source.name}: width {config.hidden_size}, depth {config.num_hidden_layers}, {config.num_attention_heads} heads, "
+        f"{source.name}: width {config.hidden_size}, depth {config.num_hidden_layers}, "
+        f"{config.num_attention_heads} heads, "
         f"{config.image_size} px, patch {config.patch_size}; predictor {config.predictor_num_hidden_layers} x "
         f"{config.predictor_hidden_size}\n"
         f"encoder for everyone:  AutoModel.from_pretrained({str(target)!r})\n"
@@ -114,10 +115,13 @@ def read_official_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"checkpoint={str(path)!r} cannot be read as a published I-JEPA checkpoint (damaged, or it holds code, which "
+            f"checkpoint={str(path)!r} cannot be read as a published I-JEPA checkpoint (damaged, or it holds "
+            "code, which "
             f"is never run): {reason}"
         ) from error
-    missing = [part for part in PARTS if not isinstance(contents, Mapping) or not isinstance(contents.get(part), Mapping)]
+    missing = [
+        part for part in PARTS if not isinstance(contents, Mapping) or not isinstance(contents.get(part), Mapping)
+    ]
     if missing:
         found = sorted(map(str, contents)) if isinstance(contents, Mapping) else type(contents).__name__
         raise ValueError(f"checkpoint={str(path)!r} lacks {', '.join(missing)}; it holds {found}.")

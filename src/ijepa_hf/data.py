@@ -1,9 +1,9 @@
 """Images for pretraining: data sets, the order in which they are visited, and the collator that draws the masks.
 
-Every draw is a function of numbers that say where it happens: the order of an epoch of (seed, epoch), an image's crop of
-(seed, epoch, index), the masks of (seed, optimiser step, slot), where slot is the sample's place in the *global* batch.
-So a run is the same for any number of workers, and of ranks at a fixed global batch, and resuming at a step needs that
-step's number alone.
+Every draw is a function of numbers that say where it happens: the order of an epoch of (seed, epoch), an image's
+crop of (seed, epoch, index), the masks of (seed, optimiser step, slot), where slot is the sample's place in the
+*global* batch. So a run is the same for any number of workers, and of ranks at a fixed global batch, and resuming at
+a step needs that step's number alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ class SampleKey(NamedTuple):
     epoch: int
     step: int
     slot: int
-    index: int
+    image: int
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------
@@ -92,7 +92,8 @@ def _load_local(path: Path) -> datasets.DatasetDict:
     if suffixes & _IMAGE_SUFFIXES:
         return datasets.load_dataset("imagefolder", data_dir=str(path))
     raise FileNotFoundError(
-        f"dataset_name={str(path)!r}: the folder holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))}) and no .parquet file."
+        f"dataset_name={str(path)!r}: the folder holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))}) and no "
+        ".parquet file."
     )
 
 
@@ -257,7 +258,8 @@ def global_batch_size(num_samples: int, batch_size: int, accumulation_steps: int
     size = batch_size * accumulation_steps * num_ranks
     if num_samples < size:
         raise ValueError(
-            f"the data set has {num_samples} images, fewer than one global batch of {size} (per_device_train_batch_size "
+            f"the data set has {num_samples} images, fewer than one global batch of {size} "
+            "(per_device_train_batch_size "
             f"{batch_size} x gradient_accumulation_steps {accumulation_steps} x {num_ranks} processes); use "
             f"--per_device_train_batch_size {max(1, num_samples // (accumulation_steps * num_ranks))} or less."
         )
@@ -339,8 +341,8 @@ class PretrainingImages(TorchDataset[dict[str, Any]]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """Returns `pixel_values` uint8 or float32 `[num_channels, height, width]` and the `sample_key`."""
-        generator = keyed_generator(self.seed, _DRAW_CROP, key.epoch, key.index)
-        crop = random_resized_crop(self.images[key.index], self.size, self.min_crop_scale, generator)
+        generator = keyed_generator(self.seed, _DRAW_CROP, key.epoch, key.image)
+        crop = random_resized_crop(self.images[key.image], self.size, self.min_crop_scale, generator)
         return {"pixel_values": crop, "sample_key": key}
 
 
@@ -350,10 +352,10 @@ class PretrainingImages(TorchDataset[dict[str, Any]]):
 class IJepaDataCollator:
     """Makes a batch of rows: pixels, and the masks drawn for them.
 
-    Works alone in any `DataLoader` and in `transformers.Trainer` (with `remove_unused_columns=False`): rows are those of
-    a data set with an image column (cropped here), or hold ready `pixel_values`. Rows of `PretrainingImages` carry their
-    `SampleKey`, which the masks then depend on; for other rows the draws come from torch's global generator, which a
-    `DataLoader` seeds in each worker.
+    Works alone in any `DataLoader` and in `transformers.Trainer` (with `remove_unused_columns=False`): rows are
+    those of a data set with an image column (cropped here), or hold ready `pixel_values`. Rows of
+    `PretrainingImages` carry their `SampleKey`, which the masks then depend on; for other rows the draws come from
+    torch's global generator, which a `DataLoader` seeds in each worker.
 
     Args:
         config: Says the image size, the grid and how masks are drawn.
@@ -393,7 +395,8 @@ class IJepaDataCollator:
         for name in ("image_mean", "image_std"):
             if normalize and len(getattr(self, name)) != config.num_channels:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; give one for "
+                    f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; "
+                    "give one for "
                     "each channel."
                 )
 
@@ -430,7 +433,9 @@ class IJepaDataCollator:
         """Draws the masks of the whole optimiser step and takes this micro-batch's slots."""
         first = keys[0]
         if [(key.step, key.slot) for key in keys] != [(first.step, first.slot + i) for i in range(len(keys))]:
-            raise ValueError("rows of a batch must have consecutive slots of one step, as StepBatchSampler gives them.")
+            raise ValueError(
+                "rows of a batch must have consecutive slots of one step, as StepBatchSampler gives them."
+            )
         size = self.global_batch_size or len(keys)
         slots = slice(first.slot, first.slot + len(keys))
         return draw_masks(self.settings, size, keyed_generator(self.seed, _DRAW_MASKS, first.step), slots)
@@ -449,7 +454,12 @@ class IJepaDataCollator:
 
 
 def build_loader(
-    dataset: PretrainingImages, sampler: StepBatchSampler, collator: IJepaDataCollator, *, num_workers: int, pin_memory: bool
+    dataset: PretrainingImages,
+    sampler: StepBatchSampler,
+    collator: IJepaDataCollator,
+    *,
+    num_workers: int,
+    pin_memory: bool,
 ) -> DataLoader:
     """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
 
@@ -472,4 +482,3 @@ def build_loader(
         # its own generator: otherwise making the iterator draws from torch's global one
         generator=torch.Generator().manual_seed(0),
     )
-

@@ -113,7 +113,9 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_part(folder: Path, architecture: str, config: IJepaConfig, state: dict[str, torch.Tensor], step: int) -> None:
+def _write_part(
+    folder: Path, architecture: str, config: IJepaConfig, state: dict[str, torch.Tensor], step: int
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(config)
     config.architectures = [architecture]

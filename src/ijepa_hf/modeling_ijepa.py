@@ -1,8 +1,8 @@
 """I-JEPA for pretraining: a context encoder, a target encoder (its moving average) and a narrow predictor.
 
-Source: Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", CVPR 2023,
-arXiv 2301.08243. The picture of section 3 is `IJepaForPretraining.forward`: `encode_targets` (full image, no gradient),
-`encode_context` (visible patches only), `predict` (each target block by itself), `compute_loss`.
+Source: Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", CVPR
+2023, arXiv 2301.08243. The picture of section 3 is `IJepaForPretraining.forward`: `encode_targets` (full image, no
+gradient), `encode_context` (visible patches only), `predict` (each target block by itself), `compute_loss`.
 
 Shape letters used everywhere:
 
@@ -10,8 +10,8 @@ Shape letters used everywhere:
     P patches in a block       D encoder width             E predictor width          S context sets per image
 
 The encoder is transformers' own `IJepaModel` with two differences: its position table is the fixed 2-D sin-cos one, a
-buffer under the stock parameter's name (so files are interchangeable), and it can be given the positions of the patches
-that it may see. Without those it computes what the stock class computes, bit for bit.
+buffer under the stock parameter's name (so files are interchangeable), and it can be given the positions of the
+patches that it may see. Without those it computes what the stock class computes, bit for bit.
 """
 
 import copy
@@ -37,8 +37,9 @@ logger = logging.get_logger("transformers.ijepa_hf")
 
 _DOWNLOAD_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
-# Files hold transformers' 4.x parameter names (which 5.x writes too, so that both read them). `from_pretrained` renames
-# them; `Trainer` resumes by putting the file straight into `load_state_dict(strict=False)`, which would skip them.
+# Files hold transformers' 4.x parameter names (which 5.x writes too, so that both read them). `from_pretrained`
+# renames them; `Trainer` resumes by putting the file straight into `load_state_dict(strict=False)`, which would skip
+# them.
 _NAMES_AND_FILE_NAMES = (
     ("layers.", "encoder.layer."),
     ("attention.q_proj", "attention.attention.query"),
@@ -127,7 +128,7 @@ class IJepaForPretrainingOutput(ModelOutput):
 
 
 class IJepaEmbeddings(stock.IJepaEmbeddings):
-    """Patch embedding plus the fixed position table; keeps only the visible patches where their positions are given."""
+    """Patch embedding plus the fixed position table; with positions given, keeps only those patches."""
 
     def __init__(self, config: IJepaConfig) -> None:
         super().__init__(config)
@@ -147,7 +148,7 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
         table = nn.functional.interpolate(table, size=(rows, columns), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def forward(
+    def forward(  # noqa: D102 (the stock class's signature; the comment says what differs)
         self,
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
@@ -186,7 +187,7 @@ class IJepaPreTrainedModel(stock.IJepaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of `initializer_range` (absolute bounds -2 .. 2), zero biases; the patch embedding apart."""
+        """Truncated normals (bounds -2 .. 2, absolute) and zero biases; the patch embedding has a width of its own."""
         if isinstance(module, IJepaEmbeddings | IJepaPredictor):
             table = sincos_position_table(module.position_embeddings.shape[-1], module.grid_size)
             init.copy_(module.position_embeddings, table)
@@ -256,7 +257,8 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         backend = self.config._attn_implementation
         if asked and backend not in (None, "eager"):
             raise ValueError(
-                f"output_attentions=True: the attention backend {backend!r} computes no attention maps; load the model "
+                f"output_attentions=True: the attention backend {backend!r} computes no attention maps; load "
+                "the model "
                 'with attn_implementation="eager", or call model.set_attn_implementation("eager").'
             )
 
@@ -326,7 +328,6 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         config: An `IJepaConfig` of this package, or a stock one (converted).
 
     Example:
-
     ```python
     model = IJepaForPretraining(IJepaConfig(image_size=32, patch_size=4))
     model(pixel_values).loss.backward()  # draws masks by itself where none are given
@@ -463,7 +464,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
 
     @torch.no_grad()
     def update_target_encoder(self, momentum: float) -> None:
-        """target = momentum * target + (1 - momentum) * context, over all parameters; once per *optimiser* step.
+        """Target = momentum * target + (1 - momentum) * context, over all parameters; once per *optimiser* step.
 
         Args:
             momentum: In [0, 1]; the published runs go from 0.996 to 1.
@@ -508,7 +509,8 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         """Loads a full model, or starts one from an encoder.
 
         A repo or folder whose root holds an encoder and which has `pretraining/` loads the latter without being told.
-        Where there is an encoder only, it becomes both encoders and the predictor is new, which is logged as a warning.
+        Where there is an encoder only, it becomes both encoders and the predictor is new, which is logged as a
+        warning.
 
         Args:
             pretrained_model_name_or_path: Hub id or local folder.
@@ -555,7 +557,9 @@ class IJepaForPretraining(IJepaPreTrainedModel):
             for part in ("ijepa", "context_encoder")
             for name, value in encoder.state_dict().items()
         }
-        logger.warning(f"{source} holds an encoder only: it starts both encoders, and the predictor is new (untrained).")
+        logger.warning(
+            f"{source} holds an encoder only: it starts both encoders, and the predictor is new (untrained)."
+        )
         kwargs = {name: value for name, value in kwargs.items() if name not in _DOWNLOAD_KEYWORDS}
         return config, {**kwargs, "state_dict": state}
 
@@ -608,7 +612,8 @@ def _accept_file_names(_module: nn.Module, state_dict: dict[str, Tensor], *_: An
 def _check_pixels(pixel_values: Tensor) -> None:
     if not pixel_values.is_floating_point():
         raise ValueError(
-            f"pixel_values have dtype {pixel_values.dtype}; the model needs normalised floats. Use the image processor, "
+            f"pixel_values have dtype {pixel_values.dtype}; the model needs normalised floats. Use the image "
+            "processor, "
             "IJepaDataCollator(config), or ijepa_hf.image_transforms.normalize."
         )
 

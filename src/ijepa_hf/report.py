@@ -33,7 +33,9 @@ METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
 NEIGHBOURS = 20
 PUBLISHED_PATCH_INIT_STD = 0.02
-RAW_PIXELS_SIDE = 32  # raw pixels of larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
+RAW_PIXELS_SIDE = (
+    32  # raw pixels of larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
+)
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,16 @@ def write_report(
         "arguments": dict(arguments),
     }
     text = json.dumps(report, indent=2) + "\n"
-    write_atomically(output_dir / "README.md", lambda path: path.write_text(_render_card(report, model.config), "utf-8"))
+    write_atomically(
+        output_dir / "README.md", lambda path: path.write_text(_render_card(report, model.config), "utf-8")
+    )
     write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))  # last: it says "finished"
 
 
 def score_encoder(
     model: IJepaForPretraining, evaluation: EvaluationSets, mean: Sequence[float], std: Sequence[float], seed: int
 ) -> list[dict[str, Any]]:
-    """kNN and linear top-1 and RankMe of the target encoder, of the same network untrained, and of raw pixels.
+    """KNN and linear top-1 and RankMe of the target encoder, of the same network untrained, and of raw pixels.
 
     Args:
         model: The trained model.

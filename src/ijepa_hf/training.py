@@ -1,8 +1,8 @@
 """The pretraining loop, on `accelerate`.
 
 `pretrain` reads from top to bottom: check everything that can be wrong, build, restore, then for each optimiser step
-draw a global batch, take the step (`training_step`), log and save. Schedules, order, crops and masks are pure functions
-of the step, so a resumed run needs weights, optimiser state and the step's number, and gives the bits of an
+draw a global batch, take the step (`training_step`), log and save. Schedules, order, crops and masks are pure
+functions of the step, so a resumed run needs weights, optimiser state and the step's number, and gives the bits of an
 uninterrupted one.
 """
 
@@ -49,6 +49,7 @@ from ijepa_hf.data import (
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.export import export_model, exported_step, write_atomically
 from ijepa_hf.image_transforms import normalize
+from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import (
     IJepaForPretraining,
     IJepaForPretrainingOutput,
@@ -61,6 +62,8 @@ from ijepa_hf.visualization import draw_masks_figure
 
 RUN_FILE = "run.json"
 MASK_FIGURE_IMAGES = 6
+MASK_TRIALS = 512  # images whose masks are drawn to announce what they are like
+HIGH_REDRAW_RATE = 0.5
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 
 logger = logging.getLogger(__name__)
@@ -68,9 +71,21 @@ logger = logging.getLogger(__name__)
 _DRAW_DROPOUT = 4  # beside the streams of data.py
 # What may differ between a run and its continuation: none of it changes a weight.
 _FREE_ARGUMENTS = frozenset(
-    "output_dir overwrite_output_dir resume_from_checkpoint dataloader_num_workers logging_steps checkpointing_steps "
-    "checkpoints_total_limit report_to per_device_train_batch_size gradient_accumulation_steps "
-    "eval_split_name label_column_name max_eval_samples".split()
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "logging_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "report_to",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "eval_split_name",
+        "label_column_name",
+        "max_eval_samples",
+    ]
 )
 # What a run writes, and `overwrite_output_dir` deletes.
 _RUN_ENTRIES = (
@@ -123,9 +138,7 @@ def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int) -> Pl
     Raises:
         ValueError: If the data set is smaller than a global batch, or the warm-up is as long as the run.
     """
-    batch = global_batch_size(
-        num_samples, run.per_device_train_batch_size, run.gradient_accumulation_steps, num_ranks
-    )
+    batch = global_batch_size(num_samples, run.per_device_train_batch_size, run.gradient_accumulation_steps, num_ranks)
     per_epoch = num_samples // batch
     num_steps = run.max_train_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
     warmup = int(run.warmup_epochs * per_epoch)
@@ -201,7 +214,8 @@ def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> tor
     Returns:
         The optimiser; its groups keep `param_names`, learning rate and decay are set at each step.
     """
-    decayed, plain = [], []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    plain: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim == 1 or name.endswith("bias")
@@ -265,13 +279,13 @@ def training_step(
         with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
             output: IJepaForPretrainingOutput = prepared(**batch)
             assert output.loss is not None
-            assert output.targets is not None
             loss = output.loss / len(micro_batches)
             accelerator.backward(loss)
             total += loss.detach()
     mean = float(accelerator.reduce(total, "mean"))
     if not math.isfinite(mean):
         raise NonFiniteLossError(f"the loss is {mean}")
+    assert output.targets is not None
     norms = [_grad_norm(part) for part in (model.context_encoder, model.predictor)]
     if max_grad_norm is not None:
         accelerator.clip_grad_norm_(prepared.parameters(), max_grad_norm)
@@ -300,8 +314,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         The run's folder, see "What a run leaves behind" in docs/architecture.md.
 
     Raises:
-        ValueError: If an argument is bad, the folder is another run's, or the data do not fit; before any work is done.
-        FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
+        ValueError: If an argument is bad, the folder is another run's, or the data do not fit; before any work is
+        done. FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
         NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
     """
     config = model_arguments.to_config()
@@ -309,6 +323,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     output_dir = Path(run.output_dir)
     arguments = describe_arguments(model_arguments, data, run)
     _check_output_dir(output_dir, arguments, run)
+    if run.num_cpu_threads is not None:
+        torch.set_num_threads(run.num_cpu_threads)
     accelerator = _make_accelerator(run, output_dir)
     if _is_finished(output_dir, run):
         if accelerator.is_main_process:
@@ -499,7 +515,9 @@ def _make_loader(
     )
 
 
-def _make_model(config: IJepaConfig, model_arguments: ModelArguments, run: PretrainingArguments) -> IJepaForPretraining:
+def _make_model(
+    config: IJepaConfig, model_arguments: ModelArguments, run: PretrainingArguments
+) -> IJepaForPretraining:
     model = new_model(config, run.seed)
     if model_arguments.attn_implementation is not None:
         model.set_attn_implementation(model_arguments.attn_implementation)
@@ -539,9 +557,7 @@ def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretrain
         return
     stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
     differing = [
-        name
-        for name in sorted({*stored, *arguments} - _FREE_ARGUMENTS)
-        if stored.get(name) != arguments.get(name)
+        name for name in sorted({*stored, *arguments} - _FREE_ARGUMENTS) if stored.get(name) != arguments.get(name)
     ]
     if differing:
         listed = "; ".join(f"{name} is {stored.get(name)!r} there, {arguments.get(name)!r} here" for name in differing)
@@ -599,7 +615,7 @@ def _delete_run(output_dir: Path) -> None:
 
 
 def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
-    if run.resume_from_checkpoint is None or run.overwrite_output_dir and run.resume_from_checkpoint == "latest":
+    if run.resume_from_checkpoint is None or (run.overwrite_output_dir and run.resume_from_checkpoint == "latest"):
         return None
     if run.resume_from_checkpoint != "latest":
         return read_checkpoint(Path(run.resume_from_checkpoint))
@@ -627,8 +643,28 @@ def _announce(
     )
     print(f"  trained parameters      {trained:,}")
     print(f"  device, precision       {accelerator.device}, {run.mixed_precision}")
+    _announce_masks(model.config)
     if start_step:
         print(f"  continuing at step      {start_step}")
+
+
+def _announce_masks(config: IJepaConfig) -> None:
+    """Says what the masks of this run are like, and warns where they are hard to fit."""
+    settings = config.mask_settings()
+    masks = draw_masks(settings, MASK_TRIALS, keyed_generator(0))
+    context, target = masks.context_indices.shape[-1], masks.target_indices.shape[-1]
+    rows, columns = config.grid_size
+    print(
+        f"  masks                   {context} context patches of {rows}x{columns}, {config.num_target_blocks} targets of "
+        f"about {target}, {100 * masks.redraw_rate:.1f} % of images redrawn"
+    )
+    if masks.redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
+        logger.warning(
+            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then overlap more "
+            "than they should; a lower --context_keep_ratio or fewer --num_target_blocks gives them room.",
+            config.context_keep_ratio,
+            100 * masks.redraw_rate,
+        )
 
 
 # -- the log ---------------------------------------------------------------------------------------------------------
@@ -674,7 +710,10 @@ class _MetricsLog:
         if not state.accelerator.is_main_process:
             return
         if state.run.report_to:
-            flat = {name: value if isinstance(value, int | float | bool) else str(value) for name, value in state.arguments.items()}
+            flat = {
+                name: value if isinstance(value, int | float | bool) else str(value)
+                for name, value in state.arguments.items()
+            }
             state.accelerator.init_trackers("ijepa-hf", flat)
             self.trackers = list(state.accelerator.trackers)
         self.file = (state.output_dir / METRICS_FILE).open("a", encoding="utf-8")

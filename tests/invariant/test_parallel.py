@@ -22,7 +22,9 @@ def whole(tmp_path_factory):
 
 
 def assert_equal_up_to_rounding(one, other):
-    for (step, loss), (other_step, other_loss) in zip(logged(one, "step", "loss"), logged(other, "step", "loss"), strict=True):
+    for (step, loss), (other_step, other_loss) in zip(
+        logged(one, "step", "loss"), logged(other, "step", "loss"), strict=True
+    ):
         assert step == other_step
         assert loss == pytest.approx(other_loss, rel=LOSS_TOLERANCE)
     ours, theirs = final_weights(one), final_weights(other)

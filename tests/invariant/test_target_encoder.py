@@ -1,4 +1,5 @@
-"""Invariants 1 and 5: no gradient reaches the target encoder; it follows the context encoder's moving average exactly."""
+"""Invariants 1 and 5: no gradient reaches the target encoder; it follows the context encoder's moving average
+exactly."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Invariant 9: what a run leaves behind works in an environment without this package, with the features it evaluated."""
+"""Invariant 9: what a run leaves behind works in an environment without this package, with the features it
+evaluated."""
 
 import json
 import subprocess
@@ -51,7 +52,9 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run") / "run", eval_split_name="test")
 
 
-def test_stock_classes_give_the_runs_own_features_where_the_package_cannot_be_imported(run, tmp_path, child_environment):
+def test_stock_classes_give_the_runs_own_features_where_the_package_cannot_be_imported(
+    run, tmp_path, child_environment
+):
     image = load_digits("test")[0]["image"].resize((50, 41))  # the processor has to resize
     image.save(tmp_path / "digit.png")
     command = [sys.executable, "-c", PROGRAM, str(run), str(tmp_path / "digit.png"), str(tmp_path / "answer.pt")]
