@@ -59,8 +59,8 @@ def test_a_non_finite_loss_is_exit_code_3_and_an_interruption_130(tmp_path, monk
 
 
 def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, capsys):
-    tiny_run(tmp_path / "run", max_train_steps=2)  # so that the command below prints its report and ends
-    assert cli.main(["pretrain", *tiny_flags(tmp_path / "run", max_train_steps=2)]) == 0
+    tiny_run(tmp_path / "run", max_train_steps=3)  # so that the command below prints its report and ends
+    assert cli.main(["pretrain", *tiny_flags(tmp_path / "run", max_train_steps=3)]) == 0
     assert "finished" in capsys.readouterr().out
     argv = [
         "convert",

@@ -202,7 +202,7 @@ def test_channel_axis_settles_what_the_shape_cannot():
         (encode(photo(), "JPEG")[:400], 3, "cannot be decoded: OSError: .*[Tt]runcated"),
         (encode(photo(), "PNG", exif=b"Exif\0\0nonsense"), 3, "cannot be decoded: SyntaxError: not a TIFF file"),
         (
-            encode(Image.fromarray(np.eye(99, dtype=np.uint16)), "PNG")[:90],
+            encode(Image.fromarray(np.eye(99, dtype=np.uint16)), "TIFF")[:900],
             1,
             "cannot be decoded: OSError: .*runcated",
         ),

@@ -179,7 +179,7 @@ def test_latest_on_an_empty_folder_starts_at_the_beginning_and_says_so(tmp_path,
 def test_overwriting_deletes_the_other_run_and_nothing_else(tmp_path):
     run = tiny_run(tmp_path / "run")
     (run / "mine.txt").write_text("precious")
-    tiny_run(run, max_train_steps=2, overwrite_output_dir="true")
+    tiny_run(run, max_train_steps=2, warmup_epochs=0, overwrite_output_dir="true")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]
     assert (run / "mine.txt").read_text() == "precious"
     assert [step for (step,) in logged(run, "step")] == [1, 2]
@@ -192,12 +192,27 @@ class FailingTracker:
         raise OSError("the network is down")
 
 
+class FailingAtTheEnd:
+    name = "late"
+    logged = 0
+
+    def log(self, values, step):
+        FailingAtTheEnd.logged += 1
+
+    def finish(self):
+        raise OSError("the network is down again")
+
+
 def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *_: setattr(self, "trackers", [FailingTracker()]))
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, *_: setattr(self, "trackers", [FailingTracker(), FailingAtTheEnd()])
+    )
     monkeypatch.setattr(training, "_make_accelerator", lambda *_: Accelerator(cpu=True))
     run = tiny_run(tmp_path / "run", report_to="tensorboard")
     assert len(logged(run, "step")) == 6
     assert caplog.text.count("tracker failing failed at step 1 and is dropped: the network is down") == 1
+    assert FailingAtTheEnd.logged == 6
+    assert "tracker late failed to finish: the network is down again" in caplog.text
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
@@ -209,6 +224,7 @@ MISTAKES = [
     ({"image_column_name": "photo"}, "image_column_name='photo' is no column .*'image'"),
     ({"train_split_name": "validation"}, "no split 'validation'"),
     ({"eval_split_name": "validation"}, "no split 'validation'"),
+    ({"report_to": "notatracker"}, "report_to='notatracker' is no tracker that is installed here"),
     ({"warmup_epochs": 1}, "warmup_epochs=1 are 8 steps, but the run has only 6"),
 ]
 
@@ -226,6 +242,18 @@ def test_a_missing_checkpoint_and_another_models_checkpoint_are_refused(run, tmp
     with pytest.raises(ValueError, match="another model's: hidden_size is 32 there, 48 here"):
         tiny_run(tmp_path / "run", hidden_size=48, resume_from_checkpoint=run / "checkpoint-4")
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_arguments_is_said_and_beyond_the_end_refused(run, tmp_path, caplog):
+    tiny_run(tmp_path / "run", resume_from_checkpoint=run / "checkpoint-4", learning_rate=5e-4)
+    assert (
+        "resuming with other arguments than the checkpoint's: learning_rate is 0.001 there, 0.0005 here" in caplog.text
+    )
+    with pytest.raises(ValueError, match="is at step 4, but this run ends at step 3"):
+        tiny_run(tmp_path / "other", resume_from_checkpoint=run / "checkpoint-4", max_train_steps=3)
+    with pytest.raises(ValueError, match="overwrite_output_dir would delete resume_from_checkpoint"):
+        tiny_run(run, resume_from_checkpoint=run / "checkpoint-4", overwrite_output_dir="true")
+    assert (run / "checkpoint-4").is_dir()
 
 
 def test_a_folder_of_another_run_of_something_else_or_of_this_run_unfinished_is_refused(run, tmp_path):

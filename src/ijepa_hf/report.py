@@ -74,10 +74,12 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
     for split in (data.train_split_name, data.eval_split_name):
         dataset = load_split(data, split)
         label = find_label_column(dataset, data.label_column_name)
-        if label is None:
+        values = None if label is None else dataset[label]
+        if values is None or any(value is None or value < 0 for value in values):  # -1 is how unlabelled sets say it
             raise ValueError(
-                f"eval_split_name={data.eval_split_name!r} asks for scores, but the data set has no label column; its "
-                f"columns are {', '.join(dataset.features)}; choose with --label_column_name, or leave out "
+                f"eval_split_name={data.eval_split_name!r} asks for scores, but the split {split!r} has no "
+                "labels (its "
+                f"columns are {', '.join(dataset.features)}); choose with --label_column_name, or leave out "
                 "--eval_split_name."
             )
         dataset = _at_most(dataset, data.max_eval_samples)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -62,8 +63,8 @@ from ijepa_hf.visualization import draw_masks_figure
 
 RUN_FILE = "run.json"
 MASK_FIGURE_IMAGES = 6
-MASK_TRIALS = 512  # images whose masks are drawn to announce what they are like
-HIGH_REDRAW_RATE = 0.5
+MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
+HIGH_REDRAW_RATE = 0.4
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 
 logger = logging.getLogger(__name__)
@@ -336,7 +337,7 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     evaluation = load_evaluation_sets(data, config)
     plan = make_plan(run, len(images), accelerator.num_processes)
     sampler = _make_sampler(run, plan, len(images), accelerator)
-    checkpoint = _find_checkpoint(run, output_dir)
+    checkpoint = _find_checkpoint(run, output_dir, arguments, plan)
     model = _make_model(config, model_arguments, run)
     optimizer = make_optimizer(model, run)
     prepared = accelerator.prepare(model)  # the optimiser stays bare: its steps are driven here, once per global batch
@@ -357,6 +358,7 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         print()
         print(render_report(output_dir))
     accelerator.wait_for_everyone()
+    accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
     accelerator.end_training()
     return output_dir
 
@@ -465,6 +467,14 @@ def _stop_message(step: int, error: NonFiniteLossError, values: StepValues, outp
 
 
 def _make_accelerator(run: PretrainingArguments, output_dir: Path) -> Accelerator:
+    available = {tracker.value for tracker in get_available_trackers()}
+    for name in run.report_to:
+        if name not in available:
+            raise ValueError(
+                f"report_to={name!r} is no tracker that is installed here "
+                f"({', '.join(sorted(available)) or 'none is'}); "
+                "pip install 'ijepa-hf[trackers]', or leave out --report_to."
+            )
     # the only buffers are the position tables, which never change
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
@@ -554,16 +564,20 @@ def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretrain
             f"output_dir={str(output_dir)!r} is not empty and holds no run of ijepa-hf; choose another --output_dir."
         )
     if run.overwrite_output_dir:
+        checkpoint = run.resume_from_checkpoint
+        if checkpoint not in (None, "latest") and output_dir.resolve() in Path(checkpoint).resolve().parents:
+            raise ValueError(
+                f"overwrite_output_dir would delete resume_from_checkpoint={checkpoint!r}; choose another "
+                "--output_dir."
+            )
         return
     stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
-    differing = [
-        name for name in sorted({*stored, *arguments} - _FREE_ARGUMENTS) if stored.get(name) != arguments.get(name)
-    ]
+    differing = _differing_arguments(stored, arguments)
     if differing:
-        listed = "; ".join(f"{name} is {stored.get(name)!r} there, {arguments.get(name)!r} here" for name in differing)
         raise ValueError(
-            f"output_dir={str(output_dir)!r} holds another run: {listed}. Choose another --output_dir, or add "
-            "--overwrite_output_dir to delete that run."
+            f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another "
+            "--output_dir, or "
+            "add --overwrite_output_dir to delete that run."
         )
     if run.resume_from_checkpoint is None and not (output_dir / REPORT_FILE).is_file():
         raise ValueError(
@@ -582,7 +596,7 @@ def _is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
 def _prepare_output_dir(
     output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, start_step: int
 ) -> None:
-    if run.overwrite_output_dir and start_step == 0 and output_dir.exists():
+    if run.overwrite_output_dir and output_dir.exists():
         _delete_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"arguments": arguments}, indent=2) + "\n"
@@ -614,15 +628,35 @@ def _delete_run(output_dir: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
+def _find_checkpoint(
+    run: PretrainingArguments, output_dir: Path, arguments: dict[str, Any], plan: Plan
+) -> Checkpoint | None:
     if run.resume_from_checkpoint is None or (run.overwrite_output_dir and run.resume_from_checkpoint == "latest"):
         return None
-    if run.resume_from_checkpoint != "latest":
-        return read_checkpoint(Path(run.resume_from_checkpoint))
-    checkpoint = find_latest(output_dir)
-    if checkpoint is None:
-        logger.warning("resume_from_checkpoint=latest: %s holds no checkpoint; starting at step 0.", output_dir)
+    if run.resume_from_checkpoint == "latest":
+        checkpoint = find_latest(output_dir)
+        if checkpoint is None:
+            logger.warning("resume_from_checkpoint=latest: %s holds no checkpoint; starting at step 0.", output_dir)
+            return None
+    else:
+        checkpoint = read_checkpoint(Path(run.resume_from_checkpoint))
+    if checkpoint.step > plan.num_steps:
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint.path)!r} is at step {checkpoint.step}, but this run ends at step "
+            f"{plan.num_steps}; train for longer, or resume from an earlier checkpoint."
+        )
+    differing = _differing_arguments(checkpoint.arguments, arguments)
+    if differing:
+        logger.warning("resuming with other arguments than the checkpoint's: %s.", "; ".join(differing))
     return checkpoint
+
+
+def _differing_arguments(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {stored.get(name)!r} there, {current.get(name)!r} here"
+        for name in sorted({*stored, *current} - _FREE_ARGUMENTS)
+        if stored.get(name) != current.get(name)
+    ]
 
 
 def _announce(
@@ -651,19 +685,23 @@ def _announce(
 def _announce_masks(config: IJepaConfig) -> None:
     """Says what the masks of this run are like, and warns where they are hard to fit."""
     settings = config.mask_settings()
-    masks = draw_masks(settings, MASK_TRIALS, keyed_generator(0))
-    context, target = masks.context_indices.shape[-1], masks.target_indices.shape[-1]
+    trials = [draw_masks(settings, MASK_TRIAL_IMAGES, keyed_generator(step)) for step in range(MASK_TRIALS)]
+    redraw_rate = sum(masks.redraw_rate for masks in trials) / MASK_TRIALS
+    context = round(sum(masks.context_indices.shape[-1] for masks in trials) / MASK_TRIALS)
+    target = round(sum(masks.target_indices.shape[-1] for masks in trials) / MASK_TRIALS)
     rows, columns = config.grid_size
     print(
-        f"  masks                   {context} context patches of {rows}x{columns}, {config.num_target_blocks} targets of "
-        f"about {target}, {100 * masks.redraw_rate:.1f} % of images redrawn"
+        f"  masks                   {context} context patches of {rows}x{columns}, {config.num_target_blocks} "
+        "targets of "
+        f"about {target}, {100 * redraw_rate:.1f} % of images redrawn"
     )
-    if masks.redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
+    if redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
         logger.warning(
-            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then overlap more "
+            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then "
+            "overlap more "
             "than they should; a lower --context_keep_ratio or fewer --num_target_blocks gives them room.",
             config.context_keep_ratio,
-            100 * masks.redraw_rate,
+            100 * redraw_rate,
         )
 
 
@@ -750,6 +788,12 @@ class _MetricsLog:
                 self.trackers.remove(tracker)
 
     def close(self) -> None:
-        """Closes the file."""
-        if self.state.accelerator.is_main_process:
-            self.file.close()
+        """Closes the file and finishes the trackers."""
+        if not self.state.accelerator.is_main_process:
+            return
+        self.file.close()
+        for tracker in self.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # as in _tell_trackers
+                logger.warning("tracker %s failed to finish: %s", tracker.name, error)
