@@ -255,6 +255,16 @@ def test_collator_normalises_as_the_image_processor_does_unless_told_not_to():
     torch.testing.assert_close(floats, (pixels / 255 - mean) / std, atol=1e-6, rtol=0)
 
 
+def test_8_bit_and_float_images_of_one_batch_become_floats_of_one_range():
+    rows = [
+        {"pixel_values": torch.full((3, 32, 32), 51, dtype=torch.uint8)},
+        {"pixel_values": torch.full((3, 32, 32), 0.2)},
+    ]
+    pixels = IJepaDataCollator(tiny_config(), normalize=False)(rows)["pixel_values"]
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[0], pixels[1])
+
+
 def test_collator_works_alone_in_anybodys_loader(digits):
     def batches():
         torch.manual_seed(3)

@@ -233,7 +233,7 @@ def resized_pixels(images: ImageRows, config: IJepaConfig, mean: Sequence[float]
     Returns:
         float32 `[n, num_channels, height, width]`.
     """
-    pixels = torch.stack([resize(images[index], config.image_shape) for index in range(len(images))])
+    pixels = _stack([resize(images[index], config.image_shape) for index in range(len(images))])
     return normalize(pixels, mean, std)
 
 
@@ -416,11 +416,11 @@ class IJepaDataCollator:
         keys = [row["sample_key"] for row in rows if "sample_key" in row]
         if keys:
             masks = self._masks_of_step(keys)
-            pixels = torch.stack([row["pixel_values"] for row in rows])
+            pixels = _stack([row["pixel_values"] for row in rows])
         else:
             generator = np.random.Generator(np.random.Philox(int(torch.randint(2**62, ()))))
             masks = draw_masks(self.settings, len(rows), generator)
-            pixels = torch.stack([self._pixels_of(row, generator) for row in rows])
+            pixels = _stack([self._pixels_of(row, generator) for row in rows])
         if self.normalize:
             pixels = normalize(pixels, self.image_mean, self.image_std)
         return {
@@ -451,6 +451,13 @@ class IJepaDataCollator:
             )
         image = decode_image(row[column], self.config.num_channels)
         return random_resized_crop(image, self.config.image_shape, self.min_crop_scale, generator)
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    """One tensor of images; where 8-bit ones and floats (from 16-bit files) meet, all become floats in [0, 1]."""
+    if len({image.dtype for image in pixels}) > 1:
+        pixels = [image / 255 if image.dtype == torch.uint8 else image for image in pixels]
+    return torch.stack(pixels)
 
 
 def build_loader(

@@ -189,6 +189,8 @@ def score_encoder(
 
 
 def _raw(pixels: Tensor) -> np.ndarray:
+    if bool((pixels == pixels[:, :1]).all()):  # gray images, repeated for three channels: once is enough
+        pixels = pixels[:, :1]
     if max(pixels.shape[-2:]) > RAW_PIXELS_SIDE:
         shape = [min(side, RAW_PIXELS_SIDE) for side in pixels.shape[-2:]]
         pixels = nn.functional.interpolate(pixels, size=shape, mode="bilinear", antialias=True)

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -354,7 +355,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     state = _RunState(accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments)
     _run_steps(state, loader, sampler.start_step)
     if accelerator.is_main_process:
-        write_report(model, output_dir, evaluation, arguments, step=plan.num_steps)
+        with threadpool_limits(run.num_cpu_threads):  # scikit-learn's threads too: on small matrices they only compete
+            write_report(model, output_dir, evaluation, arguments, step=plan.num_steps)
         print()
         print(render_report(output_dir))
     accelerator.wait_for_everyone()
@@ -409,7 +411,7 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
     batches = iter(loader)
     every = run.checkpointing_steps or plan.steps_per_epoch
     progress = tqdm(
-        total=plan.num_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
+        total=plan.num_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process, mininterval=1.0
     )
     with contextlib.closing(progress), contextlib.closing(_MetricsLog(state)) as metrics:
         for step in range(start_step, plan.num_steps):
