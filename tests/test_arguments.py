@@ -143,6 +143,19 @@ def test_an_unknown_recipe_and_an_unknown_recipe_key_name_the_nearest(tmp_path):
         parse_arguments([str(path)])
 
 
+def test_a_recipe_after_a_flag_and_a_recipe_that_is_no_yaml_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'digits' stands after a flag; the recipe comes first"):
+        parse_arguments(["--seed", "1", "digits"])
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        parse_arguments([str(tmp_path / "bad.yaml")])
+
+
+def test_base_learning_rate_on_the_command_line_replaces_a_recipes_learning_rate():
+    run = parse_arguments(["digits", "--base_learning_rate", "2e-3"])[2]
+    assert (run.learning_rate, run.base_learning_rate) == (None, 2e-3)
+
+
 def test_a_bad_geometry_is_refused_when_the_config_is_made():
     model, _, _ = parse_arguments(["digits", "--image_size", "30"])
     with pytest.raises(ValueError, match="image_size=30"):

@@ -11,6 +11,7 @@ from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.checkpointing import (
     DamagedCheckpointError,
     config_fields,
+    delete_checkpoints_after,
     find_latest,
     read_checkpoint,
     restore,
@@ -54,10 +55,19 @@ def test_restoring_gives_back_every_bit_of_weights_and_optimiser_state(tmp_path)
 
 def test_only_the_newest_are_kept(tmp_path):
     pair = stepped()
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         save(tmp_path, step, pair, limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
     assert find_latest(tmp_path).step == 10
+
+
+def test_a_checkpoint_just_written_is_never_pruned_and_later_ones_can_be_deleted(tmp_path):
+    pair = stepped()
+    for step in (5, 6):
+        save(tmp_path, step, pair, limit=2)
+    assert save(tmp_path, 3, pair, limit=1).is_dir()  # an older step, as after resuming from step 2
+    delete_checkpoints_after(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])

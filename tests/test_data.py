@@ -102,6 +102,12 @@ def test_mistakes_about_the_source_are_named(tmp_path, digits):
     )
     with pytest.raises(ValueError, match="several image columns"):
         find_image_column(two)
+    with pytest.raises(ValueError, match="image_column_name='label' holds no images"):
+        find_image_column(digits, "label")
+    named = digits.add_column("name", ["x"] * len(digits))
+    with pytest.raises(ValueError, match="label_column_name='name' is no column of classes"):
+        find_label_column(named, "name")
+    assert find_label_column(digits.cast_column("label", datasets.Value("int32"))) == "label"
     with pytest.raises(ValueError, match="label_column_name='kind'"):
         find_label_column(digits, "kind")
 
@@ -131,7 +137,7 @@ def test_array_columns_of_many_bands_keep_their_numbers_range(dtype):
     dataset = datasets.Dataset.from_dict({"bands": list(values)}, features=features)
     config = tiny_config(num_channels=5, image_size=[16, 24])
     rows = ImageRows(dataset, find_image_column(dataset), 5)
-    pixels = resized_pixels(rows, config, [0.0] * 5, [1.0] * 5)
+    pixels = resized_pixels(rows, range(2), config, [0.0] * 5, [1.0] * 5)
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels.numpy(), values.astype(np.float64) / scale, atol=1e-6)
 

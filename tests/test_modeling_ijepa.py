@@ -316,6 +316,15 @@ def test_saved_model_loads_with_equal_weights_and_a_frozen_target(tmp_path):
         assert all(parameter.requires_grad for parameter in loaded.context_encoder.parameters())
 
 
+def test_a_subfolder_that_was_asked_for_is_the_one_that_is_loaded(tmp_path):
+    root, other = scrambled_model(0), scrambled_model(1)
+    for folder, model in ((tmp_path, root), (tmp_path / "sub", other)):
+        model.target_encoder.save_pretrained(folder)
+        model.save_pretrained(folder / "pretraining")
+    assert_same_weights(IJepaForPretraining.from_pretrained(tmp_path), root)
+    assert_same_weights(IJepaForPretraining.from_pretrained(tmp_path, subfolder="sub"), other)
+
+
 def test_overrides_and_loading_info_work_as_in_transformers(tmp_path):
     scrambled_model().save_pretrained(tmp_path)
     model, info = IJepaForPretraining.from_pretrained(

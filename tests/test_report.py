@@ -90,7 +90,7 @@ def test_the_card_has_valid_metadata_and_the_runs_numbers(run, report):
     assert metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "image-feature-extraction"
     assert "# digits-tiny" in body
-    assert f"{report['loss_last']:.4f}" in body
+    assert f"{report['log']['loss_last']:.4f}" in body
     assert f"| trained encoder | {100 * report['scores'][0]['knn']:.1f} |" in body
     assert "max_train_steps: 6" in body
 

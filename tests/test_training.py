@@ -1,6 +1,7 @@
 """The loop: groups, plan, log, folder, and every mistake found before work starts."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ijepa_hf import training
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.export import exported_step
+from ijepa_hf.report import render_report
 from ijepa_hf.training import (
     NonFiniteLossError,
     StepValues,
@@ -141,6 +143,61 @@ def test_a_run_announces_its_masks_and_warns_where_they_are_hard_to_fit(tmp_path
 def test_logging_steps_thin_the_log_but_keep_first_and_last(tmp_path):
     run = tiny_run(tmp_path / "run", logging_steps=4)
     assert [step for (step,) in logged(run, "step")] == [1, 4, 6]
+
+
+def test_going_on_from_an_older_checkpoint_drops_what_came_after_it(tmp_path, run):
+    again = shutil.copytree(run, tmp_path / "again")
+    (again / "report.json").unlink()
+    tiny_run(again, resume_from_checkpoint=again / "checkpoint-4", checkpoints_total_limit=1)
+    assert [path.name for path in again.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert logged(again, "step", "loss") == logged(run, "step", "loss")
+    assert all(torch.equal(value, final_weights(run)[name]) for name, value in final_weights(again).items())
+
+
+def test_a_run_started_in_a_new_folder_from_the_last_checkpoint_reports_the_log_that_came_with_it(tmp_path, run):
+    other = tiny_run(tmp_path / "other", resume_from_checkpoint=run / "checkpoint-6")
+    assert logged(other, "step", "loss") == logged(run, "step", "loss")
+    orphan = shutil.copytree(run / "checkpoint-6", tmp_path / "moved" / "checkpoint-6")  # no log beside it
+    assert "log of this run was lost" in render_report(tiny_run(tmp_path / "third", resume_from_checkpoint=orphan))
+
+
+def test_a_finished_run_whose_export_was_lost_is_not_trained_again(tmp_path, run):
+    again = shutil.copytree(run, tmp_path / "again")
+    (again / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="Add --resume_from_checkpoint latest"):
+        tiny_run(again)
+    tiny_run(again, resume_from_checkpoint="latest")
+    assert exported_step(again) == 6
+    assert all(torch.equal(value, final_weights(run)[name]) for name, value in final_weights(again).items())
+
+
+def test_another_global_batch_is_another_run_and_for_official_masks_another_device_batch_too(tmp_path, run):
+    with pytest.raises(ValueError, match="global_batch_size is 8 there, 4 here"):
+        tiny_run(run, per_device_train_batch_size=4, warmup_epochs=0.125)
+    flags = {"masking_strategy": "multi_block_official", "official_min_keep": 4, "context_keep_ratio": None}
+    official = tiny_run(tmp_path / "official", **flags)
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 8 there, 4 here"):
+        tiny_run(official, **flags, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+
+
+def test_an_image_that_cannot_be_used_is_found_before_the_old_run_is_deleted(tmp_path, run):
+    again = shutil.copytree(run, tmp_path / "again")
+    flags = {"num_channels": 6, "image_mean": [0.5] * 6, "image_std": [0.5] * 6}
+    with pytest.raises(ValueError, match="num_channels=6"):
+        tiny_run(again, overwrite_output_dir="true", **flags)
+    assert exported_step(again) == 6
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights():
+    model = scrambled_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.predictor.project.weight.register_hook(lambda gradient: gradient * float("inf"))
+    optimizer = make_optimizer(model, PretrainingArguments(learning_rate=1e-3))
+    with pytest.raises(NonFiniteLossError, match="gradient norm is .* in the predictor"):
+        training_step(
+            Accelerator(cpu=True), model, model, optimizer, [tiny_batch(model.config)], StepValues(1e-3, 0.0, 0.9)
+        )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_finished_run_prints_its_report_again_and_does_nothing_else(run, capsys):

@@ -234,7 +234,11 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"recipe {recipe!r} is neither shipped ({', '.join(recipe_names())}) nor the path of a YAML file.{hint}"
         )
-    values = yaml.safe_load(text) or {}
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ValueError(f"recipe {recipe!r} is not valid YAML: {where}") from error
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise ValueError(
             f"recipe {recipe!r} must be a flat mapping of argument names to values, e.g. 'patch_size: 16'."
@@ -284,12 +288,20 @@ def parse_arguments(
     parser = build_parser()
     recipe, flags = (argv[0], list(argv[1:])) if argv and not argv[0].startswith("-") else (None, list(argv))
     positional = [] if recipe is None else [recipe]
-    _, unknown = parser.parse_known_args([*positional, *flags])
+    named, unknown = parser.parse_known_args([*positional, *flags])
+    if named.recipe != recipe:
+        raise ValueError(
+            f"{named.recipe!r} stands after a flag; the recipe comes first: ijepa-hf pretrain {named.recipe} ..."
+        )
     if unknown:
         known = {f"--{name}" for name in argument_names()}
         raise ValueError(f"{unknown[0]!r} is no flag of ijepa-hf pretrain{_nearest(unknown[0].split('=')[0], known)}")
     # Recipe values travel through the same parser as flags do, so that they get the same types and errors.
-    defaults = _as_flags(load_recipe(recipe)) if recipe is not None else []
+    values = load_recipe(recipe) if recipe is not None else {}
+    for given, other in (("learning_rate", "base_learning_rate"), ("base_learning_rate", "learning_rate")):
+        if any(flag.split("=")[0] == f"--{given}" for flag in flags):
+            values.pop(other, None)  # two names of one thing: the flag's wins over the recipe's
+    defaults = _as_flags(values)
     model, data, run, _ = parser.parse_args_into_dataclasses(args=[*positional, *defaults, *flags])
     if run.output_dir is None:
         run.output_dir = str(Path("runs") / (Path(recipe).stem if recipe else "ijepa"))

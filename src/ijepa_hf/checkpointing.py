@@ -95,13 +95,28 @@ def save_checkpoint(
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
     for entry in (*partial.iterdir(), partial):
         flush_to_disk(entry)
-    if final.exists():  # written by an earlier life of this run; the new one has the same bits
-        shutil.rmtree(final)
+    replaced = output_dir / f".checkpoint-{step}.replaced"
+    if final.exists():  # moved aside first, so that no moment is without a whole one
+        os.replace(final, replaced)
     os.replace(partial, final)
     flush_to_disk(output_dir)
-    for _, folder in _folders(output_dir)[:-total_limit]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    others = [folder for _, folder in _folders(output_dir) if folder != final]
+    for folder in others[: max(0, len(others) - (total_limit - 1))]:
         shutil.rmtree(folder)
     return final
+
+
+def delete_checkpoints_after(output_dir: Path, step: int) -> None:
+    """Deletes the checkpoints of later steps, left by an earlier life of a run that goes on from `step`.
+
+    Args:
+        output_dir: The run's folder.
+        step: The step that the run goes on from; 0 deletes all.
+    """
+    for number, folder in _folders(output_dir):
+        if number > step:
+            shutil.rmtree(folder)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -185,7 +200,7 @@ def restore(
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that make the model what it is: those that the stock class writes and ours adds.
+    """The fields that make a model what it is: the stock I-JEPA fields and those of this package.
 
     Args:
         config: An `IJepaConfig`.
@@ -193,12 +208,16 @@ def config_fields(config: Any) -> dict[str, Any]:
     Returns:
         A dictionary that is equal for equal models, whichever transformers version wrote it.
     """
-    ignored = {"transformers_version", "architectures", "dtype", "model_type", "_name_or_path"}
-    return {
-        name: value
-        for name, value in json.loads(json.dumps(config.to_dict(), default=str)).items()
-        if name not in ignored
+    names = {
+        name for cls in type(config).__mro__ if cls.__module__.endswith("configuration_ijepa") for name in _own(cls)
     }
+    return {
+        name: value for name, value in json.loads(json.dumps(config.to_dict(), default=str)).items() if name in names
+    }
+
+
+def _own(cls: type) -> set[str]:
+    return set(vars(cls).get("__annotations__", {}))
 
 
 def _folders(output_dir: Path) -> list[tuple[int, Path]]:

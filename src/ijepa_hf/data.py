@@ -6,7 +6,7 @@ crop of (seed, epoch, index), the masks of (seed, optimiser step, slot), where s
 a step needs that step's number alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from ijepa_hf.masking import draw_masks
 
 DIGITS_TEST_SHARE = 0.2
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+_IMAGE_FEATURES = (datasets.Image, datasets.Array2D, datasets.Array3D)
 _DRAW_ORDER, _DRAW_CROP, _DRAW_MASKS = 1, 2, 3  # keep the streams of one seed apart
 
 
@@ -145,6 +146,12 @@ def find_image_column(dataset: datasets.Dataset, name: str | None = None) -> str
     if name is not None:
         if name not in dataset.features:
             raise ValueError(f"image_column_name={name!r} is no column of the data set; it has {columns}.")
+        if not isinstance(dataset.features[name], _IMAGE_FEATURES):
+            raise ValueError(
+                f"image_column_name={name!r} holds no images: it must be an Image, Array2D or Array3D column. "
+                "The data "
+                f"set has {columns}."
+            )
         return name
     images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     arrays = [
@@ -162,7 +169,9 @@ def find_image_column(dataset: datasets.Dataset, name: str | None = None) -> str
 
 
 def find_label_column(dataset: datasets.Dataset, name: str | None = None) -> str | None:
-    """The column of class labels: `name`, else `label`, `labels` or the only `ClassLabel` column, else `None`.
+    """The column of class labels, if there is one.
+
+    It is `name`; else `label` or `labels`, where they hold classes or whole numbers; else the only column of classes.
 
     Args:
         dataset: Any data set.
@@ -172,19 +181,25 @@ def find_label_column(dataset: datasets.Dataset, name: str | None = None) -> str
         The column's name, or `None`.
 
     Raises:
-        ValueError: If `name` is no column; lists the columns.
+        ValueError: If `name` is no column of whole numbers or classes; lists the columns.
     """
     if name is not None:
-        if name not in dataset.features:
+        if name not in dataset.features or not _holds_labels(dataset.features[name]):
             raise ValueError(
-                f"label_column_name={name!r} is no column of the data set; it has {', '.join(dataset.features)}."
+                f"label_column_name={name!r} is no column of classes or whole numbers; the data set has "
+                f"{', '.join(dataset.features)}."
             )
         return name
     classes = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     for column in ("label", "labels"):
-        if column in classes:
+        if column in dataset.features and _holds_labels(dataset.features[column]):
             return column
     return classes[0] if len(classes) == 1 else None
+
+
+def _holds_labels(feature: Any) -> bool:
+    is_whole = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+    return is_whole or isinstance(feature, datasets.ClassLabel)
 
 
 class ImageRows:
@@ -221,11 +236,14 @@ class ImageRows:
             raise ValueError(f"image {index} of the data set{f' ({path})' if path else ''}: {error}") from error
 
 
-def resized_pixels(images: ImageRows, config: IJepaConfig, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def resized_pixels(
+    images: ImageRows, indices: Iterable[int], config: IJepaConfig, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     """Whole images, as the saved image processor gives them.
 
     Args:
         images: The images.
+        indices: Which of them.
         config: Says the size.
         mean: Of each channel.
         std: Of each channel.
@@ -233,7 +251,7 @@ def resized_pixels(images: ImageRows, config: IJepaConfig, mean: Sequence[float]
     Returns:
         float32 `[n, num_channels, height, width]`.
     """
-    pixels = _stack([resize(images[index], config.image_shape) for index in range(len(images))])
+    pixels = _stack([resize(images[index], config.image_shape) for index in indices])
     return normalize(pixels, mean, std)
 
 

@@ -15,6 +15,7 @@ patches that it may see. Without those it computes what the stock class computes
 """
 
 import copy
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -592,7 +593,8 @@ def enable_gradient_checkpointing(model: IJepaForPretraining) -> None:
 
 def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, Any]) -> str | None:
     """The subfolder of a repo or folder that holds the full model ('' is its root), or None where there is none."""
-    for subfolder in (download.get("subfolder") or "", PRETRAINING_SUBFOLDER):
+    root = download.get("subfolder") or ""
+    for subfolder in (root, posixpath.join(root, PRETRAINING_SUBFOLDER)):
         here = {**download, "subfolder": subfolder}
         if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **here) is None:
             continue

@@ -2,7 +2,7 @@
 
 The trained encoder always stands beside three rows that keep it honest: the same network untrained, with both usual
 initial values of its patch embedding, and the raw pixels. Scores are made where the data have labels and a held-out
-split (`eval_split_name`); nothing is chosen on that split.
+split (`eval_split_name`); the linear probe's regularisation is chosen on a part of the training split.
 """
 
 import json
@@ -32,6 +32,7 @@ from ijepa_hf.visualization import draw_curves_figure
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
 NEIGHBOURS = 20
+PIXELS_AT_ONCE = 512  # images
 PUBLISHED_PATCH_INIT_STD = 0.02
 RAW_PIXELS_SIDE = (
     32  # raw pixels of larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
@@ -85,7 +86,15 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
         dataset = _at_most(dataset, data.max_eval_samples)
         images = ImageRows(dataset, find_image_column(dataset, data.image_column_name), config.num_channels)
         parts += [images, np.asarray(dataset[label], dtype=np.int64)]
-    return EvaluationSets(*parts)
+    evaluation = EvaluationSets(*parts)
+    if len(evaluation.train) < 5 or len(set(evaluation.train_labels.tolist())) < 2:
+        raise ValueError(
+            f"eval_split_name={data.eval_split_name!r} asks for scores, which need at least 5 labelled images "
+            "of 2 classes "
+            f"in {data.train_split_name!r}; there are {len(evaluation.train)}. Leave out --eval_split_name."
+        )
+    evaluation.test[0]  # an image that cannot be used is found before the training
+    return evaluation
 
 
 def _at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -130,16 +139,14 @@ def write_report(
     """
     rows = read_metrics(output_dir)
     (output_dir / "figures").mkdir(exist_ok=True)
-    draw_curves_figure(rows, output_dir / "figures" / "curves.png")
+    if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
+        draw_curves_figure(rows, output_dir / "figures" / "curves.png")
     mean, std, seed = arguments["image_mean"], arguments["image_std"], arguments["seed"]
     report = {
         "step": step,
-        "epochs": rows[-1]["epoch"],
+        "epochs": step * arguments["global_batch_size"] / arguments["num_train_images"],
         "parameters_encoder": sum(parameter.numel() for parameter in model.target_encoder.parameters()),
-        "loss_first": rows[0]["loss"],
-        "loss_last": rows[-1]["loss"],
-        "target_rankme_last": rows[-1]["target_rankme"],
-        "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
+        "log": _summarise(rows) if rows else None,
         "scores": [] if evaluation is None else score_encoder(model, evaluation, mean, std, seed),
         "num_eval_images": 0 if evaluation is None else len(evaluation.test),
         "arguments": dict(arguments),
@@ -149,6 +156,16 @@ def write_report(
         output_dir / "README.md", lambda path: path.write_text(_render_card(report, model.config), "utf-8")
     )
     write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))  # last: it says "finished"
+
+
+def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "first_step": rows[0]["step"],
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+        "target_rankme_last": rows[-1]["target_rankme"],
+        "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
+    }
 
 
 def score_encoder(
@@ -161,36 +178,50 @@ def score_encoder(
         evaluation: Labelled sets.
         mean: Of each channel.
         std: Of each channel.
-        seed: The run's seed: the untrained network is the one that this run started from.
+        seed: The run's seed; the untrained network with the run's `patch_init_std` is the one that it started from.
 
     Returns:
         A row for each: `features` (its name), `knn`, `linear` (top-1 in [0, 1]), `rankme` (of the held-out images).
     """
-    config = model.config
-    pixels = [resized_pixels(images, config, mean, std) for images in (evaluation.train, evaluation.test)]
-    encoders: list[tuple[str, nn.Module | None]] = [("trained encoder", model.target_encoder)]
+    encoders: dict[str, nn.Module | None] = {"trained encoder": model.target_encoder}
     for value, name in ((None, "1/sqrt(inputs)"), (PUBLISHED_PATCH_INIT_STD, f"{PUBLISHED_PATCH_INIT_STD}")):
-        untrained = new_model(config.replace(patch_init_std=value), seed).target_encoder
-        encoders.append((f"untrained, patch_init_std {name}", untrained.to(model.device)))
-    encoders.append(("raw pixels", None))
+        untrained = new_model(model.config.replace(patch_init_std=value), seed).target_encoder
+        encoders[f"untrained, patch_init_std {name}"] = untrained.to(model.device)
+    encoders["raw pixels"] = None
+    train, test = (
+        _all_features(encoders, images, model.config, mean, std) for images in (evaluation.train, evaluation.test)
+    )
     rows = []
-    for name, encoder in encoders:
-        train, test = (_raw(part) if encoder is None else extract_features(encoder, part) for part in pixels)
-        labelled = (train, evaluation.train_labels, test, evaluation.test_labels)
+    for name in encoders:
+        labelled = (train[name], evaluation.train_labels, test[name], evaluation.test_labels)
         rows.append(
             {
                 "features": name,
-                "knn": knn_accuracy(*labelled, k=min(NEIGHBOURS, len(train))),
+                "knn": knn_accuracy(*labelled, k=min(NEIGHBOURS, len(train[name]))),
                 "linear": linear_accuracy(*labelled),
-                "rankme": rankme(torch.from_numpy(test)),
+                "rankme": rankme(torch.from_numpy(test[name])),
             }
         )
     return rows
 
 
+def _all_features(
+    encoders: Mapping[str, nn.Module | None],
+    images: ImageRows,
+    config: IJepaConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, np.ndarray]:
+    """Features `[n, D]` under each name; a part of the images at a time, so that pixels of all need no memory."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
+    for start in range(0, len(images), PIXELS_AT_ONCE):
+        pixels = resized_pixels(images, range(start, min(start + PIXELS_AT_ONCE, len(images))), config, mean, std)
+        for name, encoder in encoders.items():
+            parts[name].append(_raw(pixels) if encoder is None else extract_features(encoder, pixels))
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
 def _raw(pixels: Tensor) -> np.ndarray:
-    if bool((pixels == pixels[:, :1]).all()):  # gray images, repeated for three channels: once is enough
-        pixels = pixels[:, :1]
     if max(pixels.shape[-2:]) > RAW_PIXELS_SIDE:
         shape = [min(side, RAW_PIXELS_SIDE) for side in pixels.shape[-2:]]
         pixels = nn.functional.interpolate(pixels, size=shape, mode="bilinear", antialias=True)
@@ -213,11 +244,16 @@ def render_report(output_dir: Path) -> str:
         FileNotFoundError: If the run is not finished.
     """
     report = json.loads((output_dir / REPORT_FILE).read_text("utf-8"))
-    lines = [
-        f"steps {report['step']} ({report['epochs']:.4g} epochs), {report['images_per_second']:.0f} images/s",
-        f"loss {report['loss_first']:.4f} at the first step, {report['loss_last']:.4f} at the last; "
-        f"RankMe of the targets {report['target_rankme_last']:.1f}",
-    ]
+    lines = [f"steps {report['step']} ({report['epochs']:.4g} epochs)"]
+    log = report["log"]
+    if log is None:
+        lines.append("the log of this run was lost")
+    else:
+        lines[0] += f", {log['images_per_second']:.0f} images/s"
+        lines.append(
+            f"loss {log['loss_first']:.4f} at step {log['first_step']}, {log['loss_last']:.4f} at the last; "
+            f"RankMe of the targets {log['target_rankme_last']:.1f}"
+        )
     if report["scores"]:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]
         lines += _score_table(report["scores"], "{:<34} {:>8} {:>8} {:>8}")
@@ -242,8 +278,11 @@ def _verdict(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     for metric, name in (("knn", f"kNN-{NEIGHBOURS}"), ("linear", "linear")):
         best = max(row[metric] for row in scores[1:-1])
         gain = 100 * (trained[metric] - best)
-        word = "above" if gain > 0 else "below" if gain < 0 else "equal to, 0.0 above,"
-        lines.append(f"{name}: trained is {abs(gain):.1f} points {word} the better untrained network.")
+        if gain == 0:
+            lines.append(f"{name}: trained and the better untrained network are equal.")
+        else:
+            side = "above" if gain > 0 else "below"
+            lines.append(f"{name}: trained is {abs(gain):.1f} points {side} the better untrained network.")
         if pixels[metric] > trained[metric]:
             lines[-1] += f" Raw pixels win, by {100 * (pixels[metric] - trained[metric]):.1f}."
     return lines

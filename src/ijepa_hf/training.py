@@ -22,8 +22,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
 from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -31,6 +31,7 @@ from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArgumen
 from ijepa_hf.checkpointing import (
     Checkpoint,
     config_fields,
+    delete_checkpoints_after,
     find_latest,
     read_checkpoint,
     restore,
@@ -71,7 +72,7 @@ RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x 
 logger = logging.getLogger(__name__)
 
 _DRAW_DROPOUT = 4  # beside the streams of data.py
-# What may differ between a run and its continuation: none of it changes a weight.
+# What may differ between a run and its continuation: none of it changes a weight (the global batch is compared).
 _FREE_ARGUMENTS = frozenset(
     [
         "output_dir",
@@ -97,7 +98,7 @@ _RUN_ENTRIES = (
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the run stopped before it could spoil the weights."""
+    """Loss or gradient became NaN or infinite; the run stopped before it could spoil the weights."""
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def training_step(
         Loss, gradient norms and targets.
 
     Raises:
-        NonFiniteLossError: If the loss is NaN or infinite on any rank; the weights are as they were before the step.
+        NonFiniteLossError: If loss or gradient is NaN or infinite on any rank; the weights are as they were before.
     """
     for group in optimizer.param_groups:
         group["lr"] = values.learning_rate
@@ -288,12 +289,14 @@ def training_step(
     if not math.isfinite(mean):
         raise NonFiniteLossError(f"the loss is {mean}")
     assert output.targets is not None
-    norms = [_grad_norm(part) for part in (model.context_encoder, model.predictor)]
+    norms = [float(_grad_norm(part)) for part in (model.context_encoder, model.predictor)]
+    if not all(map(math.isfinite, norms)):  # the same on every rank: gradients are averaged
+        raise NonFiniteLossError(f"the gradient norm is {norms[0]} in the encoder, {norms[1]} in the predictor")
     if max_grad_norm is not None:
         accelerator.clip_grad_norm_(prepared.parameters(), max_grad_norm)
     optimizer.step()
     model.update_target_encoder(values.ema_momentum)
-    return StepResult(mean, float(norms[0]), float(norms[1]), output.targets)
+    return StepResult(mean, norms[0], norms[1], output.targets)
 
 
 def _grad_norm(module: nn.Module) -> Tensor:
@@ -323,20 +326,21 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     config = model_arguments.to_config()
     assert run.output_dir is not None  # parse_arguments
     output_dir = Path(run.output_dir)
-    arguments = describe_arguments(model_arguments, data, run)
-    _check_output_dir(output_dir, arguments, run)
     if run.num_cpu_threads is not None:
         torch.set_num_threads(run.num_cpu_threads)
     accelerator = _make_accelerator(run, output_dir)
+    images = _load_images(data, config)
+    evaluation = load_evaluation_sets(data, config)
+    plan = make_plan(run, len(images), accelerator.num_processes)
+    arguments = describe_arguments(model_arguments, data, run, plan, len(images))
+    _check_output_dir(output_dir, arguments, run)
     if _is_finished(output_dir, run):
         if accelerator.is_main_process:
             print(f"{output_dir} holds this run, finished. Its report:\n")
             print(render_report(output_dir))
+        accelerator.end_training()
         return output_dir
 
-    images = _load_images(data, config)
-    evaluation = load_evaluation_sets(data, config)
-    plan = make_plan(run, len(images), accelerator.num_processes)
     sampler = _make_sampler(run, plan, len(images), accelerator)
     checkpoint = _find_checkpoint(run, output_dir, arguments, plan)
     model = _make_model(config, model_arguments, run)
@@ -347,9 +351,11 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         sampler.start_step = checkpoint.step
     loader = _make_loader(images, config, data, run, plan, sampler, accelerator)
 
+    _check_ranks_agree(accelerator, sampler.start_step)
+    first_batch = _first_batch(loader, sampler)  # an image that cannot be used is found before anything is written
     if accelerator.is_main_process:
-        _prepare_output_dir(output_dir, arguments, run, sampler.start_step)
-        _draw_first_masks(loader, sampler, config, output_dir)
+        _prepare_output_dir(output_dir, arguments, run, checkpoint)
+        _draw_first_masks(first_batch, config, output_dir)
         _announce(accelerator, model, run, plan, len(images), sampler.start_step)
     accelerator.wait_for_everyone()
     state = _RunState(accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments)
@@ -436,6 +442,8 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
             clock.steps += 1
             if done == 1 or done % run.logging_steps == 0 or done == plan.num_steps:
                 row = metrics.write(done, result, values, clock)
+                if accelerator.is_main_process:
+                    progress.write(_log_line(row))
                 progress.set_postfix(loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False)
             if done % every == 0 or done == plan.num_steps:
                 with clock.stopped():
@@ -542,7 +550,7 @@ def _make_model(
 
 
 def describe_arguments(
-    model_arguments: ModelArguments, data: DataArguments, run: PretrainingArguments
+    model_arguments: ModelArguments, data: DataArguments, run: PretrainingArguments, plan: Plan, num_images: int
 ) -> dict[str, Any]:
     """All arguments of a run as one flat dictionary, as `run.json` and checkpoints keep them.
 
@@ -550,16 +558,19 @@ def describe_arguments(
         model_arguments: The model.
         data: The images.
         run: Everything else.
+        plan: Its global batch goes in as `global_batch_size`.
+        num_images: Goes in as `num_train_images`; like the global batch it decides the order of images.
 
     Returns:
         Names and values.
     """
-    return {name: value for part in (model_arguments, data, run) for name, value in dataclasses.asdict(part).items()}
+    named = {name: value for part in (model_arguments, data, run) for name, value in dataclasses.asdict(part).items()}
+    return {**named, "global_batch_size": plan.global_batch_size, "num_train_images": num_images}
 
 
 def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments) -> None:
     """Refuses a folder that is not this run's, or a run that is not finished and was not asked to go on."""
-    if not output_dir.exists() or not any(output_dir.iterdir()):
+    if not output_dir.exists() or all(entry.name.endswith(".partial") for entry in output_dir.iterdir()):
         return
     if not (output_dir / RUN_FILE).is_file():
         raise ValueError(
@@ -573,7 +584,10 @@ def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretrain
                 "--output_dir."
             )
         return
-    stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
+    try:
+        stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{output_dir / RUN_FILE} is damaged ({error}); choose another --output_dir.") from error
     differing = _differing_arguments(stored, arguments)
     if differing:
         raise ValueError(
@@ -581,7 +595,7 @@ def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretrain
             "--output_dir, or "
             "add --overwrite_output_dir to delete that run."
         )
-    if run.resume_from_checkpoint is None and not (output_dir / REPORT_FILE).is_file():
+    if run.resume_from_checkpoint is None and not _is_finished(output_dir, run):
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds this run, unfinished. Add --resume_from_checkpoint latest to "
             "continue it, or --overwrite_output_dir to start again."
@@ -596,24 +610,35 @@ def _is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
 
 
 def _prepare_output_dir(
-    output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, start_step: int
+    output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, checkpoint: Checkpoint | None
 ) -> None:
+    """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go."""
+    start_step = 0 if checkpoint is None else checkpoint.step
+    # a checkpoint of another folder brings that run's log with it
+    rows = (
+        []
+        if checkpoint is None
+        else [row for row in read_metrics(checkpoint.path.parent) if row["step"] <= start_step]
+    )
     if run.overwrite_output_dir and output_dir.exists():
         _delete_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"arguments": arguments}, indent=2) + "\n"
     write_atomically(output_dir / RUN_FILE, lambda path: path.write_text(text, "utf-8"))
-    rows = [row for row in read_metrics(output_dir) if row["step"] <= start_step]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    delete_checkpoints_after(output_dir, start_step)
+    lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step)
     write_atomically(output_dir / METRICS_FILE, lambda path: path.write_text(lines, "utf-8"))
 
 
-def _draw_first_masks(loader: DataLoader, sampler: StepBatchSampler, config: IJepaConfig, output_dir: Path) -> None:
+def _first_batch(loader: DataLoader, sampler: StepBatchSampler) -> dict[str, Tensor]:
+    """The first images of the run with their masks."""
+    size = min(MASK_FIGURE_IMAGES, sampler.batch_size)
+    first = StepBatchSampler(sampler.num_samples, size, num_steps=1, seed=sampler.seed)
+    return loader.collate_fn([loader.dataset[key] for key in next(iter(first))])
+
+
+def _draw_first_masks(batch: dict[str, Tensor], config: IJepaConfig, output_dir: Path) -> None:
     """Draws the first images of the run with their masks: worth a look while it trains."""
-    first = StepBatchSampler(
-        sampler.num_samples, min(MASK_FIGURE_IMAGES, sampler.batch_size), num_steps=1, seed=sampler.seed
-    )
-    batch = loader.collate_fn([loader.dataset[key] for key in next(iter(first))])
     path = output_dir / "figures" / "masks.png"
     path.parent.mkdir(exist_ok=True)
     draw_masks_figure(
@@ -621,9 +646,19 @@ def _draw_first_masks(loader: DataLoader, sampler: StepBatchSampler, config: IJe
     )
 
 
+def _check_ranks_agree(accelerator: Accelerator, start_step: int) -> None:
+    steps = accelerator.gather(torch.tensor([start_step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different steps ({steps}): output_dir must be on a disk that "
+            "all share."
+        )
+
+
 def _delete_run(output_dir: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in the folder."""
-    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob("checkpoint-*")):
+    delete_checkpoints_after(output_dir, -1)
+    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob(".*.partial")):
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
@@ -654,9 +689,12 @@ def _find_checkpoint(
 
 
 def _differing_arguments(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    free = set(_FREE_ARGUMENTS)
+    if current["masking_strategy"] == "multi_block_official":  # its context depends on the batch of each device
+        free.discard("per_device_train_batch_size")
     return [
         f"{name} is {stored.get(name)!r} there, {current.get(name)!r} here"
-        for name in sorted({*stored, *current} - _FREE_ARGUMENTS)
+        for name in sorted({*stored, *current} - free)
         if stored.get(name) != current.get(name)
     ]
 
@@ -710,6 +748,15 @@ def _announce_masks(config: IJepaConfig) -> None:
 # -- the log ---------------------------------------------------------------------------------------------------------
 
 
+def _log_line(row: dict[str, Any]) -> str:
+    return (
+        f"step {row['step']} loss {row['loss']:.4f} lr {row['learning_rate']:.3g} decay {row['weight_decay']:.3g} "
+        f"momentum {row['ema_momentum']:.5f} grad {row['grad_norm_encoder']:.3g} {row['grad_norm_predictor']:.3g} "
+        f"target std {row['target_std']:.3f} rankme {row['target_rankme']:.1f} "
+        f"images/s {row['images_per_second']:.0f} waiting {100 * row['data_wait_share']:.0f} %"
+    )
+
+
 class _Clock:
     """Time since the last log line: all of it, and the part spent waiting for data; saving does not count."""
 
@@ -754,8 +801,11 @@ class _MetricsLog:
                 name: value if isinstance(value, int | float | bool) else str(value)
                 for name, value in state.arguments.items()
             }
-            state.accelerator.init_trackers("ijepa-hf", flat)
-            self.trackers = list(state.accelerator.trackers)
+            try:
+                state.accelerator.init_trackers("ijepa-hf", flat)
+                self.trackers = list(state.accelerator.trackers)
+            except Exception as error:  # as in _tell_trackers
+                logger.warning("the trackers %s failed to start and are dropped: %s", state.run.report_to, error)
         self.file = (state.output_dir / METRICS_FILE).open("a", encoding="utf-8")
 
     def write(self, step: int, result: StepResult, values: StepValues, clock: _Clock) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from PIL import Image
 from transformers import (
     AutoConfig, AutoModel, AutoModelForImageClassification, IJepaModel, ViTImageProcessor, pipeline
 )
-try:
+import transformers
+from packaging.version import Version
+if Version(transformers.__version__) >= Version("5.18"):
     from transformers import AutoImageProcessor
     processor = AutoImageProcessor.from_pretrained(folder)
-except ImportError:  # transformers 5.9 to 5.17 without torchvision
+else:  # AutoImageProcessor needs torchvision there
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
     processor = ViTImageProcessorPil.from_pretrained(folder)
 image = Image.open(picture)
