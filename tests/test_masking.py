@@ -256,10 +256,8 @@ def test_every_row_and_column_is_reached_by_targets_and_context(grid):
     assert context == targets == set(range(grid[0] * grid[1]))
 
 
-@pytest.mark.parametrize("drop", ["side", "random"])
 @pytest.mark.parametrize("grid", [(4, 4), (4, 16), (14, 14)])
-def test_visibility_equals_its_mirror_images_within_four_standard_errors(grid, drop, monkeypatch):
-    monkeypatch.setattr(masking, "_DROP_SURPLUS", drop)
+def test_visibility_equals_its_mirror_images_within_four_standard_errors(grid):
     rows, columns = grid
     num_images, batch = 20480, 512
     total, squares = np.zeros((2, 2, rows * columns))
@@ -339,25 +337,12 @@ def test_surplus_is_dropped_from_all_sides_equally():
     assert_plausible({"scans": float(stats.chisquare([found[line] for line in expected]).pvalue)})
 
 
-def test_surplus_dropped_at_random_keeps_every_patch_equally_often(monkeypatch):
-    monkeypatch.setattr(masking, "_DROP_SURPLUS", "random")
-    whole = MaskSettings((4, 4), context_scale=(1, 1), context_keep_ratio=6 / 16, allow_overlap=True)
-    kept = as_booleans(draw_masks(whole, 8000, generator(7)).context_indices, 16)
-    standard_error = math.sqrt(6 / 16 * 10 / 16 / 8000)
-    assert_plausible({str(patch): p_of_z((kept[:, patch].mean() - 6 / 16) / standard_error) for patch in range(16)})
-    assert len(np.unique(kept, axis=0)) > 4000  # of 8008 subsets
-
-
 # Invariants
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("num_context_sets", [1, 3])
-@pytest.mark.parametrize("drop", ["side", "random"])
-def test_context_never_overlaps_targets_and_targets_are_rectangles_of_one_size(
-    grid, num_context_sets, drop, monkeypatch
-):
-    monkeypatch.setattr(masking, "_DROP_SURPLUS", drop)
+def test_context_never_overlaps_targets_and_targets_are_rectangles_of_one_size(grid, num_context_sets):
     mask_settings = MaskSettings(grid, num_context_sets=num_context_sets)
     for step in range(8):
         masks = draw_masks(mask_settings, 64, generator(10, step))

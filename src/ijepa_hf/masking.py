@@ -30,9 +30,8 @@ import torch
 MAX_TARGET_DRAWS = 20
 # `multi_block_official`: draws of a context position before one more target block may be overlapped.
 OFFICIAL_TRIES = 20
-
-# How `multi_block` drops the context patches beyond K: "side" or "random", see `_keep_from_a_side`, `_keep_at_random`.
-_DROP_SURPLUS = "side"
+# `multi_block`: orders in which a grid is scanned for the context patches to keep (see `_keep_from_a_side`).
+NUM_SCANS = 8
 
 
 class Masks(NamedTuple):
@@ -204,8 +203,7 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
     )
     context_size = _context_size(grid, generator.uniform(*settings.context_scale))
     # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
-    drop_surplus, draw_priorities = _SURPLUS_RULES[_DROP_SURPLUS]
-    priorities = draw_priorities(generator, per_context, settings.num_patches)[slots]
+    scans = generator.integers(NUM_SCANS, size=per_context)[slots]
     inside = _patches_inside(grid, context_size, _draw_corners(generator, grid, context_size, per_context)[slots])
 
     corners = _draw_corners(generator, grid, target_size, per_target)[slots]
@@ -231,7 +229,7 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
             failed = failed[_images_short_of(visible[failed], keep)]
         assert not failed.size, "MaskSettings accepted sizes that do not fit"
 
-    context_indices = drop_surplus(grid, visible.reshape(-1, settings.num_patches), keep, priorities)
+    context_indices = _keep_from_a_side(grid, visible.reshape(-1, settings.num_patches), keep, scans.ravel())
     return _as_masks(context_indices, target_blocks, num_redrawn, settings)
 
 
@@ -366,42 +364,22 @@ def _first_patches(visible: np.ndarray, keep: int) -> np.ndarray:
     return found[first_of_row[:, None] + np.arange(keep)] - start_of_row[:, None]
 
 
-def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, priorities: np.ndarray) -> np.ndarray:
+def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, scans: np.ndarray) -> np.ndarray:
     """Keep the first K patches met when the grid is scanned from one side, which leaves the context in one piece.
 
-    `priorities` numbers the scan of each row of `visible`. There are eight: along rows or along columns, from either
-    side, each line in either direction. All are equally likely, so that no side is favoured; with one direction per
-    side only, the last, incomplete line would always begin at the same end.
+    `scans` numbers the scan of each row of `visible`. There are eight: along rows or along columns, from either side,
+    each line in either direction. All are equally likely, so that no side is favoured; with one direction per side
+    only, the last, incomplete line would always begin at the same end. Dropping at random instead trained worse
+    (docs/digits.md).
     """
     patches = np.arange(visible.shape[1]).reshape(grid)
     from_top, from_left = patches, patches.T
-    scans = np.array([scan.ravel() for scan in (from_top, from_top[:, ::-1], from_left, from_left[:, ::-1])])
-    scans = np.concatenate([scans, scans[:, ::-1]])  # from the bottom and from the right
-    scan = scans[priorities.ravel()]
+    orders = np.array([order.ravel() for order in (from_top, from_top[:, ::-1], from_left, from_left[:, ::-1])])
+    orders = np.concatenate([orders, orders[:, ::-1]])  # from the bottom and from the right
+    order = orders[scans]
     first = np.arange(0, visible.size, visible.shape[1])[:, None]
-    kept = _first_patches(visible.take(scan + first), keep)
-    return np.sort(scan.take(kept + first), axis=1)
-
-
-def _draw_sides(generator: np.random.Generator, shape: tuple[int, int], num_patches: int) -> np.ndarray:
-    return generator.integers(8, size=shape)
-
-
-def _keep_at_random(grid: tuple[int, int], visible: np.ndarray, keep: int, priorities: np.ndarray) -> np.ndarray:
-    """Keep K visible patches chosen at random, which leaves the context scattered."""
-    num_patches = visible.shape[1]
-    # The position is packed below the random bits, so that a partition of plain integers carries it along.
-    keys = priorities.reshape(visible.shape) * num_patches + np.arange(num_patches)
-    keys[~visible] = np.iinfo(np.int64).max
-    keys.partition(keep - 1, axis=1)
-    return np.sort(keys[:, :keep] % num_patches, axis=1)
-
-
-def _draw_random_keys(generator: np.random.Generator, shape: tuple[int, int], num_patches: int) -> np.ndarray:
-    return generator.integers(2**40, size=(*shape, num_patches))
-
-
-_SURPLUS_RULES = {"side": (_keep_from_a_side, _draw_sides), "random": (_keep_at_random, _draw_random_keys)}
+    kept = _first_patches(visible.take(order + first), keep)
+    return np.sort(order.take(kept + first), axis=1)
 
 
 # Checks of MaskSettings and of the arguments
