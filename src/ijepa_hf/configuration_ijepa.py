@@ -214,8 +214,7 @@ class IJepaConfig(StockIJepaConfig):
                 works = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
                     f"image_size={self.image_size!r}: the {axis} {side} is not a multiple of the patch's {axis} "
-                    f"{patch} "
-                    f"(patch_size={self.patch_size!r}); use {works}, or a patch_size that divides {side}."
+                    f"{patch} (patch_size={self.patch_size!r}); use {works}, or a patch_size that divides {side}."
                 )
         if self.num_channels < 1:
             raise ValueError(f"num_channels={self.num_channels} must be at least 1; write 3 for colour images.")
@@ -246,9 +245,8 @@ class IJepaConfig(StockIJepaConfig):
             raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
         if self.patch_init_std is not None and not self.patch_init_std > 0:
             raise ValueError(
-                f"patch_init_std={self.patch_init_std} must be greater than 0; write None for 1/sqrt(inputs of "
-                "a patch) "
-                "or 0.02 as published."
+                f"patch_init_std={self.patch_init_std} must be greater than 0; write None for 1/sqrt(inputs of a "
+                "patch) or 0.02 as published."
             )
 
     def replace(self, **changes: Any) -> Self:

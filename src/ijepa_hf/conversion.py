@@ -115,9 +115,8 @@ def read_official_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"checkpoint={str(path)!r} cannot be read as a published I-JEPA checkpoint (damaged, or it holds "
-            "code, which "
-            f"is never run): {reason}"
+            f"checkpoint={str(path)!r} cannot be read as a published I-JEPA checkpoint (damaged, or it holds code, "
+            f"which is never run): {reason}"
         ) from error
     missing = [
         part for part in PARTS if not isinstance(contents, Mapping) or not isinstance(contents.get(part), Mapping)

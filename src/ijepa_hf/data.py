@@ -148,9 +148,8 @@ def find_image_column(dataset: datasets.Dataset, name: str | None = None) -> str
             raise ValueError(f"image_column_name={name!r} is no column of the data set; it has {columns}.")
         if not isinstance(dataset.features[name], _IMAGE_FEATURES):
             raise ValueError(
-                f"image_column_name={name!r} holds no images: it must be an Image, Array2D or Array3D column. "
-                "The data "
-                f"set has {columns}."
+                f"image_column_name={name!r} holds no images: it must be an Image, Array2D or Array3D column. The "
+                f"data set has {columns}."
             )
         return name
     images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -277,9 +276,9 @@ def global_batch_size(num_samples: int, batch_size: int, accumulation_steps: int
     if num_samples < size:
         raise ValueError(
             f"the data set has {num_samples} images, fewer than one global batch of {size} "
-            "(per_device_train_batch_size "
-            f"{batch_size} x gradient_accumulation_steps {accumulation_steps} x {num_ranks} processes); use "
-            f"--per_device_train_batch_size {max(1, num_samples // (accumulation_steps * num_ranks))} or less."
+            f"(per_device_train_batch_size {batch_size} x gradient_accumulation_steps {accumulation_steps} x "
+            f"{num_ranks} processes); use --per_device_train_batch_size "
+            f"{max(1, num_samples // (accumulation_steps * num_ranks))} or less."
         )
     return size
 
@@ -413,9 +412,8 @@ class IJepaDataCollator:
         for name in ("image_mean", "image_std"):
             if normalize and len(getattr(self, name)) != config.num_channels:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; "
-                    "give one for "
-                    "each channel."
+                    f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; give one "
+                    "for each channel."
                 )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -78,9 +78,8 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
         values = None if label is None else dataset[label]
         if values is None or any(value is None or value < 0 for value in values):  # -1 is how unlabelled sets say it
             raise ValueError(
-                f"eval_split_name={data.eval_split_name!r} asks for scores, but the split {split!r} has no "
-                "labels (its "
-                f"columns are {', '.join(dataset.features)}); choose with --label_column_name, or leave out "
+                f"eval_split_name={data.eval_split_name!r} asks for scores, but the split {split!r} has no labels "
+                f"(its columns are {', '.join(dataset.features)}); choose with --label_column_name, or leave out "
                 "--eval_split_name."
             )
         dataset = _at_most(dataset, data.max_eval_samples)
@@ -89,9 +88,8 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
     evaluation = EvaluationSets(*parts)
     if len(evaluation.train) < 5 or len(set(evaluation.train_labels.tolist())) < 2:
         raise ValueError(
-            f"eval_split_name={data.eval_split_name!r} asks for scores, which need at least 5 labelled images "
-            "of 2 classes "
-            f"in {data.train_split_name!r}; there are {len(evaluation.train)}. Leave out --eval_split_name."
+            f"eval_split_name={data.eval_split_name!r} asks for scores, which need at least 5 labelled images of 2 "
+            f"classes in {data.train_split_name!r}; there are {len(evaluation.train)}. Leave out --eval_split_name."
         )
     evaluation.test[0]  # an image that cannot be used is found before the training
     return evaluation

@@ -482,8 +482,8 @@ def _make_accelerator(run: PretrainingArguments, output_dir: Path) -> Accelerato
         if name not in available:
             raise ValueError(
                 f"report_to={name!r} is no tracker that is installed here "
-                f"({', '.join(sorted(available)) or 'none is'}); "
-                "pip install 'ijepa-hf[trackers]', or leave out --report_to."
+                f"({', '.join(sorted(available)) or 'none is'}); pip install 'ijepa-hf[trackers]', or leave out "
+                "--report_to."
             )
     # the only buffers are the position tables, which never change
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -591,9 +591,8 @@ def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretrain
     differing = _differing_arguments(stored, arguments)
     if differing:
         raise ValueError(
-            f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another "
-            "--output_dir, or "
-            "add --overwrite_output_dir to delete that run."
+            f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another --output_dir, "
+            "or add --overwrite_output_dir to delete that run."
         )
     if run.resume_from_checkpoint is None and not _is_finished(output_dir, run):
         raise ValueError(
@@ -731,9 +730,8 @@ def _announce_masks(config: IJepaConfig) -> None:
     target = round(sum(masks.target_indices.shape[-1] for masks in trials) / MASK_TRIALS)
     rows, columns = config.grid_size
     print(
-        f"  masks                   {context} context patches of {rows}x{columns}, {config.num_target_blocks} "
-        "targets of "
-        f"about {target}, {100 * redraw_rate:.1f} % of images redrawn"
+        f"  masks                   {context} context patches of {rows}x{columns}, {config.num_target_blocks} targets "
+        f"of about {target}, {100 * redraw_rate:.1f} % of images redrawn"
     )
     if redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
         logger.warning(
