@@ -56,3 +56,22 @@ def test_a_run_goes_on_with_another_number_of_micro_batches_at_the_same_global_b
     for name, value in final_weights(other).items():
         if NOISE not in name:
             torch.testing.assert_close(value, final_weights(whole)[name], atol=WEIGHT_TOLERANCE, rtol=0, msg=name)
+
+
+def test_accelerate_launch_of_the_script_is_the_same_program(whole, tmp_path, child_environment):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(ROOT / "scripts" / "run_ijepa_pretraining.py"), *tiny_flags(tmp_path / "run")]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = final_weights(tmp_path / "run"), final_weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
