@@ -149,13 +149,26 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
         table = nn.functional.interpolate(table, size=(rows, columns), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def forward(  # noqa: D102 (the stock class's signature; the comment says what differs)
+    def forward(
         self,
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> Tensor:
-        # The stock encoder hands `bool_masked_pos` through untouched; here it carries the int64 context indices.
+        """Embeds patches and adds their positions.
+
+        Args:
+            pixel_values: float `[B, num_channels, height, width]`, normalised.
+            bool_masked_pos: int64 context indices `[B, K]` or `[B, S, K]`, or `None` for all patches. The name is the
+                stock encoder's, which hands this argument through untouched.
+            interpolate_pos_encoding: Resize the position table to images of another size.
+
+        Returns:
+            `[B, N, D]`, `[B, K, D]` or `[B*S, K, D]`.
+
+        Raises:
+            ValueError: If the images have another size than the model and the table may not be resized.
+        """
         height, width = pixel_values.shape[-2:]
         embeddings = self.patch_embeddings(pixel_values)
         if interpolate_pos_encoding:

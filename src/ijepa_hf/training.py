@@ -440,10 +440,12 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
             done = step + 1
             progress.update()
             clock.steps += 1
-            if done == 1 or done % run.logging_steps == 0 or done == plan.num_steps:
+            is_due = done == 1 or done % run.logging_steps == 0 or done == plan.num_steps
+            if (
+                is_due and accelerator.is_main_process
+            ):  # one rank writes, so one rank takes the spectrum of the targets
                 row = metrics.write(done, result, values, clock)
-                if accelerator.is_main_process:
-                    progress.write(_log_line(row))
+                progress.write(_log_line(row))
                 progress.set_postfix(loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False)
             if done % every == 0 or done == plan.num_steps:
                 with clock.stopped():
@@ -807,7 +809,7 @@ class _MetricsLog:
         self.file = (state.output_dir / METRICS_FILE).open("a", encoding="utf-8")
 
     def write(self, step: int, result: StepResult, values: StepValues, clock: _Clock) -> dict[str, Any]:
-        """Writes one line; returns it."""
+        """Writes one line; returns it. On the main process only."""
         rows = result.targets.flatten(0, 2).float()
         rows = rows[:: max(1, len(rows) // RANKME_ROWS)][:RANKME_ROWS]
         line = {
@@ -823,10 +825,9 @@ class _MetricsLog:
             "target_rankme": rankme(rows),
             **clock.read(self.state.plan.global_batch_size),
         }
-        if self.state.accelerator.is_main_process:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-            self._tell_trackers(line, step)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self._tell_trackers(line, step)
         return line
 
     def _tell_trackers(self, line: dict[str, Any], step: int) -> None:
