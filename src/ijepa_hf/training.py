@@ -319,8 +319,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         The run's folder, see "What a run leaves behind" in docs/architecture.md.
 
     Raises:
-        ValueError: If an argument is bad, the folder is another run's, or the data do not fit; before any work is
-        done. FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
+        ValueError: If an argument is bad, the folder is another run's, or the data do not fit; found before any work.
+        FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
         NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
     """
     config = model_arguments.to_config()
@@ -616,11 +616,7 @@ def _prepare_output_dir(
     """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go."""
     start_step = 0 if checkpoint is None else checkpoint.step
     # a checkpoint of another folder brings that run's log with it
-    rows = (
-        []
-        if checkpoint is None
-        else [row for row in read_metrics(checkpoint.path.parent) if row["step"] <= start_step]
-    )
+    rows = [] if checkpoint is None else read_metrics(checkpoint.path.parent)
     if run.overwrite_output_dir and output_dir.exists():
         _delete_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
