@@ -3,14 +3,20 @@
 import math
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-from ijepa_hf.visualization import draw_curves_figure, draw_masks_figure
+from ijepa_hf.mask_audit import MaskAudit, Spread, audit_masks
+from ijepa_hf.masking import Masks, MaskSettings
+from ijepa_hf.visualization import draw_audit_figure, draw_curves_figure, draw_masks_figure, draw_strategies_figure
 
 GRAY = 204  # a hidden patch
 BLOCK_COLORS = [(230, 159, 0), (86, 180, 233)]  # of the first two target blocks
@@ -145,6 +151,218 @@ def test_masks_that_do_not_belong_to_the_images_are_refused(tmp_path, change: di
     assert not (tmp_path / "masks.png").exists()
 
 
+def texts_of(axis: Axes) -> list[Text]:
+    shown = [*axis.texts, *axis.findobj(lambda part: isinstance(part, Text) and part.get_text() == axis.get_title())]
+    shown += axis.findobj(lambda part: isinstance(part, Text) and part.get_text() == axis.get_title(loc="left"))
+    if axis.axison:
+        shown += [axis.xaxis.label, axis.yaxis.label]
+        for side, limits in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            ticks = [tick for tick in side.get_major_ticks() if min(limits) <= tick.get_loc() <= max(limits)]
+            shown += [tick.label1 for tick in ticks]
+    return [text for text in dict.fromkeys(shown) if text.get_text()]
+
+
+def check_texts(figure: Figure) -> list[str]:
+    """The texts of a figure; none of them reaches into another or out of the picture."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [text for axis in figure.axes for text in texts_of(axis)]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    for number, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1, text
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.y1, text
+        for other, its_box in zip(texts[:number], boxes, strict=False):
+            assert not box.overlaps(its_box), (text, other)
+    return [text.get_text() for text in texts]
+
+
+def two_strategies() -> dict[str, Masks]:
+    """On a grid of 2x3: one context and two targets; two contexts and one target of patches that do not touch."""
+    return {
+        "one": Masks(torch.tensor([[0, 3]]), torch.tensor([[[1, 2], [4, 5]]]), 0.0),
+        "multi_block_official": Masks(torch.tensor([[[0, 1], [3, 4]]]), torch.tensor([[[2, 3]]]), 0.0),
+        "three": Masks(torch.tensor([[5]]), torch.tensor([[[0]]]), 0.0),
+    }
+
+
+def test_each_strategy_has_a_row_with_its_name_its_contexts_and_its_targets(tmp_path):
+    grid, patch, png = (2, 3), (8, 8), tmp_path / "strategies.png"
+    images, colors = patches_of_one_colour(1, 3, grid, patch)
+    figure = draw_strategies_figure(images[0], two_strategies(), patch, png)
+    assert len(figure.axes) == 3 * 4
+    titles = [axis.get_title(loc="left") or axis.get_title() for axis in figure.axes]
+    assert titles == [
+        *("one", "context", "target 1", "target 2"),
+        *("multi_block_official", "context 1", "context 2", "target 1"),
+        *("three", "context", "target 1", ""),
+    ]
+    assert set(check_texts(figure)) == set(titles) - {""}
+    contexts = {1: [0, 3], 5: [0, 1], 6: [3, 4], 9: [5]}
+    targets = {2: ([1, 2], 0), 3: ([4, 5], 1), 7: ([2, 3], 0), 10: ([0], 0)}
+    for panel in (0, 4, 8):
+        np.testing.assert_array_equal(patch_centres(figure, png, panel, grid), colors[0])
+    for panel, indices in contexts.items():
+        shown, visible = patch_centres(figure, png, panel, grid), at(indices, grid)
+        np.testing.assert_array_equal(shown[visible], colors[0][visible])
+        assert (shown[~visible] == GRAY).all()
+    for panel, (indices, number) in targets.items():
+        shown, block = patch_centres(figure, png, panel, grid), at(indices, grid)
+        tinted = 0.75 * colors[0] + 0.25 * np.array(BLOCK_COLORS[number])
+        assert np.abs(shown[block] - tinted[block]).max() <= 1
+        faded = 0.2 * colors[0].mean(axis=-1, keepdims=True) + 0.8 * GRAY
+        assert np.abs(shown[~block] - faded[~block]).max() <= 1
+    assert (patch_centres(figure, png, 11, grid) == 255).all()  # an unused panel
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"masks": {}}, "masks is empty; give the masks of at least one strategy"),
+        (
+            {"masks": {"two": Masks(torch.tensor([[0], [1]]), torch.tensor([[[1]], [[0]]]), 0.0)}},
+            "1 images, 2 rows of context_indices and 2 rows",
+        ),
+        ({"image": torch.zeros(1, 3, 8, 8)}, r"images of shape \(1, 1, 3, 8, 8\)"),
+        ({"patch_size": (3, 4)}, r"patch_size=\(3, 4\) must divide the images, which are 8 x 8"),
+        (
+            {"masks": {"one": Masks(torch.tensor([[0]]), torch.tensor([[[4]]]), 0.0)}},
+            "target_indices run from 4 to 4, but .* positions 0 to 3",
+        ),
+    ],
+)
+def test_strategies_that_do_not_belong_to_the_image_are_refused(tmp_path, change: dict, message: str):
+    arguments = {
+        "image": torch.zeros(3, 8, 8),
+        "masks": {"one": Masks(torch.tensor([[0]]), torch.tensor([[[1]]]), 0.0)},
+        "patch_size": (4, 4),
+        "path": tmp_path / "strategies.png",
+    }
+    with pytest.raises(ValueError, match=message):
+        draw_strategies_figure(**{**arguments, **change})
+    assert not (tmp_path / "strategies.png").exists()
+
+
+def audit_of(strategy: str = "multi_block", **changes) -> MaskAudit:
+    """An audit of a grid of 2x4 patches of which the last column is never used."""
+    probabilities = np.array([[0.1, 0.2, 0.3, 0.0], [0.4, 0.5, 0.6, 0.0]])
+    own = {"official_min_keep": 0} if strategy == "multi_block_official" else {}
+    fixed = {
+        "settings": MaskSettings((2, 4), strategy, **own),
+        "batch_size": 2,
+        "num_steps": 9,
+        "seed": 0,
+        "context_map": probabilities,
+        "target_map": probabilities / 2,
+        "context_share": {1: Spread(0.4, 0.2, 0.5), 32: Spread(0.3, 0.1, 0.35)},
+        "redraw_rate": 0.0,
+        "target_overlap": 0.0,
+        "context_overlap": 0.0,
+        "block_sizes": {(1, 2): 0.75, (2, 1): 0.25},
+        "block_patches": Spread(2.0, 2.0, 2.0),
+        "context_pieces": 1.0,
+    }
+    return MaskAudit(**{**fixed, **changes})
+
+
+def test_an_audit_is_drawn_as_two_maps_the_context_shares_and_the_sizes(tmp_path):
+    figure = draw_audit_figure(audit_of(), tmp_path / "audit.png")
+    context, target, shares, sizes, *bars = figure.axes
+    assert len(bars) == 2
+    for axis, expected, name in (
+        (context, audit_of().context_map, "context"),
+        (target, audit_of().target_map, "target"),
+    ):
+        (image,) = axis.images
+        np.testing.assert_array_equal(image.get_array().mask, expected == 0)
+        np.testing.assert_array_equal(image.get_array().filled(0), expected)
+        assert image.get_clim() == (0, expected.max())
+        assert image.get_extent() == [0.5, 4.5, 2.5, 0.5]  # rows and columns are counted from 1, the first row on top
+        assert axis.get_title() == f"How often a patch is {name}"
+        assert axis.get_xlabel() == "gray: never (2 patches)"
+    assert [bar.get_xlabel() for bar in bars] == ["probability of being context", "probability of being target"]
+    assert context.get_ylabel() == "multi_block\n2x4"
+    (line,) = shares.lines
+    assert line.get_ydata().tolist() == [0.4, 0.3]
+    assert [label.get_text() for label in shares.get_xticklabels()] == ["1", "32"]
+    spans = [segment[:, 1].tolist() for segment in shares.collections[0].get_segments()]
+    assert spans == [[0.2, 0.5], [0.1, 0.35]]
+    assert [text.get_text() for text in shares.texts] == ["40.0 %", "30.0 %"]
+    assert shares.get_ylim()[0] == 0
+    assert [bar.get_width() for bar in sizes.patches] == [0.75, 0.25]
+    assert [label.get_text() for label in sizes.get_yticklabels()] == ["1x2", "2x1"]
+    check_texts(figure)
+
+
+def test_the_maps_on_the_paper_have_the_colour_of_each_probability_and_gray_for_never(tmp_path):
+    audits = [audit_of(), audit_of(context_map=np.array([[0.8, 0.0, 0.1, 0.2], [0.4, 0.3, 0.2, 0.1]]))]
+    figure = draw_audit_figure(audits, tmp_path / "audit.png")
+    viridis = matplotlib.colormaps["viridis"]
+    for audit, panel in zip(audits, (0, 4), strict=True):
+        shown = patch_centres(figure, tmp_path / "audit.png", panel, (2, 4))
+        expected = viridis(audit.context_map / 0.8, bytes=True)[..., :3]  # one scale for both rows
+        expected[audit.context_map == 0] = 217
+        assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+def test_rows_share_their_scales_so_that_they_can_be_compared(tmp_path):
+    other = audit_of(
+        "multi_block_official",
+        target_map=np.full((2, 4), 0.9),
+        context_share={1: Spread(0.8, 0.7, 0.9)},
+        block_sizes={(2, 2): 1.0},
+    )
+    figure = draw_audit_figure([audit_of(), other], tmp_path / "audit.png", titles=["ours", "theirs"])
+    first, second = figure.axes[:4], figure.axes[4:8]
+    assert [row[0].get_ylabel() for row in (first, second)] == ["ours", "theirs"]
+    assert first[1].images[0].get_clim() == second[1].images[0].get_clim() == (0, 0.9)
+    assert second[1].get_xlabel() == ""  # every patch is used
+    assert first[2].get_ylim() == second[2].get_ylim()
+    assert first[2].get_ylim()[1] > 0.9
+    assert first[3].get_xlim() == second[3].get_xlim()
+    assert first[3].get_xlim()[1] > 1
+    assert [axis.get_title() for axis in second] == [""] * 4
+    check_texts(figure)
+
+
+def test_rare_sizes_share_a_bar_and_scattered_patches_are_said_to_be_so(tmp_path):
+    sizes = {
+        (height, 2): share for height, share in enumerate([0.3, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05, 0.04, 0.04, 0.02], 1)
+    }
+    figure = draw_audit_figure(audit_of(block_sizes=sizes), tmp_path / "audit.png")
+    names = [label.get_text() for label in figure.axes[3].get_yticklabels()]
+    assert names == [*(f"{height}x2" for height in range(1, 9)), "2 more"]
+    assert figure.axes[3].patches[-1].get_width() == pytest.approx(0.06)
+    assert sum(bar.get_width() for bar in figure.axes[3].patches) == pytest.approx(1)
+    check_texts(figure)
+    figure = draw_audit_figure(audit_of("random", block_sizes={}), tmp_path / "audit.png")
+    assert [text.get_text() for text in figure.axes[3].texts] == ["2 scattered patches"]
+    assert not figure.axes[3].axison
+    check_texts(figure)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (24, 6)])
+def test_texts_of_an_audit_do_not_touch_whatever_the_grid(tmp_path, grid: tuple[int, int]):
+    official = MaskSettings(grid, "multi_block_official", official_min_keep=0)
+    settings = [MaskSettings(grid, "block"), official, MaskSettings(grid, "random")]
+    audits = [audit_masks(one, batch_size=8, num_steps=8, batch_sizes=(1, 8, 64, 256)) for one in settings]
+    assert "multi_block_official\n{}x{}".format(*grid) in check_texts(draw_audit_figure(audits, tmp_path / "a.png"))
+    check_texts(draw_audit_figure(audits[1], tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("audits", "titles", "message"),
+    [
+        ([], None, "0 audits with 0 titles; give at least one audit, and each a title"),
+        ([audit_of()], ["a", "b"], "1 audits with 2 titles"),
+        (audit_of(), [], "1 audits with 0 titles"),
+    ],
+)
+def test_audits_and_titles_of_other_numbers_are_refused(tmp_path, audits, titles, message: str):
+    with pytest.raises(ValueError, match=message):
+        draw_audit_figure(audits, tmp_path / "audit.png", titles)
+    assert not (tmp_path / "audit.png").exists()
+
+
 def metrics(steps: int = 20) -> list[dict]:
     return [
         {
@@ -241,6 +459,13 @@ def test_pyplot_is_not_touched_and_a_missing_folder_is_named(tmp_path):
     draw_curves_figure([{"step": 1, "loss": 1.0}], str(tmp_path / "curves.png"))
     indices = torch.tensor([[0]])
     draw_masks_figure(torch.zeros(1, 1, 8, 8), indices, indices[None], (8, 8), str(tmp_path / "masks.png"))
+    draw_audit_figure(audit_of(), str(tmp_path / "audit.png"))
+    draw_strategies_figure(torch.zeros(1, 16, 24), two_strategies(), (8, 8), str(tmp_path / "strategies.png"))
     assert matplotlib.pyplot.get_fignums() == []
+    missing = tmp_path / "figures" / "any.png"
     with pytest.raises(FileNotFoundError, match="figures"):
-        draw_curves_figure([{"step": 1, "loss": 1.0}], tmp_path / "figures" / "curves.png")
+        draw_curves_figure([{"step": 1, "loss": 1.0}], missing)
+    with pytest.raises(FileNotFoundError, match="figures"):
+        draw_audit_figure(audit_of(), missing)
+    with pytest.raises(FileNotFoundError, match="figures"):
+        draw_strategies_figure(torch.zeros(1, 16, 24), two_strategies(), (8, 8), missing)

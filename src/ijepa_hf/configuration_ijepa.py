@@ -26,6 +26,7 @@ MASK_FIELDS = (
     "context_keep_ratio",
     "official_min_keep",
     "allow_overlap",
+    "mask_ratio",
 )
 LOSS_TYPES = ("smooth_l1", "mse")
 
@@ -63,9 +64,11 @@ class IJepaConfig(StockIJepaConfig):
         predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; `None` takes the encoder's number,
             as the published code does.
         masking_strategy (`str`, defaults to `"multi_block"`): How masks are drawn, see `ijepa_hf.masking`:
-            `"multi_block"` (this package's unbiased version) or `"multi_block_official"` (as the published code).
+            `"multi_block"` (this package's unbiased version), `"multi_block_official"` (as the published code), what
+            the paper compares with in table 6, `"block"`, `"rasterized"` or `"random"`, or `"regions"` (targets come
+            with the images, in a column of the data).
         num_context_sets (`int`, defaults to 1): Context sets S drawn per image.
-        num_target_blocks (`int`, defaults to 4): Target blocks M drawn per image.
+        num_target_blocks (`int`, defaults to 4): Target blocks M drawn per image, by the multi-block strategies.
         context_scale (`(float, float)`, defaults to (0.85, 1.0)): Range of the context block's share of the grid.
         target_scale (`(float, float)`, defaults to (0.15, 0.2)): Range of a target block's share of the grid.
         target_aspect_ratio (`(float, float)`, defaults to (0.75, 1.5)): Range of a target block's height / width.
@@ -73,6 +76,8 @@ class IJepaConfig(StockIJepaConfig):
             context encoder sees, the same for each image.
         official_min_keep (`int`, defaults to 10): `"multi_block_official"` only: blocks keep more patches than this.
         allow_overlap (`bool`, defaults to `False`): Whether context patches may lie inside target blocks.
+        mask_ratio (`float`, defaults to 0.6): `"block"` and `"random"` only: share of the grid that is target, between
+            0 and 1.
         loss_type (`str`, defaults to `"smooth_l1"`): `"smooth_l1"` (published code) or `"mse"` (paper, squared L2).
         normalize_targets (`bool`, defaults to `True`): Layer-normalise (no affine) the target representations.
         patch_init_std (`float`, *optional*): Standard deviation of the initial patch embedding. `None` means
@@ -97,6 +102,7 @@ class IJepaConfig(StockIJepaConfig):
     context_keep_ratio: float | int = 0.25
     official_min_keep: int = 10
     allow_overlap: bool = False
+    mask_ratio: float | int = 0.6
     loss_type: str = "smooth_l1"
     normalize_targets: bool = True
     patch_init_std: float | None = None

@@ -5,10 +5,13 @@ and from nothing else: the caller keys that generator on (seed, step), so every 
 and take its own slots of it. One target size and one context size are drawn per call, which keeps the tensors
 rectangular and the work of all ranks equal; positions are drawn per image.
 
-Two strategies. `multi_block` is the method of the paper (Assran et al., CVPR 2023, arXiv 2301.08243, section 3): every
-row and column is reached, and the context keeps the same number of patches K at any batch size.
-`multi_block_official` has the distribution of the published code: there the last row and column are never used, scale
-and aspect ratio of the targets move together, and the context gets smaller as the batch grows.
+`multi_block` is the method of the paper (Assran et al., CVPR 2023, arXiv 2301.08243, section 3): every row and column
+is reached, and the context keeps the same number of patches K at any batch size. `multi_block_official` has the
+distribution of the published code: there the last row and column are never used, scale and aspect ratio of the
+targets move together, and the context gets smaller as the batch grows. `block`, `rasterized` and `random` are what the
+paper compares itself with (table 6): one large block, three quadrants, or scattered patches are the target, and the
+context is all the rest. With `regions` nothing is drawn: an image's own regions (objects, say) are its targets;
+`region_to_maps` reads them and `masks_from_maps` makes the masks.
 
 Letters in shapes: B images, N patches of an image, K context patches kept, M target blocks, P patches in a target
 block, S context sets per image. Patch positions are row-major int64.
@@ -18,13 +21,40 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+
+# The fields of MaskSettings that each strategy uses, besides the grid; the others must stay as they are preset.
+STRATEGY_FIELDS = {
+    "multi_block": (
+        "num_context_sets",
+        "num_target_blocks",
+        "context_scale",
+        "target_scale",
+        "target_aspect_ratio",
+        "context_keep_ratio",
+        "allow_overlap",
+    ),
+    "multi_block_official": (
+        "num_context_sets",
+        "num_target_blocks",
+        "context_scale",
+        "target_scale",
+        "target_aspect_ratio",
+        "official_min_keep",
+        "allow_overlap",
+    ),
+    "block": ("mask_ratio", "target_aspect_ratio"),
+    "rasterized": (),
+    "random": ("mask_ratio",),
+    "regions": ("allow_overlap",),
+}
 
 # `multi_block`: how often an image's targets are drawn before targets are put on top of each other.
 MAX_TARGET_DRAWS = 20
@@ -39,9 +69,10 @@ class Masks(NamedTuple):
 
     Attributes:
         context_indices: int64 `[B, K]`, or `[B, S, K]` when more than one context set was asked for; ascending.
-        target_indices: int64 `[B, M, P]`; each row is a whole rectangle of patches, ascending.
+        target_indices: int64 `[B, M, P]`, ascending; each row is a whole rectangle of patches, except with `random`
+            and `regions`.
         redraw_rate: share of these images, 0 to 1, that had to be redrawn at least once because too little context was
-            left: targets in `multi_block`, context in `multi_block_official`.
+            left: targets in `multi_block`, context in `multi_block_official`; 0 with any other strategy.
     """
 
     context_indices: torch.Tensor
@@ -55,15 +86,17 @@ class MaskSettings:
 
     Args:
         grid_size: rows and columns of patches, each at least 1.
-        masking_strategy: "multi_block" or "multi_block_official".
+        masking_strategy: "multi_block", "multi_block_official", "block", "rasterized", "random" or "regions". Which of
+            the fields below it uses is in `STRATEGY_FIELDS`.
         num_context_sets: S, context sets per image, at least 1.
-        num_target_blocks: M, target blocks per image, at least 1.
+        num_target_blocks: M of the multi-block strategies, target blocks per image, at least 1.
         context_scale: lowest and highest share of the grid that the context block covers, above 0 and up to 1.
         target_scale: lowest and highest share of the grid that one target block covers, above 0 and up to 1.
         target_aspect_ratio: lowest and highest height / width of a target block, above 0.
         context_keep_ratio: share of the grid that the context keeps, above 0 and up to 1 (`multi_block` only).
         official_min_keep: every block must have more than this many patches, at least 0 (`multi_block_official` only).
         allow_overlap: leave target patches in the context.
+        mask_ratio: share of the grid that is target, above 0 and below 1 (`block` and `random` only).
 
     Raises:
         ValueError: a value is out of range, a field that the strategy does not use is set, or the sizes that can be
@@ -80,6 +113,7 @@ class MaskSettings:
     context_keep_ratio: float = 0.25
     official_min_keep: int = 10
     allow_overlap: bool = False
+    mask_ratio: float = 0.6
 
     def __post_init__(self) -> None:
         self._check_pair("grid_size", whole=True)
@@ -96,17 +130,21 @@ class MaskSettings:
             )
         if not isinstance(self.allow_overlap, bool):
             raise ValueError(f"allow_overlap={self.allow_overlap!r} must be a bool; use allow_overlap=False.")
-        if self.masking_strategy == "multi_block":
-            self._check_unused("official_min_keep")
-            _check_context_fits(self)
-        elif self.masking_strategy == "multi_block_official":
-            self._check_unused("context_keep_ratio")
-            _check_official_ends(self)
-        else:
+        if not _is_number(self.mask_ratio) or not 0 < self.mask_ratio < 1:
             raise ValueError(
-                f"masking_strategy={self.masking_strategy!r} must be 'multi_block' or 'multi_block_official'; "
-                "use masking_strategy='multi_block'."
+                f"mask_ratio={self.mask_ratio!r} must be a number above 0 and below 1, for example mask_ratio=0.6."
             )
+        if not isinstance(self.masking_strategy, str) or self.masking_strategy not in STRATEGY_FIELDS:
+            raise ValueError(
+                f"masking_strategy={self.masking_strategy!r} must be one of "
+                f"{', '.join(map(repr, STRATEGY_FIELDS))}; use masking_strategy='multi_block'."
+            )
+        used = {"grid_size", "masking_strategy", *STRATEGY_FIELDS[self.masking_strategy]}
+        for name in [field.name for field in fields(self) if field.name not in used]:
+            self._check_unused(name)
+        check_geometry = _GEOMETRY_CHECKS.get(self.masking_strategy)
+        if check_geometry is not None:
+            check_geometry(self)
 
     @property
     def num_patches(self) -> int:
@@ -114,18 +152,39 @@ class MaskSettings:
         return self.grid_size[0] * self.grid_size[1]
 
     @property
-    def num_context_patches(self) -> int:
-        """K, the context patches kept in a context set: `context_keep_ratio` of the grid, rounded, at least 1.
+    def num_targets(self) -> int:
+        """M as it comes out: `num_target_blocks`, but 1 with `block` and `random` and 3 with `rasterized`.
 
         Raises:
-            ValueError: with `multi_block_official`, where it depends on the images of the batch.
+            ValueError: with `regions`, where it depends on the data.
         """
-        if self.masking_strategy != "multi_block":
+        if self.masking_strategy == "regions":
             raise ValueError(
-                f"masking_strategy={self.masking_strategy!r} keeps another number of context patches in every batch; "
-                "only masking_strategy='multi_block' has a fixed num_context_patches."
+                "masking_strategy='regions' has as many targets as each row of the data has regions, which the "
+                "settings do not know; read target_indices.shape[1] of a batch."
             )
-        return max(1, _round(self.context_keep_ratio * self.num_patches))
+        return {"block": 1, "random": 1, "rasterized": 3}.get(self.masking_strategy, self.num_target_blocks)
+
+    @property
+    def num_context_patches(self) -> int:
+        """K, the context patches of a context set, where it is the same in every batch.
+
+        `multi_block`: `context_keep_ratio` of the grid, rounded, at least 1; `random`: what `mask_ratio` of the grid,
+        rounded, leaves; `rasterized`: a quarter of the grid.
+
+        Raises:
+            ValueError: with the other strategies, where it depends on the draws or on the data.
+        """
+        if self.masking_strategy == "multi_block":
+            return max(1, _round(self.context_keep_ratio * self.num_patches))
+        if self.masking_strategy == "random":
+            return self.num_patches - _round(self.mask_ratio * self.num_patches)
+        if self.masking_strategy == "rasterized":
+            return self.num_patches // 4
+        raise ValueError(
+            f"masking_strategy={self.masking_strategy!r} does not have the same number of context patches in every "
+            "batch; only 'multi_block', 'random' and 'rasterized' have a fixed num_context_patches."
+        )
 
     def _check_pair(self, name: str, highest: float = math.inf, whole: bool = False) -> None:
         value = getattr(self, name)
@@ -167,9 +226,13 @@ def draw_masks(
     targets again and keeps its context blocks; after `MAX_TARGET_DRAWS` draws its targets are laid on top of the
     first one, last first, until K patches are left. Which K of them are kept favours no side of the image.
 
-    The positions of all `batch_size` images are drawn whatever `slots` is, so that with `multi_block`
-    `draw_masks(s, n, g, slots=slice(a, b))` gives rows a to b of `draw_masks(s, n, g)` for equal generators. With
-    `multi_block_official` the context is then cut to the shortest among the images returned, as each rank of the
+    `block`: one size per call, `mask_ratio` of the grid in area; any place is equally likely. `rasterized`: any of the
+    four quadrants is equally likely to be the context; the others are the targets, in reading order. `random`: any set
+    of `mask_ratio` of the patches, rounded, is equally likely to be the target.
+
+    The positions of all `batch_size` images are drawn whatever `slots` is, so that
+    `draw_masks(s, n, g, slots=slice(a, b))` gives rows a to b of `draw_masks(s, n, g)` for equal generators. Only with
+    `multi_block_official` is the context then cut to the shortest among the images returned, as each rank of the
     published code does. How far the generator has moved afterwards depends on the redraws: key a new one every step.
 
     Args:
@@ -183,16 +246,22 @@ def draw_masks(
         `allow_overlap` is set or, in `multi_block_official`, target blocks had to be given up.
 
     Raises:
-        ValueError: `batch_size` is below 1, or `slots` is empty or reaches outside the batch.
+        ValueError: `batch_size` is below 1, `slots` is empty or reaches outside the batch, or the strategy is
+            `regions`, whose masks come with the images.
 
-    Source: section 3 and appendix A.1 of arXiv 2301.08243 (sizes and numbers of blocks).
+    Source: section 3 and appendix A.1 of arXiv 2301.08243 (sizes and numbers of blocks), table 6 there (`block`,
+    `rasterized`, `random`).
     """
     if not _is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, for example batch_size=1.")
     slots = slice(0, batch_size) if slots is None else _check_slots(slots, batch_size)
-    if settings.masking_strategy == "multi_block_official":
-        return _draw_multi_block_official(settings, batch_size, generator, slots)
-    return _draw_multi_block(settings, batch_size, generator, slots)
+    if settings.masking_strategy == "regions":
+        raise ValueError(
+            "masking_strategy='regions' draws nothing: the targets are regions that come with the images. Name their "
+            "column (--regions_column_name, or regions_column_name of IJepaDataCollator), pass context_indices and "
+            "target_indices from masks_from_maps, or use masking_strategy='multi_block'."
+        )
+    return _DRAWS[settings.masking_strategy](settings, batch_size, generator, slots)
 
 
 def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
@@ -266,6 +335,41 @@ def _draw_multi_block_official(
     return _as_masks(_first_patches(visible, shortest), target_blocks, redrawn.size, settings)
 
 
+def _draw_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
+    grid = settings.grid_size
+    size = _target_size(grid, settings.mask_ratio, generator.uniform(*settings.target_aspect_ratio))
+    corners = _draw_corners(generator, grid, size, (batch_size, 1))[slots]
+    inside = _patches_inside(grid, size, corners)[:, 0]
+    num_visible = settings.num_patches - size[0] * size[1]
+    return _as_masks(_first_patches(~inside, num_visible), _block_indices(grid, size, corners), 0, settings)
+
+
+def _draw_rasterized(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
+    rows, columns = settings.grid_size
+    size = rows // 2, columns // 2
+    corners = np.array([[0], [size[1]], [size[0] * columns], [size[0] * columns + size[1]]])
+    quadrants = _block_indices(settings.grid_size, size, corners)[:, 0]
+    others = np.array([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    visible = generator.integers(4, size=batch_size)[slots]
+    return _as_masks(quadrants[visible], quadrants[others[visible]], 0, settings)
+
+
+def _draw_random(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
+    num_visible = settings.num_context_patches
+    order = generator.random((batch_size, settings.num_patches))[slots].argsort(axis=1)
+    context, target = np.sort(order[:, :num_visible], axis=1), np.sort(order[:, num_visible:], axis=1)
+    return _as_masks(context, target[:, None], 0, settings)
+
+
+_DRAWS = {
+    "multi_block": _draw_multi_block,
+    "multi_block_official": _draw_multi_block_official,
+    "block": _draw_block,
+    "rasterized": _draw_rasterized,
+    "random": _draw_random,
+}
+
+
 def _as_masks(
     context_indices: np.ndarray, target_blocks: np.ndarray, num_redrawn: int, settings: MaskSettings
 ) -> Masks:
@@ -273,6 +377,233 @@ def _as_masks(
     if settings.num_context_sets > 1:
         context_indices = context_indices.reshape(num_images, settings.num_context_sets, -1)
     return Masks(torch.from_numpy(context_indices), torch.from_numpy(target_blocks), num_redrawn / num_images)
+
+
+# Regions that come with an image
+
+
+def region_to_maps(region: Any, image_size: tuple[int, int], grid_size: tuple[int, int]) -> np.ndarray:
+    """Which patches belong to the regions of one image, from maps or from boxes.
+
+    Args:
+        region: One of the following; lists (as rows of a data set hold) and numpy arrays are the same.
+
+            - A boolean map `[h, w]`, or M of them `[M, h, w]`; h and w are those of the grid or of the image in
+              pixels. From pixels, a patch belongs to a region when at least half of its area does.
+            - A PIL image of mode "1" or "L", or a uint8 array of nothing but 0 and 255: one map, of what is not 0; a
+              list of such images: M maps.
+            - Boxes: numbers `[M, 4]`, each left, top, right, bottom in pixels, 0 being the image's left or upper edge.
+              A patch belongs to a box when its centre lies inside (or on the left or upper edge).
+        image_size: height and width in pixels of the image as it is stored, which the grid is laid over; they need not
+            be multiples of the grid.
+        grid_size: rows and columns of patches.
+
+    Returns:
+        bool `[M, rows * columns]`, row-major; M regions, each with at least one patch.
+
+    Raises:
+        ValueError: `region` is none of these or could be two of them, a map has another size, a box is not inside the
+            image or has no width or height, or a region has no patch.
+    """
+    numbers_or_map = _region_array(region)
+    if numbers_or_map.dtype == bool:
+        maps = _maps_on_grid(numbers_or_map, image_size, grid_size)
+    else:
+        maps = _boxes_on_grid(numbers_or_map, image_size, grid_size)
+    empty = np.flatnonzero(~maps.any(axis=(1, 2)))
+    if empty.size:
+        patch = f"{image_size[0] / grid_size[0]:.4g}x{image_size[1] / grid_size[1]:.4g}"
+        raise ValueError(
+            f"region {empty[0]} covers no patch of the {grid_size[0]}x{grid_size[1]} grid (patches of {patch} pixels, "
+            "height x width, of which a map must cover half and a box the centre); leave it out or make it larger."
+        )
+    return maps.reshape(len(maps), -1)
+
+
+def masks_from_maps(maps: Sequence[np.ndarray], settings: MaskSettings) -> Masks:
+    """The masks of a batch whose targets are given: the regions of each image; the context is everything else.
+
+    Args:
+        maps: for each of the B images its regions, bool `[M, N]` as `region_to_maps` gives them. They need not be
+            rectangles and may overlap each other.
+        settings: of strategy `regions`; with `allow_overlap` the context is the whole image.
+
+    Returns:
+        The masks, M regions being the targets; redraw_rate is 0.
+
+    Raises:
+        ValueError: the strategy is another, there are no images, a map is no bool `[M, N]`, a region has no patch, no
+            context is left, or the images differ in the number of regions M, of patches in a region P or of context
+            patches K, which a batch has in common. The message names the images, counted from 0, and the numbers.
+    """
+    if settings.masking_strategy != "regions":
+        raise ValueError(
+            f"masking_strategy={settings.masking_strategy!r} draws its own masks; to give the targets use "
+            "masking_strategy='regions'."
+        )
+    regions = [np.asarray(regions_of_image) for regions_of_image in maps]
+    if not regions:
+        raise ValueError("maps must hold the regions of at least one image.")
+    for image, found in enumerate(regions):
+        if found.dtype != bool or found.ndim != 2 or len(found) < 1 or found.shape[1] != settings.num_patches:
+            raise ValueError(
+                f"maps[{image}] is {found.dtype} of shape {found.shape}; it must be bool [M, {settings.num_patches}], "
+                f"one row a region, for grid_size={settings.grid_size}: use region_to_maps."
+            )
+        if not found.any(axis=1).all():
+            raise ValueError(
+                f"a region of maps[{image}] has no patch; leave it out or give it at least one, in every image the "
+                "same number."
+            )
+    _check_equal(
+        "the number of regions",
+        np.array([len(found) for found in regions]),
+        "give every image the same number of them",
+    )
+    targets = np.stack(regions)
+    _check_equal(
+        "the number of patches of each region",
+        targets.sum(axis=2),
+        "give every image regions of the same number of patches",
+    )
+    covered = np.logical_or.reduce(targets, axis=1)
+    visible = np.ones_like(covered) if settings.allow_overlap else ~covered
+    _check_equal(
+        "the number of patches outside all regions",
+        visible.sum(axis=1),
+        "give every image regions that overlap each other by the same number of patches, or set allow_overlap=True",
+    )
+    if not visible.any():
+        raise ValueError(
+            f"the regions of an image together cover all {settings.num_patches} patches, so that none is left to see; "
+            "give smaller regions, or set allow_overlap=True."
+        )
+    context_indices = _first_patches(visible, int(visible[0].sum()))
+    region_indices = _first_patches(targets.reshape(-1, settings.num_patches), int(targets[0, 0].sum()))
+    return _as_masks(context_indices, region_indices.reshape(*targets.shape[:2], -1), 0, settings)
+
+
+def _region_array(region: Any) -> np.ndarray:
+    """Bool maps `[M, h, w]`, or float64 boxes `[M, 4]`."""
+    if isinstance(region, Image.Image):
+        return _image_map(region)[None]
+    if isinstance(region, list | tuple) and region and all(isinstance(part, Image.Image) for part in region):
+        images = [_image_map(part) for part in region]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(
+                f"region holds maps of the sizes {', '.join(str(image.shape) for image in images)} (height, width); "
+                f"give all of them in one size, for example {images[0].shape}."
+            )
+        return np.stack(images)
+    try:
+        array = np.asarray(region)
+    except ValueError as error:  # lists of unequal length
+        raise ValueError(f"region has rows of unequal length ({error}). {_REGION_KINDS}") from error
+    if array.size == 0:
+        raise ValueError(f"region is empty, an array of shape {array.shape}. {_REGION_KINDS}")
+    if array.dtype == np.uint8 and array.ndim in (2, 3) and np.isin(array, (0, 255)).all():
+        if array.ndim == 2 and array.shape[1] == 4:
+            raise ValueError(
+                f"region is a uint8 array of shape {array.shape} with nothing but 0 and 255, which can be a map or "
+                "boxes; write `array > 0` for a map, `array.astype(float)` for boxes."
+            )
+        array = array > 0
+    if array.dtype == bool and array.ndim in (2, 3):
+        return array if array.ndim == 3 else array[None]
+    if array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == 4:
+        return array.astype(np.float64)
+    hint = ""
+    if array.dtype.kind in "iuf" and array.shape == (4,):
+        hint = "A single box is a list of one: [[left, top, right, bottom]]. "
+    elif array.dtype.kind in "iuf" and array.ndim in (2, 3):
+        hint = "Numbers become a map by `array > 0`. "
+    raise ValueError(f"region is an array of {array.dtype}, shape {array.shape}. {hint}{_REGION_KINDS}")
+
+
+_REGION_KINDS = (
+    "Write a boolean map [height, width], maps [M, height, width], an image of mode '1' or 'L', or boxes [M, 4] of "
+    "numbers (left, top, right, bottom)."
+)
+
+
+def _image_map(image: Image.Image) -> np.ndarray:
+    if image.mode not in ("1", "L"):
+        raise ValueError(
+            f"region is an image of mode {image.mode!r}; it must be of mode '1' or 'L', of which all but 0 is the "
+            "region, for example image.convert('L')."
+        )
+    return np.asarray(image) != 0
+
+
+def _maps_on_grid(maps: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Maps `[M, h, w]` of the image or of the grid as bool `[M, rows, columns]`."""
+    size = maps.shape[1:]
+    if size == tuple(grid):
+        return maps
+    if size != tuple(image_size):
+        raise ValueError(
+            f"region has maps of {size[0]}x{size[1]} (height x width) values; they must be of the size of the image, "
+            f"{image_size[0]}x{image_size[1]}, or of the grid, {grid[0]}x{grid[1]}."
+        )
+    down, across = _overlaps(image_size[0], grid[0]), _overlaps(image_size[1], grid[1])
+    # In units in which a patch has area height * width, all areas are whole numbers and "half" is exact; in floating
+    # point, too, as they are far below 2**53, and numpy multiplies floats several times faster than integers.
+    areas = np.stack([down @ one_map.astype(np.float64) @ across.T for one_map in maps])
+    return 2 * areas >= image_size[0] * image_size[1]
+
+
+def _overlaps(pixels: int, patches: int) -> np.ndarray:
+    """How much of each patch lies in each pixel along one side, whole numbers in float64 `[patches, pixels]`.
+
+    The unit is 1 / patches of a pixel, in which all edges are whole numbers and each patch is `pixels` long.
+    """
+    patch = np.arange(patches)[:, None] * pixels
+    pixel = np.arange(pixels) * patches
+    lengths = np.minimum(patch + pixels, pixel + patches) - np.maximum(patch, pixel)
+    return np.clip(lengths, 0, None).astype(np.float64)
+
+
+def _boxes_on_grid(boxes: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Boxes `[M, 4]` as bool `[M, rows, columns]`."""
+    height, width = image_size
+    for number, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(
+                f"region has box {number} (left, top, right, bottom) = ({left:g}, {top:g}, {right:g}, {bottom:g}); it "
+                f"must satisfy 0 <= left < right <= {width} and 0 <= top < bottom <= {height}, the image's width and "
+                f"height in pixels{_box_hint(left, top, right, bottom, height, width)}."
+            )
+    left, top, right, bottom = boxes.T[:, :, None]
+    down = (np.arange(grid[0]) + 0.5) * height / grid[0]
+    across = (np.arange(grid[1]) + 0.5) * width / grid[1]
+    in_rows = (top <= down) & (down < bottom)
+    in_columns = (left <= across) & (across < right)
+    return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def _box_hint(left: float, top: float, right: float, bottom: float, height: int, width: int) -> str:
+    """What may have been meant by a box that does not fit, with the words that introduce it; "" if unclear."""
+    if 0 <= left < left + right <= width and 0 <= top < top + bottom <= height:
+        return (
+            f"; if it is (left, top, width, height), write ({left:g}, {top:g}, {left + right:g}, {top + bottom:g}) "
+            "for it"
+        )
+    cut = max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)
+    if cut[0] < cut[2] and cut[1] < cut[3]:
+        return f"; cut at the image's edges it is ({cut[0]:g}, {cut[1]:g}, {cut[2]:g}, {cut[3]:g})"
+    return ""
+
+
+def _check_equal(what: str, counts: np.ndarray, remedy: str) -> None:
+    """Refuse counts `[B]` or `[B, M]` that are not all the same: they are sides of the batch's tensors."""
+    expected = counts.flat[0]
+    different = np.flatnonzero((counts != expected).reshape(len(counts), -1).any(axis=1))
+    if different.size:
+        shown = ", ".join(f"image {image} has {counts[image].tolist()}" for image in different[:5])
+        more = f", and so have {different.size - 5} more" if different.size > 5 else ""
+        raise ValueError(
+            f"{what} must be the same throughout a batch; image 0 begins with {expected}, but {shown}{more}: {remedy}."
+        )
 
 
 # Sizes of blocks
@@ -422,6 +753,60 @@ def _check_context_fits(settings: MaskSettings) -> None:
     )
 
 
+def _check_block_fits(settings: MaskSettings) -> None:
+    """Refuse a block that could cover the grid."""
+    if _largest_block(settings, settings.mask_ratio) < settings.num_patches:
+        return
+    ratio = settings.mask_ratio
+    shape = f"{settings.grid_size[0]}x{settings.grid_size[1]}"
+    while ratio > 1e-6:
+        ratio *= 0.9
+        if _largest_block(settings, ratio) < settings.num_patches:
+            raise ValueError(
+                f"mask_ratio={settings.mask_ratio} lets the target block cover a whole {shape} grid, so that no patch "
+                f"is left to see; use for example mask_ratio={_floor_digits(ratio)}."
+            )
+    raise ValueError(
+        f"grid_size={settings.grid_size} has one patch only, which the target block covers; use for example "
+        "grid_size=(4, 4) or larger."
+    )
+
+
+def _largest_block(settings: MaskSettings, mask_ratio: float) -> int:
+    ratios = _around(
+        _ratios_that_round(mask_ratio * settings.num_patches, settings.grid_size), *settings.target_aspect_ratio
+    )
+    return max(math.prod(_target_size(settings.grid_size, mask_ratio, ratio)) for ratio in ratios)
+
+
+def _check_quadrants(settings: MaskSettings) -> None:
+    rows, columns = settings.grid_size
+    if rows % 2 or columns % 2:
+        raise ValueError(
+            f"grid_size={settings.grid_size} cannot be cut into four equal quadrants; masking_strategy='rasterized' "
+            "needs an even number of rows and of columns (image_size / patch_size), for example "
+            f"grid_size=({rows + rows % 2}, {columns + columns % 2})."
+        )
+
+
+def _check_scatter(settings: MaskSettings) -> None:
+    num_patches = settings.num_patches
+    num_targets = _round(settings.mask_ratio * num_patches)
+    if 0 < num_targets < num_patches:
+        return
+    if num_patches == 1:
+        raise ValueError(
+            f"grid_size={settings.grid_size} has one patch only, which cannot be both context and target; use for "
+            "example grid_size=(4, 4) or larger."
+        )
+    nearest = 1 if num_targets == 0 else num_patches - 1
+    raise ValueError(
+        f"mask_ratio={settings.mask_ratio} of the {num_patches} patches, rounded, makes {num_targets} of them "
+        "targets; at least one must be target and one be left to see; use for example "
+        f"mask_ratio={nearest / num_patches:.6g}."
+    )
+
+
 def _fewest_context_patches(settings: MaskSettings, target_scale: tuple[float, float]) -> int:
     """The fewest patches that any drawn sizes leave of a context block when all target blocks lie on one place."""
     grid = settings.grid_size
@@ -453,6 +838,15 @@ def _check_official_ends(settings: MaskSettings) -> None:
             f"in every block, but {name}={getattr(settings, name)} on grid_size={settings.grid_size} can give a block "
             f"of {patches}, for which the published rule would search for ever; {advice}."
         )
+
+
+_GEOMETRY_CHECKS = {
+    "multi_block": _check_context_fits,
+    "multi_block_official": _check_official_ends,
+    "block": _check_block_fits,
+    "rasterized": _check_quadrants,
+    "random": _check_scatter,
+}
 
 
 def _smallest_official_block(

@@ -1,6 +1,6 @@
-"""Pictures of a run: what the masks hide on real images, and how the logged numbers moved.
+"""Pictures of a run: what the masks hide on real images, what they are like, and how the logged numbers moved.
 
-Both functions write a PNG and return the matplotlib figure, for a notebook or a tracker. They build `Figure` objects
+All functions write a PNG and return the matplotlib figure, for a notebook or a tracker. They build `Figure` objects
 directly and never touch pyplot, so they need no display and leave no figure open.
 """
 
@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from ijepa_hf.mask_audit import MaskAudit
+from ijepa_hf.masking import Masks
 
 # Okabe and Ito's colours, told apart by nearly everyone, in the order that stands out most on photographs.
 _BLOCK_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2")
@@ -22,6 +26,7 @@ _HIDDEN = 0.80  # gray level of a patch that the context encoder does not see
 _FADE = 0.80  # how far a panel of a target block fades what is not in the block
 _TINT = 0.25  # how much of the block's colour is laid over it
 _PANEL_INCHES = 1.7
+_AUDIT_SIZES_SHOWN = 8  # block sizes with a bar of their own
 _DPI = 150
 
 _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -37,6 +42,7 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Weight decay", "decay coefficient", {"weight_decay": ""}),
     ("EMA momentum", "share of the old target kept", {"ema_momentum": ""}),
     ("Throughput", "images per second", {"images_per_second": ""}),
+    ("Waiting for images", "share of the time", {"data_wait_share": ""}),
 )
 
 
@@ -72,36 +78,128 @@ def draw_masks_figure(
     context_indices = context_indices[:, None] if context_indices.ndim == 2 else context_indices
     _check_masks(images, context_indices, target_indices, patch_size)
     sets, blocks = context_indices.shape[1], target_indices.shape[1]
-    titles = ["image"]
-    titles += ["context" if sets == 1 else f"context {s + 1}" for s in range(sets)]
-    titles += [f"target {m + 1}" for m in range(blocks)]
+    titles = ["image", *_block_titles(sets, blocks)]
     figure, axes = _panel_grid(len(images), len(titles), images.shape[-2] / images.shape[-1])
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9, color="#333333", pad=4)
     for row, image, contexts, targets in zip(axes, images, context_indices, target_indices, strict=True):
-        picture = _displayable(image)
-        _show(row[0], picture)
-        for axis, indices in zip(row[1:], contexts, strict=False):
-            _show(axis, _context_picture(picture, _visible(indices, picture, patch_size), patch_size))
-        for axis, indices, color in zip(row[1 + sets :], targets, cycle(_BLOCK_COLORS), strict=False):
-            block = _visible(indices, picture, patch_size)
-            _show(axis, _target_picture(picture, block, patch_size, _rgb(color)))
-            axis.add_collection(
-                LineCollection(_outline(block, patch_size), colors=color, linewidths=1.6, clip_on=False)
-            )
+        _draw_masks_of_image(row, _displayable(image), contexts, targets, patch_size)
     figure.savefig(path, dpi=_DPI)
     return figure
 
 
-def draw_curves_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Figure:
+def draw_strategies_figure(
+    image: torch.Tensor, masks: Mapping[str, Masks], patch_size: tuple[int, int], path: str | Path
+) -> Figure:
+    """Draw the masks that several strategies gave one image, a row a strategy.
+
+    Panels and colours as in `draw_masks_figure`: the image, each context set, each target.
+
+    Args:
+        image: [C, height, width], shown as in `draw_masks_figure`.
+        masks: for each name, the masks of one image (B is 1). A name is written above its row and has room for about
+            25 characters.
+        patch_size: (height, width) of a patch in pixels; divides the image.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure, a row for each name, with as many panels as the most blocks need; unused ones stay empty.
+
+    Raises:
+        ValueError: no masks, masks of several images, a patch size that does not divide the image, or an index outside
+            the grid.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not masks:
+        raise ValueError("masks is empty; give the masks of at least one strategy, for example from draw_masks.")
+    rows = []
+    for given in masks.values():
+        context_indices = given.context_indices
+        context_indices = context_indices[:, None] if context_indices.ndim == 2 else context_indices
+        _check_masks(image[None], context_indices, given.target_indices, patch_size)
+        rows.append((context_indices[0], given.target_indices[0]))
+    panels = 1 + max(len(contexts) + len(targets) for contexts, targets in rows)
+    figure, axes = _panel_grid(len(rows), panels, image.shape[-2] / image.shape[-1], row_titles=True)
+    for row, name, (contexts, targets) in zip(axes, masks, rows, strict=True):
+        row[0].set_title(name, fontsize=10, fontweight="bold", color="#222222", pad=4, loc="left")
+        titles = _block_titles(len(contexts), len(targets))
+        for axis, title in zip(row[1:], titles, strict=False):
+            axis.set_title(title, fontsize=9, color="#333333", pad=4)
+        _draw_masks_of_image(row, _displayable(image), contexts, targets, patch_size)
+    figure.savefig(path, dpi=_DPI)
+    return figure
+
+
+def draw_audit_figure(
+    audits: MaskAudit | Sequence[MaskAudit], path: str | Path, titles: Sequence[str] | None = None
+) -> Figure:
+    """Draw what masks are like, a row an audit: how often a patch is context and target, context share, block sizes.
+
+    The heat maps of a column share one colour scale and every column its axes, so that rows can be compared.
+
+    Args:
+        audits: one or several, from `ijepa_hf.mask_audit.audit_masks`.
+        path: PNG to write; its folder must exist.
+        titles: of the rows; strategy and grid if not given.
+
+    Returns:
+        The figure, 4 panels a row, and two colour bars.
+
+    Raises:
+        ValueError: no audits, or another number of titles.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    audits = [audits] if isinstance(audits, MaskAudit) else list(audits)
+    titles = [_audit_title(audit) for audit in audits] if titles is None else list(titles)
+    if not audits or len(titles) != len(audits):
+        raise ValueError(f"{len(audits)} audits with {len(titles)} titles; give at least one audit, and each a title.")
+    figure = Figure(figsize=(12.6, 2.75 * len(audits) + 0.75), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(audits), 4, squeeze=False, width_ratios=[1, 1, 1.15, 1.15])
+    for column, (maps, name) in enumerate(
+        [([audit.context_map for audit in audits], "context"), ([audit.target_map for audit in audits], "target")]
+    ):
+        highest = max(float(probabilities.max()) for probabilities in maps)
+        for axis, probabilities in zip(axes[:, column], maps, strict=True):
+            shown = _draw_probabilities(axis, probabilities, highest)
+        # The gap is a share of the height of all rows.
+        bar = figure.colorbar(
+            shown, ax=list(axes[:, column]), location="bottom", aspect=25, shrink=0.9, pad=0.04 / len(audits)
+        )
+        bar.set_label(f"probability of being {name}", fontsize=8, color="#555555")
+        bar.ax.tick_params(labelsize=8, colors="#555555")
+        axes[0, column].set_title(f"How often a patch is {name}", fontsize=9, color="#333333")
+    for axis, audit in zip(axes[:, 2], audits, strict=True):
+        _draw_context_shares(axis, audit)
+    for axis, audit in zip(axes[:, 3], audits, strict=True):
+        _draw_block_sizes(axis, audit)
+    highest = max(share.most for audit in audits for share in audit.context_share.values())
+    for axis in axes[:, 2]:
+        axis.set_ylim(0, 1.15 * highest)
+    highest = max((max(_bars_of_sizes(audit).values(), default=0.0) for audit in audits), default=0.0)
+    for axis in axes[:, 3]:
+        axis.set_xlim(0, 1.08 * (highest or 1.0))
+    axes[0, 2].set_title("Context left, by batch size", fontsize=9, color="#333333")
+    axes[0, 3].set_title("Target size, height x width", fontsize=9, color="#333333")
+    for row, title in zip(axes, titles, strict=True):
+        row[0].set_ylabel(title, fontsize=10, fontweight="bold", color="#222222")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    figure.savefig(path, dpi=_DPI)
+    return figure
+
+
+def draw_curves_figure(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, evaluations: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
     """Draw the logged numbers of a run over its optimiser steps, a small panel each.
 
     Args:
         rows: lines of `metrics.jsonl`, each with `step` and any of `loss`, `target_rankme`, `target_std`, `grad_norm`,
-            `grad_norm_encoder`, `grad_norm_predictor`, `learning_rate`, `weight_decay`, `ema_momentum` and
-            `images_per_second`. A row may lack some; a panel that no row has a value for is left out; a missing or
-            null value is a gap in its line.
+            `grad_norm_encoder`, `grad_norm_predictor`, `learning_rate`, `weight_decay`, `ema_momentum`,
+            `images_per_second` and `data_wait_share`. A row may lack some; a panel that no row has a value for is left
+            out; a missing or null value is a gap in its line.
         path: PNG to write; its folder must exist.
+        evaluations: lines of `evaluations.jsonl`, each with `step` and `knn`: a panel more, with the value of step 0,
+            the untrained network's, as a dashed line.
 
     Returns:
         The figure.
@@ -121,20 +219,42 @@ def draw_curves_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> F
     if not panels:
         known = [name for _, _, names in _CURVES for name in names]
         raise ValueError(f"rows have {sorted(rows[0])}, and none of what can be drawn: {known}.")
-    columns = min(4, len(panels))
-    lines_of_panels = -(-len(panels) // columns)
+    num_panels = len(panels) + bool(evaluations)
+    columns = min(4, num_panels)
+    lines_of_panels = -(-num_panels // columns)
     figure = Figure(figsize=(3.1 * columns, 2.5 * lines_of_panels), layout="constrained", facecolor="white")
     axes = figure.subplots(lines_of_panels, columns, squeeze=False).ravel()
     for axis, (title, unit, lines) in zip(axes, panels, strict=False):
         _draw_lines(axis, _column(rows, "step"), lines)
-        axis.set_title(title, fontsize=10, loc="left", fontweight="bold", color="#222222")
-        axis.set_ylabel(unit, fontsize=8, color="#555555")
-        axis.set_xlabel("optimiser step", fontsize=8, color="#555555")
+        _name_curve(axis, title, unit)
+    if evaluations:
+        _draw_evaluations(axes[len(panels)], evaluations)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    for axis in axes[len(panels) :]:
+    for axis in axes[num_panels:]:
         axis.remove()
     figure.savefig(path, dpi=_DPI)
     return figure
+
+
+def _name_curve(axis: Axes, title: str, unit: str) -> None:
+    axis.set_title(title, fontsize=10, loc="left", fontweight="bold", color="#222222")
+    axis.set_ylabel(unit, fontsize=8, color="#555555")
+    axis.set_xlabel("optimiser step", fontsize=8, color="#555555")
+
+
+def _draw_evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    steps, scores = _column(evaluations, "step"), 100 * _column(evaluations, "knn")
+    _draw_lines(axis, steps, {"trained": scores})
+    untrained = scores[steps == 0]
+    if untrained.size:
+        axis.axhline(untrained[0], color="#555555", linewidth=1, linestyle="--", label="untrained")
+        axis.legend(fontsize=7, frameon=False)
+    _name_curve(axis, "kNN of the target encoder", "top-1 in percent")
+
+
+def _block_titles(sets: int, blocks: int) -> list[str]:
+    contexts = ["context" if sets == 1 else f"context {s + 1}" for s in range(sets)]
+    return contexts + [f"target {m + 1}" for m in range(blocks)]
 
 
 def _check_masks(
@@ -163,12 +283,29 @@ def _check_masks(
             )
 
 
-def _panel_grid(rows: int, columns: int, aspect: float) -> tuple[Figure, np.ndarray]:
-    """Axes without ticks or frames, each of the image's own shape, with thin gaps and room for one line of titles."""
+def _draw_masks_of_image(
+    row: np.ndarray, picture: np.ndarray, contexts: torch.Tensor, targets: torch.Tensor, patch_size: tuple[int, int]
+) -> None:
+    """The image, its context sets [S, K] and its target blocks [M, P] in the first panels of a row."""
+    _show(row[0], picture)
+    for axis, indices in zip(row[1:], contexts, strict=False):
+        _show(axis, _context_picture(picture, _visible(indices, picture, patch_size), patch_size))
+    for axis, indices, color in zip(row[1 + len(contexts) :], targets, cycle(_BLOCK_COLORS), strict=False):
+        block = _visible(indices, picture, patch_size)
+        _show(axis, _target_picture(picture, block, patch_size, _rgb(color)))
+        axis.add_collection(LineCollection(_outline(block, patch_size), colors=color, linewidths=1.6, clip_on=False))
+
+
+def _panel_grid(rows: int, columns: int, aspect: float, row_titles: bool = False) -> tuple[Figure, np.ndarray]:
+    """Axes without ticks or frames, each of the image's own shape, with thin gaps and room for one line of titles.
+
+    The titles are above the first row, or above each with `row_titles`.
+    """
     gap, edge, head = 0.06, 0.08, 0.28  # inches
+    row_gap = head if row_titles else gap
     panel_height = _PANEL_INCHES * aspect
     width = 2 * edge + columns * _PANEL_INCHES + (columns - 1) * gap
-    height = head + edge + rows * panel_height + (rows - 1) * gap
+    height = head + edge + rows * panel_height + (rows - 1) * row_gap
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
@@ -177,7 +314,7 @@ def _panel_grid(rows: int, columns: int, aspect: float) -> tuple[Figure, np.ndar
         top=1 - head / height,
         bottom=edge / height,
         wspace=gap / _PANEL_INCHES,
-        hspace=gap / panel_height,
+        hspace=row_gap / panel_height,
     )
     for axis in axes.ravel():
         axis.set_axis_off()
@@ -254,11 +391,76 @@ def _draw_lines(axis: Axes, steps: np.ndarray, lines: Mapping[str, np.ndarray]) 
         )
     if len(lines) > 1:
         axis.legend(fontsize=7, frameon=False)
+    _plain_frame(axis)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # no common factor above the axis
+
+
+def _audit_title(audit: MaskAudit) -> str:
+    rows, columns = audit.settings.grid_size
+    return f"{audit.settings.masking_strategy}\n{rows}x{columns}"
+
+
+def _draw_probabilities(axis: Axes, probabilities: np.ndarray, highest: float) -> Any:
+    rows, columns = probabilities.shape
+    # Zero is a colour of its own: a patch that is never used must not pass for one that is rarely used.
+    colors = colormaps["viridis"].with_extremes(bad="#D9D9D9")
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    shown = axis.imshow(np.ma.masked_equal(probabilities, 0.0), cmap=colors, vmin=0, vmax=highest, extent=extent)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.tick_params(labelsize=8, colors="#555555", length=2)
+    if (probabilities == 0).any():
+        axis.set_xlabel(f"gray: never ({(probabilities == 0).sum()} patches)", fontsize=8, color="#555555")
+    return shown
+
+
+def _draw_context_shares(axis: Axes, audit: MaskAudit) -> None:
+    """Mean share with a bar from least to most, at each batch size."""
+    places = np.arange(len(audit.context_share))
+    shares = list(audit.context_share.values())
+    means = np.array([share.mean for share in shares])
+    axis.vlines(places, [share.least for share in shares], [share.most for share in shares], "#9CC7E0", linewidth=7)
+    axis.plot(places, means, color="#0072B2", marker="o", linewidth=1.4)
+    for place, mean in zip(places, means, strict=True):
+        label = f"{100 * mean:.1f} %"
+        axis.annotate(label, (place, mean), (7, 7), textcoords="offset points", fontsize=8, color="#333333")
+    axis.set_xticks(places, [str(size) for size in audit.context_share])
+    axis.set_xlim(-0.4, len(places) - 0.1)
+    axis.set_xlabel("images in a batch (bars: least to most)", fontsize=8, color="#555555")
+    axis.set_ylabel("share of the grid", fontsize=8, color="#555555")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _plain_frame(axis)
+
+
+def _bars_of_sizes(audit: MaskAudit) -> dict[str, float]:
+    """Share of the steps for the name of each of the most frequent block sizes, and of all others together."""
+    sizes = list(audit.block_sizes.items())
+    bars = {f"{height}x{width}": share for (height, width), share in sizes[:_AUDIT_SIZES_SHOWN]}
+    others = sizes[_AUDIT_SIZES_SHOWN:]
+    return {**bars, f"{len(others)} more": sum(share for _, share in others)} if others else bars
+
+
+def _draw_block_sizes(axis: Axes, audit: MaskAudit) -> None:
+    """A bar for each of the most frequent block sizes, the others in one."""
+    if not audit.block_sizes:
+        axis.set_axis_off()
+        patches = f"{audit.block_patches.mean:.0f}"
+        axis.text(0.5, 0.5, f"{patches} scattered patches", ha="center", va="center", fontsize=9, color="#333333")
+        return
+    bars = _bars_of_sizes(audit)
+    axis.barh(np.arange(len(bars)), list(bars.values()), color="#E69F00", height=0.7)
+    axis.set_yticks(np.arange(len(bars)), list(bars))
+    axis.set_ylim(max(len(bars), 4) - 0.4, -0.6)
+    axis.set_xlabel("share of the steps", fontsize=8, color="#555555")
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _plain_frame(axis)
+
+
+def _plain_frame(axis: Axes) -> None:
     axis.grid(color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")
     axis.tick_params(labelsize=8, colors="#555555")
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # no common factor above the axis
