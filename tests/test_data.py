@@ -16,18 +16,17 @@ from torch.utils.data import DataLoader
 from ijepa_hf import IJepaDataCollator, draw_masks
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import (
+    BatchMaker,
+    CropReader,
     ImageRows,
     PretrainingImages,
     SampleKey,
     StepBatchSampler,
     build_loader,
-    find_image_column,
-    find_label_column,
     keyed_generator,
-    load_digits,
-    load_split,
     resized_pixels,
 )
+from ijepa_hf.sources import find_image_column, load_digits, load_split
 
 
 @pytest.fixture(scope="module")
@@ -46,85 +45,14 @@ def photos(tmp_path):
     return tmp_path
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------
-
-
-def test_digits_are_all_of_scikit_learns_split_without_overlap_and_stratified():
-    from sklearn.datasets import load_digits as load_scans
-
-    scans = load_scans()
-    parts = {split: load_digits(split) for split in ("train", "test")}
-    assert [len(part) for part in parts.values()] == [1437, 360]
-    counts = np.bincount(scans.target)
-    for part, share in ((parts["train"], 0.8), (parts["test"], 0.2)):
-        assert np.abs(np.bincount(part["label"]) - counts * share).max() <= 1
-    first = parts["train"][0]
-    index = next(i for i in range(len(scans.target)) if scans.target[i] == first["label"])
-    shrunk = np.asarray(first["image"].resize((8, 8), Image.Resampling.BOX), dtype=float) / 255 * 16
-    assert first["image"].size == (32, 32)
-    # blurred by the enlargement, but the same scan
-    assert np.corrcoef(shrunk.ravel(), scans.images[index].ravel())[0, 1] > 0.95
-    with pytest.raises(ValueError, match="'train' and 'test'"):
-        load_digits("validation")
-
-
-def test_a_local_image_folder_and_local_parquet_give_the_same_images(photos, tmp_path_factory):
-    folder = load_split(DataArguments(dataset_name=str(photos)), "train")
-    shards = tmp_path_factory.mktemp("parquet")
-    folder.to_parquet(str(shards / "train-00000-of-00001.parquet"))
-    for source in (shards, shards / "train-00000-of-00001.parquet"):
-        parquet = load_split(DataArguments(dataset_name=str(source)), "train")
-        images = [ImageRows(part, find_image_column(part), 3) for part in (folder, parquet)]
-        assert len(images[0]) == len(images[1]) == 3
-        for index in range(3):
-            assert np.array_equal(np.asarray(images[0][index]), np.asarray(images[1][index]))
-            assert images[0][index].mode == "RGB"
-
-
-def test_mistakes_about_the_source_are_named(tmp_path, digits):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        load_split(DataArguments(dataset_name=str(tmp_path / "nowhere")), "train")
-    with pytest.raises(FileNotFoundError, match="holds no image"):
-        load_split(DataArguments(dataset_name=str(tmp_path)), "train")
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"no \.parquet file"):
-        load_split(DataArguments(dataset_name=str(tmp_path / "notes.txt")), "train")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="has no split 'test'; it has 'train'"):
-        load_split(DataArguments(dataset_name=str(tmp_path)), "test")
-    with pytest.raises(ValueError, match="'label' .*choose with --image_column_name"):
-        find_image_column(digits.remove_columns("image"))
-    with pytest.raises(ValueError, match="image_column_name='pictures' is no column .*'image'"):
-        find_image_column(digits, "pictures")
-    pictures = [Image.new("L", (8, 8))]
-    two = datasets.Dataset.from_dict(
-        {"a": pictures, "b": pictures}, features=datasets.Features({"a": datasets.Image(), "b": datasets.Image()})
-    )
-    with pytest.raises(ValueError, match="several image columns"):
-        find_image_column(two)
-    with pytest.raises(ValueError, match="image_column_name='label' holds no images"):
-        find_image_column(digits, "label")
-    named = digits.add_column("name", ["x"] * len(digits))
-    with pytest.raises(ValueError, match="label_column_name='name' is no column of classes"):
-        find_label_column(named, "name")
-    assert find_label_column(digits.cast_column("label", datasets.Value("int32"))) == "label"
-    with pytest.raises(ValueError, match="label_column_name='kind'"):
-        find_label_column(digits, "kind")
-
-
-def test_columns_are_found_by_themselves(digits):
-    assert find_image_column(digits) == "image"
-    assert find_image_column(digits.rename_column("image", "scan")) == "scan"
-    assert find_label_column(digits) == "label"
-    assert find_label_column(digits.rename_column("label", "digit")) == "digit"
-    assert find_label_column(digits.remove_columns("label")) is None
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_image_that_cannot_be_read_is_named_with_its_place_and_path(photos):
     (photos / "1.png").write_bytes(b"no picture")
     dataset = load_split(DataArguments(dataset_name=str(photos)), "train")
     rows = ImageRows(dataset, "image", 3)
-    with pytest.raises(ValueError, match=r"image 1 of the data set \(.*1\.png\)"):
+    with pytest.raises(ValueError, match=r"image 1 of the data set: .*1\.png"):
         rows[1]
     assert rows[0].size == (40, 30)
 
@@ -137,7 +65,7 @@ def test_array_columns_of_many_bands_keep_their_numbers_range(dtype):
     dataset = datasets.Dataset.from_dict({"bands": list(values)}, features=features)
     config = tiny_config(num_channels=5, image_size=[16, 24])
     rows = ImageRows(dataset, find_image_column(dataset), 5)
-    pixels = resized_pixels(rows, range(2), config, [0.0] * 5, [1.0] * 5)
+    pixels = resized_pixels([rows[0], rows[1]], config, [0.0] * 5, [1.0] * 5)
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels.numpy(), values.astype(np.float64) / scale, atol=1e-6)
 
@@ -208,23 +136,24 @@ def test_keyed_generators_depend_on_every_number_of_the_key():
 
 def test_a_crop_depends_on_seed_epoch_and_image_and_not_on_step_or_slot(digits):
     rows = ImageRows(digits, "image", 3)
-    images = PretrainingImages(rows, (32, 32), 0.3, seed=5)
+    images = PretrainingImages(rows, CropReader(rows.images, (32, 32), 0.3, seed=5))
     crop = images[SampleKey(1, 30, 2, 17)]["pixel_values"]
     assert crop.dtype == torch.uint8
     assert torch.equal(crop, images[SampleKey(1, 99, 0, 17)]["pixel_values"])
     for other in (SampleKey(2, 30, 2, 17), SampleKey(1, 30, 2, 18)):
         assert not torch.equal(crop, images[other]["pixel_values"])
-    assert not torch.equal(
-        crop, PretrainingImages(rows, (32, 32), 0.3, seed=6)[SampleKey(1, 30, 2, 17)]["pixel_values"]
-    )
+    other_seed = PretrainingImages(rows, CropReader(rows.images, (32, 32), 0.3, seed=6))
+    assert not torch.equal(crop, other_seed[SampleKey(1, 30, 2, 17)]["pixel_values"])
 
 
 def loader(digits, workers=0, batch=6, accumulation=1, rank=0, ranks=1):
     config = tiny_config()
     sampler = StepBatchSampler(60, batch, 3, 0, accumulation_steps=accumulation, rank=rank, num_ranks=ranks)
-    images = PretrainingImages(ImageRows(digits, "image", 3), config.image_shape, 0.5, 0)
-    collator = IJepaDataCollator(config, seed=0, global_batch_size=sampler.global_batch_size)
-    return build_loader(images, sampler, collator, num_workers=workers, pin_memory=False)
+    rows = ImageRows(digits, "image", 3)
+    images = PretrainingImages(rows, CropReader(rows.images, config.image_shape, 0.5, 0))
+    make_batch = BatchMaker(IJepaDataCollator(config, seed=0, global_batch_size=sampler.global_batch_size))
+    batches = build_loader(images, sampler, make_batch, num_workers=workers, pin_memory=False)
+    return [batch.inputs for batch in batches]
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(digits):
@@ -234,8 +163,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(digits):
 
 
 def test_ranks_and_micro_batches_are_slices_of_the_one_global_batch(digits):
-    whole = list(loader(digits, batch=8))
-    first, second = (list(loader(digits, batch=2, accumulation=2, rank=rank, ranks=2)) for rank in (0, 1))
+    whole = loader(digits, batch=8)
+    first, second = (loader(digits, batch=2, accumulation=2, rank=rank, ranks=2) for rank in (0, 1))
     for step, batch in enumerate(whole):
         for name in batch:
             parts = [part[2 * step + micro][name] for micro in (0, 1) for part in (first, second)]
@@ -243,7 +172,7 @@ def test_ranks_and_micro_batches_are_slices_of_the_one_global_batch(digits):
 
 
 def test_masks_of_a_step_are_those_of_its_key(digits):
-    batch = next(iter(loader(digits, batch=8)))
+    batch = loader(digits, batch=8)[0]
     masks = draw_masks(tiny_config().mask_settings(), 8, keyed_generator(0, 3, 0))
     assert torch.equal(batch["context_indices"], masks.context_indices)
     assert torch.equal(batch["target_indices"], masks.target_indices)
@@ -288,7 +217,8 @@ def test_collator_works_alone_in_anybodys_loader(digits):
 
 
 def test_collator_refuses_rows_of_two_steps(digits):
-    images = PretrainingImages(ImageRows(digits, "image", 3), (32, 32), 1.0, 0)
+    images = ImageRows(digits, "image", 3)
+    images = PretrainingImages(images, CropReader(images.images, (32, 32), 1.0, 0))
     rows = [images[SampleKey(0, step, 0, 0)] for step in (0, 1)]
     with pytest.raises(ValueError, match="consecutive slots of one step"):
         IJepaDataCollator(tiny_config())(rows)

@@ -10,7 +10,8 @@ from tiny import scrambled_model, tiny_config, tiny_run
 
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.evaluation.knn import knn_accuracy
-from ijepa_hf.report import load_evaluation_sets, read_metrics, render_report, score_encoder
+from ijepa_hf.report import evaluate_encoder, load_evaluation_sets, render_report, score_encoder
+from ijepa_hf.sources import load_digits
 
 DIGITS = {"dataset_name": "digits", "eval_split_name": "test", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -67,6 +68,29 @@ def test_an_untrained_model_scores_as_the_untrained_row_says():
     assert {**rows[0], "features": ""} == {**rows[1], "features": ""}
 
 
+def test_scores_made_while_a_run_goes_on_are_those_of_its_report():
+    evaluation = load_evaluation_sets(DataArguments(**DIGITS, max_eval_samples=100), tiny_config())
+    model = scrambled_model()
+    arguments = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    row = score_encoder(model, evaluation, [0.5] * 3, [0.5] * 3, seed=0)[0]
+    scores = evaluate_encoder(model.target_encoder, evaluation, model.config, arguments)
+    assert scores == {"knn": row["knn"], "rankme": row["rankme"]}
+
+
+def test_streamed_splits_are_scored_on_as_many_images_of_each_shard(tmp_path):
+    digits = load_digits("train")
+    digits = digits.select(np.argsort(digits["label"], kind="stable")[100:200])  # the end of class 0, and class 1
+    for split in ("train", "test"):
+        for number in range(2):
+            part = digits.select(range(50 * number, 50 * (number + 1)))
+            part.to_parquet(str(tmp_path / f"{split}-{number:05d}-of-00002.parquet"))
+    data = DataArguments(dataset_name=str(tmp_path), eval_split_name="test", streaming=True, max_eval_samples=20)
+    evaluation = load_evaluation_sets(data, tiny_config())
+    expected = [digits[index]["label"] for index in (*range(10), *range(50, 60))]
+    assert evaluation.train_labels.tolist() == evaluation.test_labels.tolist() == expected
+    assert np.array_equal(np.asarray(evaluation.test[10]), np.asarray(digits[50]["image"].convert("RGB")))
+
+
 def test_the_text_names_scores_winners_pictures_and_three_lines_that_load_it(run, report):
     text = render_report(run)
     for row in report["scores"]:
@@ -93,12 +117,6 @@ def test_the_card_has_valid_metadata_and_the_runs_numbers(run, report):
     assert f"{report['log']['loss_last']:.4f}" in body
     assert f"| trained encoder | {100 * report['scores'][0]['knn']:.1f} |" in body
     assert "max_train_steps: 6" in body
-
-
-def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
-    assert read_metrics(tmp_path / "nowhere") == []
 
 
 def test_an_evaluation_split_without_labels_is_refused_with_the_columns(tmp_path):

@@ -48,9 +48,13 @@ class ModelArguments:
     predictor_hidden_size: int = _help("Width E of the predictor.", _default("predictor_hidden_size"))
     predictor_num_hidden_layers: int = _help("Depth of the predictor.", _default("predictor_num_hidden_layers"))
     predictor_num_attention_heads: int | None = _help("Heads of the predictor; the encoder's if not given.", None)
-    masking_strategy: str = _help("multi_block, or multi_block_official (published).", _default("masking_strategy"))
+    masking_strategy: str = _help(
+        "multi_block, multi_block_official (published), block, rasterized, random (table 6 of the paper), or regions "
+        "(targets come with the images).",
+        _default("masking_strategy"),
+    )
     num_context_sets: int = _help("Context sets S drawn per image.", _default("num_context_sets"))
-    num_target_blocks: int = _help("Target blocks M drawn per image.", _default("num_target_blocks"))
+    num_target_blocks: int = _help("Target blocks M drawn per image (multi-block).", _default("num_target_blocks"))
     context_scale: list[float] = _help("Least and most share of the grid of the context block.", (0.85, 1.0))
     target_scale: list[float] = _help("Least and most share of the grid of a target block.", (0.15, 0.2))
     target_aspect_ratio: list[float] = _help("Least and most height / width of a target block.", (0.75, 1.5))
@@ -61,6 +65,7 @@ class ModelArguments:
         "Blocks keep more patches than this (multi_block_official).", _default("official_min_keep")
     )
     allow_overlap: bool = _help("Let context patches lie inside target blocks.", _default("allow_overlap"))
+    mask_ratio: float = _help("Share of the patches that is target (block, random).", _default("mask_ratio"))
     loss_type: str = _help("smooth_l1 (published code) or mse (paper).", _default("loss_type"))
     normalize_targets: bool = _help("Layer-normalise the targets.", _default("normalize_targets"))
     patch_init_std: float | None = _help(
@@ -92,7 +97,9 @@ class DataArguments:
     """Where the images come from and how they are cut."""
 
     dataset_name: str | None = _help(
-        "digits (built in), a Hub id, a folder of images, or a folder or file of parquet shards.", None
+        "digits or shapes (built in), a Hub id, a folder of images, or a file or folder of .parquet, .tar "
+        "(WebDataset), .csv or .tsv (paths of images), or .npy.",
+        None,
     )
     dataset_config_name: str | None = _help("Configuration of the Hub data set.", None)
     train_split_name: str = _help("Split to train on.", "train")
@@ -101,24 +108,43 @@ class DataArguments:
     )
     image_column_name: str | None = _help("Column of the images; found by itself if there is only one.", None)
     label_column_name: str | None = _help("Column of the labels, for the scores only; `label` if there is one.", None)
+    regions_column_name: str | None = _help(
+        "Column of each image's own target regions, boolean maps or boxes (masking_strategy regions).", None
+    )
+    streaming: bool = _help(
+        "Read .parquet or .tar shards from front to end, without a copy on disk; local or from the Hub.", False
+    )
+    shuffle_buffer_size: int = _help(
+        "Images that a reader of a stream shuffles together; their files are held in memory, undecoded.", 1000
+    )
     max_train_samples: int | None = _help("Use only the first so many images.", None)
     max_eval_samples: int | None = _help("Score with at most so many images of each split.", None)
     image_mean: list[float] = _help("Mean of each channel, of pixels in [0, 1].", IMAGENET_MEAN)
     image_std: list[float] = _help("Standard deviation of each channel, of pixels in [0, 1].", IMAGENET_STD)
     min_crop_scale: float = _help("Least share of the image that a random crop covers; 1 means no cropping.", 0.3)
     dataloader_num_workers: int = _help("Processes that load images; 0 loads in the training process.", 0)
+    max_broken_share: float = _help(
+        "Stop, and list them, when more than this share of the images cannot be read; others are skipped.", 0.05
+    )
 
-    def check(self, num_channels: int) -> None:
-        """Raises `ValueError` if a value is bad."""
+    def check(self, model: ModelArguments) -> None:
+        """Checks the values, alone and against the model's.
+
+        Args:
+            model: Its channels and masks count.
+
+        Raises:
+            ValueError: If a value is bad.
+        """
         if self.dataset_name is None:
             raise ValueError(
                 "dataset_name is not given: write --dataset_name followed by digits, a Hub id, or a folder of images."
             )
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            if len(value) != num_channels:
+            if len(value) != model.num_channels:
                 raise ValueError(
-                    f"{name}={value} has {len(value)} values, but num_channels={num_channels}; give one for "
+                    f"{name}={value} has {len(value)} values, but num_channels={model.num_channels}; give one for "
                     "each channel."
                 )
         if min(self.image_std) <= 0:
@@ -127,8 +153,37 @@ class DataArguments:
             raise ValueError(
                 f"min_crop_scale={self.min_crop_scale} must be in (0, 1]; 0.3 as published, 1 for no cropping."
             )
+        if not 0.0 <= self.max_broken_share <= 1.0:
+            raise ValueError(
+                f"max_broken_share={self.max_broken_share} must be from 0 to 1; 0 stops at the first one."
+            )
+        self._check_regions(model)
         _check_at_least(self, 0, "dataloader_num_workers")
-        _check_at_least(self, 1, "max_train_samples", "max_eval_samples")
+        _check_at_least(self, 1, "max_train_samples", "max_eval_samples", "shuffle_buffer_size")
+        if self.streaming and self.eval_split_name is not None and self.max_eval_samples is None:
+            raise ValueError(
+                f"eval_split_name={self.eval_split_name!r} with streaming would keep both splits in memory; say how "
+                "many images of each to score with, for example --max_eval_samples 5000."
+            )
+
+    def _check_regions(self, model: ModelArguments) -> None:
+        if model.masking_strategy != "regions":
+            if self.regions_column_name is not None:
+                raise ValueError(
+                    f"regions_column_name={self.regions_column_name!r} is only read with masking_strategy='regions', "
+                    f"but masking_strategy={model.masking_strategy!r}."
+                )
+            return
+        if self.regions_column_name is None:
+            raise ValueError(
+                "masking_strategy='regions' takes the targets from the data: name their column with "
+                "--regions_column_name."
+            )
+        if self.min_crop_scale != 1.0:
+            raise ValueError(
+                f"min_crop_scale={self.min_crop_scale}: a random crop would cut the regions of the images unevenly; "
+                "with masking_strategy='regions' use --min_crop_scale 1."
+            )
 
 
 @dataclass
@@ -165,6 +220,11 @@ class PretrainingArguments:
     logging_steps: int = _help("Log every so many optimiser steps.", 10)
     checkpointing_steps: int | None = _help("Save every so many optimiser steps; once an epoch if not given.", None)
     checkpoints_total_limit: int = _help("Keep at most so many checkpoints.", 2)
+    eval_steps: int | None = _help(
+        "Score the target encoder with kNN on eval_split_name every so many optimiser steps; only at the end if not "
+        "given.",
+        None,
+    )
     report_to: list[str] = _help("Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", [])
 
     def check(self) -> None:
@@ -194,7 +254,7 @@ class PretrainingArguments:
         _check_at_least(
             self, 1, "max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
             "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "schedule_scale",
-            "num_cpu_threads",
+            "num_cpu_threads", "eval_steps",
         )  # fmt: skip
         for name in ("num_train_epochs", "max_grad_norm"):
             value = getattr(self, name)
@@ -246,7 +306,9 @@ def load_recipe(recipe: str) -> dict[str, Any]:
     known = argument_names()
     for key in values:
         if key not in known:
-            raise ValueError(f"recipe {recipe!r} has the key {key!r}, which is no argument{_nearest(str(key), known)}")
+            raise ValueError(
+                f"recipe {recipe!r} has the key {key!r}, which is no argument{nearest_name(str(key), known)}"
+            )
     return values
 
 
@@ -295,22 +357,37 @@ def parse_arguments(
         )
     if unknown:
         known = {f"--{name}" for name in argument_names()}
-        raise ValueError(f"{unknown[0]!r} is no flag of ijepa-hf pretrain{_nearest(unknown[0].split('=')[0], known)}")
+        raise ValueError(
+            f"{unknown[0]!r} is no flag of ijepa-hf pretrain{nearest_name(unknown[0].split('=')[0], known)}"
+        )
     # Recipe values travel through the same parser as flags do, so that they get the same types and errors.
     values = load_recipe(recipe) if recipe is not None else {}
     for given, other in (("learning_rate", "base_learning_rate"), ("base_learning_rate", "learning_rate")):
         if any(flag.split("=")[0] == f"--{given}" for flag in flags):
             values.pop(other, None)  # two names of one thing: the flag's wins over the recipe's
-    defaults = _as_flags(values)
+    defaults = as_flags(values)
     model, data, run, _ = parser.parse_args_into_dataclasses(args=[*positional, *defaults, *flags])
     if run.output_dir is None:
         run.output_dir = str(Path("runs") / (Path(recipe).stem if recipe else "ijepa"))
-    data.check(model.num_channels)
+    data.check(model)
     run.check()
+    if run.eval_steps is not None and data.eval_split_name is None:
+        raise ValueError(
+            f"eval_steps={run.eval_steps} needs labelled images to score with; name their split, for example "
+            "--eval_split_name test."
+        )
     return model, data, run
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Writes argument values as a command line's flags, so that a recipe goes through the same parser as flags do.
+
+    Args:
+        values: Names and values; `None` and empty lists are left out.
+
+    Returns:
+        Flags and words.
+    """
     flags: list[str] = []
     for name, value in values.items():
         if value is None or value == []:
@@ -320,7 +397,16 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest_name(name: str, known: set[str]) -> str:
+    """The end of a message about a name that does not exist.
+
+    Args:
+        name: What was written.
+        known: What there is.
+
+    Returns:
+        A question with the most similar name, or the list of all.
+    """
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(known))}."
 

@@ -46,12 +46,14 @@ class Checkpoint:
         step: Optimiser steps done.
         config: The model's configuration, as a dictionary.
         arguments: The run's arguments.
+        stream: Where a streamed set stands, see `TrainingImages.stream_state`; `None` for a map-style one.
     """
 
     path: Path
     step: int
     config: dict[str, Any]
     arguments: dict[str, Any]
+    stream: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -63,6 +65,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     arguments: Mapping[str, Any],
     total_limit: int,
+    stream: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `checkpoint-<step>`, then removes the oldest beyond the limit.
 
@@ -77,6 +80,7 @@ def save_checkpoint(
         config: The model's configuration.
         arguments: The run's arguments.
         total_limit: Checkpoints to keep, at least 1.
+        stream: Where a streamed set stands.
 
     Returns:
         The checkpoint's folder.
@@ -91,7 +95,7 @@ def save_checkpoint(
     save_file({name: _plain(tensor) for name, tensor in model.state_dict().items()}, partial / MODEL_FILE)
     save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
     files = {name: _fingerprint(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-    manifest = {"step": step, "files": files, "config": dict(config), "arguments": dict(arguments)}
+    manifest = {"step": step, "files": files, "config": dict(config), "arguments": dict(arguments), "stream": stream}
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
     for entry in (*partial.iterdir(), partial):
         flush_to_disk(entry)
@@ -137,7 +141,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text("utf-8"))
         step, files = int(manifest["step"]), manifest["files"]
-        config, arguments = manifest["config"], manifest["arguments"]
+        config, arguments, stream = manifest["config"], manifest["arguments"], manifest.get("stream")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path}: {MANIFEST_FILE} is missing or unreadable ({error}).") from error
     for name, expected in files.items():
@@ -145,7 +149,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise DamagedCheckpointError(f"{path}: {name} is missing.")
         if _fingerprint(path / name) != expected:
             raise DamagedCheckpointError(f"{path}: {name} is not what was written (size or SHA-256 differs).")
-    return Checkpoint(path, step, config, arguments)
+    return Checkpoint(path, step, config, arguments, stream)
 
 
 def find_latest(output_dir: Path) -> Checkpoint | None:

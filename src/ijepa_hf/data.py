@@ -1,13 +1,15 @@
-"""Images for pretraining: data sets, the order in which they are visited, and the collator that draws the masks.
+"""Images for pretraining: one row to a crop, the order of map-style sets, and the collator that draws the masks.
 
 Every draw is a function of numbers that say where it happens: the order of an epoch of (seed, epoch), an image's
 crop of (seed, epoch, index), the masks of (seed, optimiser step, slot), where slot is the sample's place in the
 *global* batch. So a run is the same for any number of workers, and of ranks at a fixed global batch, and resuming at
 a step needs that step's number alone.
+
+An image that cannot be read never stops a run by itself: another one, drawn from the same numbers, stands in for it,
+and the batch says so.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import datasets
@@ -17,15 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD, DataArguments
+from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.image_transforms import decode_image, normalize, random_resized_crop, resize
-from ijepa_hf.masking import draw_masks
+from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
 
-DIGITS_TEST_SHARE = 0.2
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-_IMAGE_FEATURES = (datasets.Image, datasets.Array2D, datasets.Array3D)
-_DRAW_ORDER, _DRAW_CROP, _DRAW_MASKS = 1, 2, 3  # keep the streams of one seed apart
+DRAW_ORDER, _DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
+SUBSTITUTE_TRIES = 10
 
 
 def keyed_generator(seed: int, *key: int) -> np.random.Generator:
@@ -50,155 +50,49 @@ class SampleKey(NamedTuple):
     image: int
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
-    """Loads one split of the images that `arguments` name.
+class UnreadableImage(NamedTuple):
+    """An image that was skipped: its number in the data set, and why, with its file name where it has one."""
 
-    Args:
-        arguments: `dataset_name` is `digits`, a folder of images, a folder or file of parquet shards, or a Hub id.
-        split: Name of the split, e.g. `train`.
-
-    Returns:
-        A map-style data set, cut to no length.
-
-    Raises:
-        FileNotFoundError: If `dataset_name` looks like a path and there is nothing, or no image in it.
-        ValueError: If there is no such split; lists those that there are.
-    """
-    name = cast(str, arguments.dataset_name)
-    if name == "digits":
-        return load_digits(split)
-    path = Path(name).expanduser()
-    if path.exists():
-        loaded = _load_local(path)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"dataset_name={name!r}: there is no such file or folder.")
-    else:
-        loaded = datasets.load_dataset(name, arguments.dataset_config_name)
-    if split not in loaded:
-        raise ValueError(f"dataset_name={name!r} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
-    return loaded[split]
+    image: int
+    reason: str
 
 
-def _load_local(path: Path) -> datasets.DatasetDict:
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"dataset_name={str(path)!r} is a file, but no .parquet file; give a folder of images.")
-        return datasets.load_dataset("parquet", data_files={"train": str(path)})
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    if ".parquet" in suffixes:
-        return datasets.load_dataset(str(path))
-    if suffixes & _IMAGE_SUFFIXES:
-        return datasets.load_dataset("imagefolder", data_dir=str(path))
-    raise FileNotFoundError(
-        f"dataset_name={str(path)!r}: the folder holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))}) and no "
-        ".parquet file."
-    )
-
-
-def load_digits(split: str) -> datasets.Dataset:
-    """scikit-learn's 1,797 scanned digits (UCI), 8x8 grayscale, enlarged to 32x32 (bilinear); works offline.
+class ImageColumn:
+    """How to get an image out of a row of a data set.
 
     Args:
-        split: `train` (1,437 images) or `test` (360), a stratified split that never changes.
-
-    Returns:
-        Columns `image` (8-bit grayscale) and `label` (0 .. 9).
-
-    Raises:
-        ValueError: For another split.
+        dataset: A map-style data set or a stream, with known features.
+        column: Its image column.
+        num_channels: Channels of the model.
     """
-    from PIL import Image
-    from sklearn.datasets import load_digits as load_scans
-    from sklearn.model_selection import train_test_split
 
-    if split not in ("train", "test"):
-        raise ValueError(f"digits has no split {split!r}; it has 'train' and 'test'.")
-    scans = load_scans()
-    indices = np.arange(len(scans.target))
-    halves = train_test_split(indices, test_size=DIGITS_TEST_SHARE, random_state=0, stratify=scans.target)
-    chosen = np.sort(halves[0] if split == "train" else halves[1])
-    # scans hold 0 .. 16
-    pixels = np.rint(scans.images[chosen] * (255 / 16)).astype(np.uint8)
-    images = [Image.fromarray(scan).resize((32, 32), Image.Resampling.BILINEAR) for scan in pixels]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
-    return datasets.Dataset.from_dict({"image": images, "label": scans.target[chosen].tolist()}, features=features)
+    def __init__(self, dataset: datasets.Dataset | datasets.IterableDataset, column: str, num_channels: int) -> None:
+        feature = dataset.features[column]
+        self.column, self.num_channels = column, num_channels
+        # an array column keeps its own type, which says what range its numbers have
+        self.dtype = None if isinstance(feature, datasets.Image) else np.dtype(feature.dtype)
 
+    def undecoded(
+        self, dataset: datasets.Dataset | datasets.IterableDataset, *others: str
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The data set with this column (and `others`) only, images as bytes: decoding and its errors are ours."""
+        if self.dtype is None:
+            dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
+        elif isinstance(dataset, datasets.Dataset):
+            dataset = dataset.with_format("numpy", columns=[self.column], output_all_columns=True, dtype=self.dtype)
+        return dataset.select_columns([self.column, *others])
 
-def find_image_column(dataset: datasets.Dataset, name: str | None = None) -> str:
-    """The column that holds the images.
-
-    Args:
-        dataset: Any data set.
-        name: The column, where the user named one.
-
-    Returns:
-        `name`; otherwise `image`, `img`, or the only column of images or arrays.
-
-    Raises:
-        ValueError: If there is no such column, or none or several candidates; lists the columns.
-    """
-    columns = ", ".join(f"{column!r} ({type(feature).__name__})" for column, feature in dataset.features.items())
-    if name is not None:
-        if name not in dataset.features:
-            raise ValueError(f"image_column_name={name!r} is no column of the data set; it has {columns}.")
-        if not isinstance(dataset.features[name], _IMAGE_FEATURES):
-            raise ValueError(
-                f"image_column_name={name!r} holds no images: it must be an Image, Array2D or Array3D column. The "
-                f"data set has {columns}."
-            )
-        return name
-    images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    arrays = [
-        column
-        for column, feature in dataset.features.items()
-        if isinstance(feature, datasets.Array2D | datasets.Array3D)
-    ]
-    for candidates in (images, arrays):
-        preferred = [column for column in ("image", "img") if column in candidates]
-        if preferred or len(candidates) == 1:
-            return (preferred or candidates)[0]
-        if candidates:
-            raise ValueError(f"the data set has several image columns: {candidates}; choose with --image_column_name.")
-    raise ValueError(f"the data set has no image column; its columns are {columns}; choose with --image_column_name.")
-
-
-def find_label_column(dataset: datasets.Dataset, name: str | None = None) -> str | None:
-    """The column of class labels, if there is one.
-
-    It is `name`; else `label` or `labels`, where they hold classes or whole numbers; else the only column of classes.
-
-    Args:
-        dataset: Any data set.
-        name: The column, where the user named one.
-
-    Returns:
-        The column's name, or `None`.
-
-    Raises:
-        ValueError: If `name` is no column of whole numbers or classes; lists the columns.
-    """
-    if name is not None:
-        if name not in dataset.features or not _holds_labels(dataset.features[name]):
-            raise ValueError(
-                f"label_column_name={name!r} is no column of classes or whole numbers; the data set has "
-                f"{', '.join(dataset.features)}."
-            )
-        return name
-    classes = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    for column in ("label", "labels"):
-        if column in dataset.features and _holds_labels(dataset.features[column]):
-            return column
-    return classes[0] if len(classes) == 1 else None
-
-
-def _holds_labels(feature: Any) -> bool:
-    is_whole = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
-    return is_whole or isinstance(feature, datasets.ClassLabel)
+    def decode(self, row: Mapping[str, Any]) -> Any:
+        """Returns the row's image, a PIL image or an array; one that cannot be read is a `ValueError` saying why."""
+        value = row[self.column]
+        try:
+            return decode_image(value if self.dtype is None else np.asarray(value, self.dtype), self.num_channels)
+        except (ValueError, OSError) as error:
+            path = value.get("path") if isinstance(value, Mapping) else None
+            raise ValueError(f"{path}: {error}" if path and str(path) not in str(error) else str(error)) from error
 
 
 class ImageRows:
@@ -208,41 +102,29 @@ class ImageRows:
         dataset: A map-style data set.
         column: Its image column.
         num_channels: Channels of the model.
+        others: More columns that rows keep.
     """
 
-    def __init__(self, dataset: datasets.Dataset, column: str, num_channels: int) -> None:
-        if isinstance(dataset.features[column], datasets.Image):
-            # bytes, so that decoding, orientation and conversion are ours and errors name the image
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        else:
-            # keeps the column's own type, which says what range its numbers have
-            dtype = np.dtype(dataset.features[column].dtype)
-            dataset = dataset.with_format("numpy", columns=[column], dtype=dtype)
-        self.rows = dataset.select_columns([column])
-        self.column = column
-        self.num_channels = num_channels
+    def __init__(self, dataset: datasets.Dataset, column: str, num_channels: int, others: Sequence[str] = ()) -> None:
+        self.images = ImageColumn(dataset, column, num_channels)
+        self.rows = self.images.undecoded(dataset, *others)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
         """Returns image `index`, a PIL image or an array; an image that cannot be read is a `ValueError` naming it."""
-        value = self.rows[int(index)][self.column]
         try:
-            return decode_image(value, self.num_channels)
+            return self.images.decode(self.rows[int(index)])
         except ValueError as error:
-            path = value.get("path") if isinstance(value, dict) else None
-            raise ValueError(f"image {index} of the data set{f' ({path})' if path else ''}: {error}") from error
+            raise ValueError(f"image {index} of the data set: {error}") from error
 
 
-def resized_pixels(
-    images: ImageRows, indices: Iterable[int], config: IJepaConfig, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def resized_pixels(images: Iterable[Any], config: IJepaConfig, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Whole images, as the saved image processor gives them.
 
     Args:
-        images: The images.
-        indices: Which of them.
+        images: n decoded images, as `ImageRows` gives them.
         config: Says the size.
         mean: Of each channel.
         std: Of each channel.
@@ -250,7 +132,7 @@ def resized_pixels(
     Returns:
         float32 `[n, num_channels, height, width]`.
     """
-    pixels = _stack([resize(images[index], config.image_shape) for index in indices])
+    pixels = _stack([resize(image, config.image_shape) for image in images])
     return normalize(pixels, mean, std)
 
 
@@ -329,7 +211,7 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
         for step in range(self.start_step, self.num_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = keyed_generator(self.seed, _DRAW_ORDER, epoch).permutation(self.num_samples)
+                order = keyed_generator(self.seed, DRAW_ORDER, epoch).permutation(self.num_samples)
                 order_epoch = epoch
             first = step_in_epoch * self.global_batch_size
             for micro in range(self.accumulation_steps):
@@ -340,27 +222,104 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
                 ]
 
 
-class PretrainingImages(TorchDataset[dict[str, Any]]):
-    """Crops, each a function of (seed, epoch, index). Asked with a `SampleKey`.
+class CropReader:
+    """Turns a row into a crop, a function of (seed, epoch, image); finds a substitute for a row that cannot be read.
 
     Args:
-        images: The decoded images.
+        images: Says how to decode a row.
         size: Height and width of a crop.
         min_crop_scale: Least share of the image that a crop covers; 1 means no cropping.
         seed: The run's seed.
+        regions_column: Column with the image's own target regions, where masks come from the data.
+        grid_size: Rows and columns of patches; needed with `regions_column`.
     """
 
-    def __init__(self, images: ImageRows, size: tuple[int, int], min_crop_scale: float, seed: int) -> None:
+    def __init__(
+        self,
+        images: ImageColumn,
+        size: tuple[int, int],
+        min_crop_scale: float,
+        seed: int,
+        *,
+        regions_column: str | None = None,
+        grid_size: tuple[int, int] | None = None,
+    ) -> None:
         self.images, self.size, self.min_crop_scale, self.seed = images, size, min_crop_scale, seed
+        self.regions_column, self.grid_size = regions_column, grid_size
+
+    def read(
+        self, key: SampleKey, row: Mapping[str, Any], another: Callable[[int], tuple[int, Mapping[str, Any]]]
+    ) -> dict[str, Any]:
+        """Reads one sample.
+
+        Args:
+            key: Where it stands.
+            row: Its row.
+            another: Gives the number and row of some image for any number from 0 to 2**32 - 1; asked when `row` cannot
+                be read.
+
+        Returns:
+            `pixel_values` uint8 or float32 `[num_channels, height, width]`, the `sample_key`, the images that were
+            `unreadable`, and `target_regions` bool `[M, N]` where the data have them.
+
+        Raises:
+            ValueError: If `SUBSTITUTE_TRIES` images in a row cannot be read; lists them. If a region is bad.
+        """
+        unreadable: list[UnreadableImage] = []
+        image, substitutes = key.image, keyed_generator(self.seed, _DRAW_SUBSTITUTE, key.epoch, key.image)
+        while True:
+            try:
+                decoded = self.images.decode(row)
+                break
+            except ValueError as error:
+                unreadable.append(UnreadableImage(image, str(error)))
+                if len(unreadable) > SUBSTITUTE_TRIES:
+                    listed = "".join(f"\n  image {number}: {reason}" for number, reason in unreadable)
+                    raise ValueError(
+                        f"{len(unreadable)} images one after the other cannot be read:{listed}"
+                    ) from error
+                image, row = another(int(substitutes.integers(2**32)))
+        crop = random_resized_crop(
+            decoded, self.size, self.min_crop_scale, keyed_generator(self.seed, _DRAW_CROP, key.epoch, image)
+        )
+        sample = {"pixel_values": crop, "sample_key": key, "unreadable": unreadable}
+        if self.regions_column is not None:
+            assert self.grid_size is not None
+            sample["target_regions"] = _regions_of(row, self.regions_column, decoded, self.grid_size, image)
+        return sample
+
+
+def _regions_of(
+    row: Mapping[str, Any], column: str, decoded: Any, grid_size: tuple[int, int], image: int | None = None
+) -> np.ndarray:
+    height_and_width = decoded.shape[1:] if isinstance(decoded, np.ndarray) else (decoded.height, decoded.width)
+    try:
+        return region_to_maps(row[column], height_and_width, grid_size)
+    except ValueError as error:
+        raise ValueError(f"column {column!r}{'' if image is None else f' of image {image}'}: {error}") from error
+
+
+class PretrainingImages(TorchDataset[dict[str, Any]]):
+    """The crops of a map-style data set. Asked with a `SampleKey`.
+
+    Args:
+        images: The images.
+        crops: Decodes and crops a row.
+    """
+
+    def __init__(self, images: ImageRows, crops: CropReader) -> None:
+        self.images, self.crops = images, crops
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Returns `pixel_values` uint8 or float32 `[num_channels, height, width]` and the `sample_key`."""
-        generator = keyed_generator(self.seed, _DRAW_CROP, key.epoch, key.image)
-        crop = random_resized_crop(self.images[key.image], self.size, self.min_crop_scale, generator)
-        return {"pixel_values": crop, "sample_key": key}
+        """Returns what `CropReader.read` says."""
+
+        def another(draw: int) -> tuple[int, Mapping[str, Any]]:
+            return draw % len(self), self.images.rows[draw % len(self)]
+
+        return self.crops.read(key, self.images.rows[key.image], another)
 
 
 # -- collator --------------------------------------------------------------------------------------------------------
@@ -381,11 +340,13 @@ class IJepaDataCollator:
         image_std: Likewise.
         min_crop_scale: For rows with images: least share of the image that a random crop covers; 1 means no cropping.
         image_column_name: For rows with images: their column; `image` or `img` if not given.
+        regions_column_name: With `masking_strategy="regions"`: the rows' column of target regions, boolean maps or
+            boxes (see `ijepa_hf.masking.region_to_maps`).
         seed: For rows with a `SampleKey`: the run's seed.
         global_batch_size: For rows with a `SampleKey`: images in an optimiser step, over all ranks and micro-batches.
 
     Raises:
-        ValueError: If mean or std do not fit the number of channels.
+        ValueError: If mean or std do not fit the number of channels, or regions are to be cropped.
     """
 
     def __init__(
@@ -397,6 +358,7 @@ class IJepaDataCollator:
         image_std: Sequence[float] | None = None,
         min_crop_scale: float = 0.3,
         image_column_name: str | None = None,
+        regions_column_name: str | None = None,
         seed: int = 0,
         global_batch_size: int | None = None,
     ) -> None:
@@ -407,6 +369,7 @@ class IJepaDataCollator:
         self.image_std = tuple(IMAGENET_STD if image_std is None else image_std)
         self.min_crop_scale = min_crop_scale
         self.image_column_name = image_column_name
+        self.regions_column_name = regions_column_name
         self.seed = seed
         self.global_batch_size = global_batch_size
         for name in ("image_mean", "image_std"):
@@ -415,6 +378,11 @@ class IJepaDataCollator:
                     f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; give one "
                     "for each channel."
                 )
+        if self.has_own_regions and min_crop_scale != 1.0 and regions_column_name is not None:
+            raise ValueError(
+                f"min_crop_scale={min_crop_scale}: a random crop would cut the regions of the images unevenly; with "
+                "masking_strategy='regions' use min_crop_scale=1."
+            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Makes a batch.
@@ -427,15 +395,18 @@ class IJepaDataCollator:
             `normalize=False`), `context_indices` int64 `[B, K]` or `[B, S, K]`, `target_indices` int64 `[B, M, P]`.
 
         Raises:
-            ValueError: If a row has neither `pixel_values` nor an image column.
+            ValueError: If a row has neither `pixel_values` nor an image column, or regions of unequal size.
         """
         keys = [row["sample_key"] for row in rows if "sample_key" in row]
         if keys:
-            masks = self._masks_of_step(keys)
+            masks = self._masks_of_step(keys, rows)
             pixels = _stack([row["pixel_values"] for row in rows])
         else:
             generator = np.random.Generator(np.random.Philox(int(torch.randint(2**62, ()))))
-            masks = draw_masks(self.settings, len(rows), generator)
+            regions = [self._own_regions(row) for row in rows] if self.has_own_regions else []
+            masks = (
+                masks_from_maps(regions, self.settings) if regions else draw_masks(self.settings, len(rows), generator)
+            )
             pixels = _stack([self._pixels_of(row, generator) for row in rows])
         if self.normalize:
             pixels = normalize(pixels, self.image_mean, self.image_std)
@@ -445,13 +416,33 @@ class IJepaDataCollator:
             "target_indices": masks.target_indices,
         }
 
-    def _masks_of_step(self, keys: list[SampleKey]) -> Any:
+    @property
+    def has_own_regions(self) -> bool:
+        """Whether the target regions come with the rows."""
+        return self.settings.masking_strategy == "regions"
+
+    def _own_regions(self, row: dict[str, Any]) -> np.ndarray:
+        column = self.regions_column_name
+        if column is None or column not in row:
+            raise ValueError(
+                f"masking_strategy='regions' takes the targets from the rows, whose columns are "
+                f"{', '.join(map(repr, row))}; name theirs with regions_column_name."
+            )
+        if "pixel_values" in row:
+            height, width = torch.as_tensor(row["pixel_values"]).shape[-2:]
+            return region_to_maps(row[column], (height, width), self.config.grid_size)
+        image = decode_image(row[self._image_column(row)], self.config.num_channels)
+        return _regions_of(row, column, image, self.config.grid_size)
+
+    def _masks_of_step(self, keys: list[SampleKey], rows: Sequence[dict[str, Any]]) -> Masks:
         """Draws the masks of the whole optimiser step and takes this micro-batch's slots."""
         first = keys[0]
         if [(key.step, key.slot) for key in keys] != [(first.step, first.slot + i) for i in range(len(keys))]:
             raise ValueError(
                 "rows of a batch must have consecutive slots of one step, as StepBatchSampler gives them."
             )
+        if self.has_own_regions:
+            return masks_from_maps([row["target_regions"] for row in rows], self.settings)
         size = self.global_batch_size or len(keys)
         slots = slice(first.slot, first.slot + len(keys))
         return draw_masks(self.settings, size, keyed_generator(self.seed, _DRAW_MASKS, first.step), slots)
@@ -459,14 +450,17 @@ class IJepaDataCollator:
     def _pixels_of(self, row: dict[str, Any], generator: np.random.Generator) -> Tensor:
         if "pixel_values" in row:
             return torch.as_tensor(row["pixel_values"])
+        image = decode_image(row[self._image_column(row)], self.config.num_channels)
+        return random_resized_crop(image, self.config.image_shape, self.min_crop_scale, generator)
+
+    def _image_column(self, row: dict[str, Any]) -> str:
         column = self.image_column_name or next((name for name in ("image", "img") if name in row), None)
         if column is None or column not in row:
             raise ValueError(
                 f"rows have the columns {', '.join(map(repr, row))}, no pixel_values and no image column; give "
                 "image_column_name, and with transformers.Trainer set remove_unused_columns=False."
             )
-        image = decode_image(row[column], self.config.num_channels)
-        return random_resized_crop(image, self.config.image_shape, self.min_crop_scale, generator)
+        return column
 
 
 def _stack(pixels: list[Tensor]) -> Tensor:
@@ -476,10 +470,32 @@ def _stack(pixels: list[Tensor]) -> Tensor:
     return torch.stack(pixels)
 
 
+class Batch(NamedTuple):
+    """What the loaders of a run give: the model's inputs, and the images that had to be skipped for them."""
+
+    inputs: dict[str, Tensor]
+    unreadable: list[UnreadableImage]
+
+
+class BatchMaker:
+    """Makes a `Batch` of rows as `CropReader` gives them.
+
+    Args:
+        collator: Makes the inputs.
+    """
+
+    def __init__(self, collator: IJepaDataCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Returns the batch of some rows."""
+        return Batch(self.collator(rows), [image for row in rows for image in row["unreadable"]])
+
+
 def build_loader(
     dataset: PretrainingImages,
     sampler: StepBatchSampler,
-    collator: IJepaDataCollator,
+    make_batch: Callable[..., Batch],
     *,
     num_workers: int,
     pin_memory: bool,
@@ -489,17 +505,17 @@ def build_loader(
     Args:
         dataset: Crops.
         sampler: The order.
-        collator: Draws the masks.
+        make_batch: Makes a batch of the rows of a micro-batch.
         num_workers: Loading processes; the batches do not depend on it.
         pin_memory: Whether batches go to a GPU.
 
     Returns:
-        Batches as `IJepaDataCollator` makes them.
+        What `make_batch` gives for each micro-batch.
     """
     return DataLoader(
         dataset,
         batch_sampler=cast(Any, sampler),
-        collate_fn=collator,
+        collate_fn=make_batch,
         num_workers=num_workers,
         pin_memory=pin_memory,
         # its own generator: otherwise making the iterator draws from torch's global one

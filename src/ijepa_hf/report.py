@@ -6,7 +6,9 @@ split (`eval_split_name`); the linear probe's regularisation is chosen on a part
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,23 +22,23 @@ from torch import Tensor, nn
 
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import ImageRows, find_image_column, find_label_column, load_split, resized_pixels
+from ijepa_hf.data import ImageRows, resized_pixels
 from ijepa_hf.diagnostics import rankme
 from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy
 from ijepa_hf.export import write_atomically
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
+from ijepa_hf.run_folder import EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, UNREADABLE_FILE, read_rows
+from ijepa_hf.sources import find_image_column, find_label_column, load_split, open_stream
 from ijepa_hf.visualization import draw_curves_figure
 
-METRICS_FILE = "metrics.jsonl"
-REPORT_FILE = "report.json"
 NEIGHBOURS = 20
 PIXELS_AT_ONCE = 512  # images
 PUBLISHED_PATCH_INIT_STD = 0.02
-RAW_PIXELS_SIDE = (
-    32  # raw pixels of larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
-)
+RAW_PIXELS_SIDE = 32  # larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
         return None
     parts: list[Any] = []
     for split in (data.train_split_name, data.eval_split_name):
-        dataset = load_split(data, split)
+        dataset = _load_part_of_stream(data, split) if data.streaming else load_split(data, split)
         label = find_label_column(dataset, data.label_column_name)
         values = None if label is None else dataset[label]
         if values is None or any(value is None or value < 0 for value in values):  # -1 is how unlabelled sets say it
@@ -95,27 +97,21 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
     return evaluation
 
 
+def _load_part_of_stream(data: DataArguments, split: str) -> datasets.Dataset:
+    """Some rows of a streamed split in memory, as many of each shard (sets are often sorted by class)."""
+    rows = open_stream(data, split).rows
+    assert data.max_eval_samples is not None  # DataArguments.check
+    each = math.ceil(data.max_eval_samples / rows.num_shards)
+    shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
+    taken = [row for shard in shards for row in shard.take(each)]
+    return datasets.Dataset.from_list(taken, features=rows.features)
+
+
 def _at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     """A part of a data set, spread evenly (sets are often sorted by class)."""
     if limit is None or limit >= len(dataset):
         return dataset
     return dataset.select(np.linspace(0, len(dataset) - 1, limit).round().astype(int))
-
-
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut short by a crash is left out.
-
-    Args:
-        output_dir: A run's folder.
-
-    Returns:
-        One dictionary for each logged step; none where the file is missing.
-    """
-    path = output_dir / METRICS_FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def write_report(
@@ -135,16 +131,18 @@ def write_report(
         arguments: All arguments of the run, as in `run.json`.
         step: Optimiser steps done.
     """
-    rows = read_metrics(output_dir)
+    rows, evaluations = read_rows(output_dir / METRICS_FILE), read_rows(output_dir / EVALUATIONS_FILE)
     (output_dir / "figures").mkdir(exist_ok=True)
     if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
-        draw_curves_figure(rows, output_dir / "figures" / "curves.png")
+        draw_curves_figure(rows, output_dir / "figures" / "curves.png", evaluations)
     mean, std, seed = arguments["image_mean"], arguments["image_std"], arguments["seed"]
     report = {
         "step": step,
         "epochs": step * arguments["global_batch_size"] / arguments["num_train_images"],
         "parameters_encoder": sum(parameter.numel() for parameter in model.target_encoder.parameters()),
         "log": _summarise(rows) if rows else None,
+        "evaluations": evaluations,
+        "num_unreadable_images": len(read_rows(output_dir / UNREADABLE_FILE)),
         "scores": [] if evaluation is None else score_encoder(model, evaluation, mean, std, seed),
         "num_eval_images": 0 if evaluation is None else len(evaluation.test),
         "arguments": dict(arguments),
@@ -163,6 +161,32 @@ def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "loss_last": rows[-1]["loss"],
         "target_rankme_last": rows[-1]["target_rankme"],
         "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
+        "data_wait_share": float(np.median([row["data_wait_share"] for row in rows])),
+    }
+
+
+def evaluate_encoder(
+    encoder: nn.Module, evaluation: EvaluationSets, config: IJepaConfig, arguments: Mapping[str, Any]
+) -> dict[str, float]:
+    """What is scored while a run goes on: seconds where `score_encoder`, with its linear probes, takes minutes.
+
+    Args:
+        encoder: A target encoder.
+        evaluation: Labelled sets.
+        config: The model's.
+        arguments: The run's `image_mean` and `image_std`.
+
+    Returns:
+        `knn` (top-1 in [0, 1]) and `rankme` of the held-out images' pooled features.
+    """
+    mean, std = arguments["image_mean"], arguments["image_std"]
+    train, train_kept = _all_features({"": encoder}, evaluation.train, config, mean, std)
+    test, test_kept = _all_features({"": encoder}, evaluation.test, config, mean, std)
+    labels = evaluation.train_labels[train_kept], evaluation.test_labels[test_kept]
+    neighbours = min(NEIGHBOURS, len(train[""]))
+    return {
+        "knn": knn_accuracy(train[""], labels[0], test[""], labels[1], k=neighbours),
+        "rankme": rankme(torch.from_numpy(test[""])),
     }
 
 
@@ -186,12 +210,11 @@ def score_encoder(
         untrained = new_model(model.config.replace(patch_init_std=value), seed).target_encoder
         encoders[f"untrained, patch_init_std {name}"] = untrained.to(model.device)
     encoders["raw pixels"] = None
-    train, test = (
-        _all_features(encoders, images, model.config, mean, std) for images in (evaluation.train, evaluation.test)
-    )
+    train, train_kept = _all_features(encoders, evaluation.train, model.config, mean, std)
+    test, test_kept = _all_features(encoders, evaluation.test, model.config, mean, std)
     rows = []
     for name in encoders:
-        labelled = (train[name], evaluation.train_labels, test[name], evaluation.test_labels)
+        labelled = (train[name], evaluation.train_labels[train_kept], test[name], evaluation.test_labels[test_kept])
         rows.append(
             {
                 "features": name,
@@ -209,14 +232,32 @@ def _all_features(
     config: IJepaConfig,
     mean: Sequence[float],
     std: Sequence[float],
-) -> dict[str, np.ndarray]:
-    """Features `[n, D]` under each name; a part of the images at a time, so that pixels of all need no memory."""
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Features `[n, D]` under each name, and the numbers of their images: those that cannot be read are left out.
+
+    A part of the images at a time, so that pixels of all need no memory.
+    """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
+    kept: list[int] = []
     for start in range(0, len(images), PIXELS_AT_ONCE):
-        pixels = resized_pixels(images, range(start, min(start + PIXELS_AT_ONCE, len(images))), config, mean, std)
+        readable = _readable(images, range(start, min(start + PIXELS_AT_ONCE, len(images))))
+        if not readable:
+            continue
+        kept += readable
+        pixels = resized_pixels(readable.values(), config, mean, std)
         for name, encoder in encoders.items():
             parts[name].append(_raw(pixels) if encoder is None else extract_features(encoder, pixels))
-    return {name: np.concatenate(part) for name, part in parts.items()}
+    return {name: np.concatenate(part) for name, part in parts.items()}, kept
+
+
+def _readable(images: ImageRows, indices: Iterable[int]) -> dict[int, Any]:
+    found = {}
+    for index in indices:
+        try:
+            found[index] = images[index]
+        except ValueError as error:  # a broken image must not cost the scores of all others
+            logger.warning("not scored: %s", error)
+    return found
 
 
 def _raw(pixels: Tensor) -> np.ndarray:
@@ -250,7 +291,13 @@ def render_report(output_dir: Path) -> str:
         lines[0] += f", {log['images_per_second']:.0f} images/s"
         lines.append(
             f"loss {log['loss_first']:.4f} at step {log['first_step']}, {log['loss_last']:.4f} at the last; "
-            f"RankMe of the targets {log['target_rankme_last']:.1f}"
+            f"RankMe of the targets {log['target_rankme_last']:.1f}; "
+            f"{100 * log['data_wait_share']:.0f} % of the time went into waiting for images"
+        )
+    if report["num_unreadable_images"]:
+        lines.append(
+            f"{report['num_unreadable_images']} images could not be read and were skipped; "
+            f"{output_dir / UNREADABLE_FILE} lists them"
         )
     if report["scores"]:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]

@@ -1,9 +1,9 @@
 """The pretraining loop, on `accelerate`.
 
 `pretrain` reads from top to bottom: check everything that can be wrong, build, restore, then for each optimiser step
-draw a global batch, take the step (`training_step`), log and save. Schedules, order, crops and masks are pure
-functions of the step, so a resumed run needs weights, optimiser state and the step's number, and gives the bits of an
-uninterrupted one.
+draw a global batch, take the step (`training_step`), log, score and save. Schedules, order, crops and masks are pure
+functions of the step, so a resumed run needs weights, optimiser state and the step's number (for a stream also who has
+read it so far), and gives the bits of an uninterrupted one.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,7 +30,6 @@ from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArgumen
 from ijepa_hf.checkpointing import (
     Checkpoint,
     config_fields,
-    delete_checkpoints_after,
     find_latest,
     read_checkpoint,
     restore,
@@ -39,19 +37,23 @@ from ijepa_hf.checkpointing import (
 )
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import (
+    Batch,
+    BatchMaker,
+    CropReader,
     IJepaDataCollator,
-    ImageRows,
-    PretrainingImages,
-    StepBatchSampler,
-    build_loader,
-    find_image_column,
     global_batch_size,
     keyed_generator,
-    load_split,
 )
 from ijepa_hf.diagnostics import feature_std, rankme
-from ijepa_hf.export import export_model, exported_step, write_atomically
+from ijepa_hf.export import export_model, exported_step
 from ijepa_hf.image_transforms import normalize
+from ijepa_hf.loading import (
+    TooManyUnreadableError,
+    TrainingImages,
+    UnreadableLog,
+    close_loader,
+    open_training_images,
+)
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import (
     IJepaForPretraining,
@@ -59,11 +61,22 @@ from ijepa_hf.modeling_ijepa import (
     enable_gradient_checkpointing,
     new_model,
 )
-from ijepa_hf.report import METRICS_FILE, REPORT_FILE, load_evaluation_sets, read_metrics, render_report, write_report
+from ijepa_hf.report import EvaluationSets, evaluate_encoder, load_evaluation_sets, render_report, write_report
+from ijepa_hf.run_folder import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    UNREADABLE_FILE,
+    append_rows,
+    check_output_dir,
+    differing_arguments,
+    is_finished,
+    prepare_output_dir,
+    read_rows,
+)
 from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
+from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.visualization import draw_masks_figure
 
-RUN_FILE = "run.json"
 MASK_FIGURE_IMAGES = 6
 MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
 HIGH_REDRAW_RATE = 0.4
@@ -72,29 +85,6 @@ RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x 
 logger = logging.getLogger(__name__)
 
 _DRAW_DROPOUT = 4  # beside the streams of data.py
-# What may differ between a run and its continuation: none of it changes a weight (the global batch is compared).
-_FREE_ARGUMENTS = frozenset(
-    [
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-        "logging_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "report_to",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "eval_split_name",
-        "label_column_name",
-        "max_eval_samples",
-    ]
-)
-# What a run writes, and `overwrite_output_dir` deletes.
-_RUN_ENTRIES = (
-    RUN_FILE, METRICS_FILE, REPORT_FILE, "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
-    "pretraining", "figures", "trackers",
-)  # fmt: skip
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -329,37 +319,62 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     if run.num_cpu_threads is not None:
         torch.set_num_threads(run.num_cpu_threads)
     accelerator = _make_accelerator(run, output_dir)
-    images = _load_images(data, config)
+    images = open_training_images(data, config, accelerator.num_processes)
     evaluation = load_evaluation_sets(data, config)
-    plan = make_plan(run, len(images), accelerator.num_processes)
-    arguments = describe_arguments(model_arguments, data, run, plan, len(images))
-    _check_output_dir(output_dir, arguments, run)
-    if _is_finished(output_dir, run):
+    plan = make_plan(run, images.num_images, accelerator.num_processes)
+    arguments = describe_arguments(model_arguments, data, run, plan, images.num_images)
+    check_output_dir(output_dir, arguments, run)
+    if is_finished(output_dir, run):
         if accelerator.is_main_process:
             print(f"{output_dir} holds this run, finished. Its report:\n")
             print(render_report(output_dir))
         accelerator.end_training()
         return output_dir
 
-    sampler = _make_sampler(run, plan, len(images), accelerator)
     checkpoint = _find_checkpoint(run, output_dir, arguments, plan)
+    start_step = 0 if checkpoint is None else checkpoint.step
+    layout = StreamLayout(
+        start_step,
+        accelerator.num_processes,
+        data.dataloader_num_workers,
+        run.per_device_train_batch_size,
+        run.gradient_accumulation_steps,
+    )
+    layouts = images.layouts_from(None if checkpoint is None else checkpoint.stream, layout)
     model = _make_model(config, model_arguments, run)
     optimizer = make_optimizer(model, run)
     prepared = accelerator.prepare(model)  # the optimiser stays bare: its steps are driven here, once per global batch
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, config_fields(config))
-        sampler.start_step = checkpoint.step
-    loader = _make_loader(images, config, data, run, plan, sampler, accelerator)
-
-    _check_ranks_agree(accelerator, sampler.start_step)
-    first_batch = _first_batch(loader, sampler)  # an image that cannot be used is found before anything is written
+    crops, make_batch = _make_readers(images, config, data, run, plan)
+    _check_ranks_agree(accelerator, start_step)
+    # data that cannot be used at all are found before anything is written
+    first_batch = images.first_batch(crops, make_batch, size=min(MASK_FIGURE_IMAGES, layout.batch_size), seed=run.seed)
     if accelerator.is_main_process:
-        _prepare_output_dir(output_dir, arguments, run, checkpoint)
+        prepare_output_dir(output_dir, arguments, run, checkpoint)
         _draw_first_masks(first_batch, config, output_dir)
-        _announce(accelerator, model, run, plan, len(images), sampler.start_step)
+        _announce(accelerator, model, images, run, plan, start_step)
     accelerator.wait_for_everyone()
-    state = _RunState(accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments)
-    _run_steps(state, loader, sampler.start_step)
+    state = _RunState(
+        accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments, evaluation,
+        stream=images.stream_state(layouts),
+        unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
+    )  # fmt: skip
+    loader = images.loader(
+        crops,
+        make_batch,
+        layouts,
+        seed=run.seed,
+        shuffle_buffer_size=data.shuffle_buffer_size,
+        num_steps=plan.num_steps,
+        start_step=start_step,
+        rank=accelerator.process_index,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    try:
+        _run_steps(state, loader, start_step)
+    finally:
+        close_loader(loader)
     if accelerator.is_main_process:
         with threadpool_limits(run.num_cpu_threads):  # scikit-learn's threads too: on small matrices they only compete
             write_report(model, output_dir, evaluation, arguments, step=plan.num_steps)
@@ -385,6 +400,9 @@ class _RunState:
     plan: Plan
     output_dir: Path
     arguments: dict[str, Any]
+    evaluation: EvaluationSets | None
+    stream: dict[str, Any] | None
+    unreadable: UnreadableLog
 
     def save(self, step: int) -> None:
         """Writes a checkpoint and the two-part folder."""
@@ -397,6 +415,7 @@ class _RunState:
                 config=config_fields(self.config),
                 arguments=self.arguments,
                 total_limit=self.run.checkpoints_total_limit,
+                stream=self.stream,
             )
             self.export(step)
         self.accelerator.wait_for_everyone()
@@ -406,12 +425,24 @@ class _RunState:
         mean, std = self.data.image_mean, self.data.image_std
         export_model(self.model, self.output_dir, step=step, image_mean=mean, image_std=std)
 
+    def evaluate(self, model: IJepaForPretraining, step: int) -> dict[str, Any]:
+        """Scores a target encoder as that of a step, writes it down and returns the line. On the main process only."""
+        assert self.evaluation is not None  # parse_arguments
+        with threadpool_limits(self.run.num_cpu_threads):
+            scores = evaluate_encoder(model.target_encoder, self.evaluation, self.config, self.arguments)
+        row = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **scores}
+        append_rows(self.output_dir / EVALUATIONS_FILE, [row])
+        return row
+
 
 def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
     """The loop over optimiser steps."""
     accelerator, run, plan = state.accelerator, state.run, state.plan
     if accelerator.is_main_process and start_step and exported_step(state.output_dir) != start_step:
         state.export(start_step)  # the last life of this run was cut short between checkpoint and export
+    if accelerator.is_main_process and run.eval_steps:
+        _evaluate_untrained(state)
+    accelerator.wait_for_everyone()
     state.model.train()
     clock = _Clock()
     batches = iter(loader)
@@ -423,6 +454,8 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
         for step in range(start_step, plan.num_steps):
             with clock.waiting():
                 micro_batches = [next(batches) for _ in range(run.gradient_accumulation_steps)]
+            for batch in micro_batches:
+                state.unreadable.add(batch.unreadable)
             values = values_at(step, run, plan)
             _seed_dropout(state, step)
             try:
@@ -431,7 +464,7 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
                     state.prepared,
                     state.model,
                     state.optimizer,
-                    [_to_device(batch, state) for batch in micro_batches],
+                    [_to_device(batch.inputs, state) for batch in micro_batches],
                     values,
                     max_grad_norm=run.max_grad_norm,
                 )
@@ -440,16 +473,41 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
             done = step + 1
             progress.update()
             clock.steps += 1
-            is_due = done == 1 or done % run.logging_steps == 0 or done == plan.num_steps
-            if (
-                is_due and accelerator.is_main_process
-            ):  # one rank writes, so one rank takes the spectrum of the targets
+            is_last = done == plan.num_steps
+            is_logged = done == 1 or done % run.logging_steps == 0 or is_last
+            # one rank writes, so one rank takes the spectrum of the targets
+            if is_logged and accelerator.is_main_process:
                 row = metrics.write(done, result, values, clock)
                 progress.write(_log_line(row))
                 progress.set_postfix(loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False)
-            if done % every == 0 or done == plan.num_steps:
-                with clock.stopped():
+            with clock.stopped():
+                if is_logged:
+                    _settle_unreadable(state, done)
+                if run.eval_steps and (done % run.eval_steps == 0 or is_last):
+                    if accelerator.is_main_process:
+                        scores = state.evaluate(state.model, done)
+                        progress.write(_evaluation_line(scores))
+                        metrics.tell_trackers(scores, done)
+                    accelerator.wait_for_everyone()
+                if done % every == 0 or is_last:
                     state.save(done)
+
+
+def _settle_unreadable(state: _RunState, step: int) -> None:
+    """Brings together what all ranks could not read; where that is too much, saves the run before it stops."""
+    num_seen = step * state.plan.global_batch_size
+    try:
+        state.unreadable.settle(gather_object, step, num_seen, is_main=state.accelerator.is_main_process)
+    except TooManyUnreadableError:
+        state.save(step)
+        raise
+
+
+def _evaluate_untrained(state: _RunState) -> None:
+    """The first line of the scores: the network that the run started from."""
+    if not any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
+        untrained = new_model(state.config, state.run.seed).to(state.accelerator.device)
+        tqdm.write(_evaluation_line(state.evaluate(untrained, 0)))
 
 
 def _to_device(batch: dict[str, Tensor], state: _RunState) -> dict[str, Tensor]:
@@ -497,44 +555,21 @@ def _make_accelerator(run: PretrainingArguments, output_dir: Path) -> Accelerato
     )
 
 
-def _load_images(data: DataArguments, config: IJepaConfig) -> ImageRows:
-    dataset = load_split(data, data.train_split_name)
-    if data.max_train_samples is not None:
-        dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
-    return ImageRows(dataset, find_image_column(dataset, data.image_column_name), config.num_channels)
-
-
-def _make_sampler(
-    run: PretrainingArguments, plan: Plan, num_samples: int, accelerator: Accelerator
-) -> StepBatchSampler:
-    return StepBatchSampler(
-        num_samples,
-        run.per_device_train_batch_size,
-        plan.num_steps,
+def _make_readers(
+    images: TrainingImages, config: IJepaConfig, data: DataArguments, run: PretrainingArguments, plan: Plan
+) -> tuple[CropReader, BatchMaker]:
+    """What turns a row into a crop, and rows into a batch."""
+    crops = CropReader(
+        images.column,
+        config.image_shape,
+        data.min_crop_scale,
         run.seed,
-        accumulation_steps=run.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
+        regions_column=images.regions_column,
+        grid_size=config.grid_size,
     )
-
-
-def _make_loader(
-    images: ImageRows,
-    config: IJepaConfig,
-    data: DataArguments,
-    run: PretrainingArguments,
-    plan: Plan,
-    sampler: StepBatchSampler,
-    accelerator: Accelerator,
-) -> DataLoader:
-    return build_loader(
-        PretrainingImages(images, config.image_shape, data.min_crop_scale, run.seed),
-        sampler,
-        # pixels travel as bytes where the images are bytes, and are normalised on the device
-        IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=plan.global_batch_size),
-        num_workers=data.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    # pixels travel as bytes where the images are bytes, and are normalised on the device
+    collator = IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=plan.global_batch_size)
+    return crops, BatchMaker(collator)
 
 
 def _make_model(
@@ -570,76 +605,13 @@ def describe_arguments(
     return {**named, "global_batch_size": plan.global_batch_size, "num_train_images": num_images}
 
 
-def _check_output_dir(output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments) -> None:
-    """Refuses a folder that is not this run's, or a run that is not finished and was not asked to go on."""
-    if not output_dir.exists() or all(entry.name.endswith(".partial") for entry in output_dir.iterdir()):
-        return
-    if not (output_dir / RUN_FILE).is_file():
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} is not empty and holds no run of ijepa-hf; choose another --output_dir."
-        )
-    if run.overwrite_output_dir:
-        checkpoint = run.resume_from_checkpoint
-        if checkpoint not in (None, "latest") and output_dir.resolve() in Path(checkpoint).resolve().parents:
-            raise ValueError(
-                f"overwrite_output_dir would delete resume_from_checkpoint={checkpoint!r}; choose another "
-                "--output_dir."
-            )
-        return
-    try:
-        stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{output_dir / RUN_FILE} is damaged ({error}); choose another --output_dir.") from error
-    differing = _differing_arguments(stored, arguments)
-    if differing:
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another --output_dir, "
-            "or add --overwrite_output_dir to delete that run."
-        )
-    if run.resume_from_checkpoint is None and not _is_finished(output_dir, run):
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds this run, unfinished. Add --resume_from_checkpoint latest to "
-            "continue it, or --overwrite_output_dir to start again."
-        )
-
-
-def _is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
-    if run.overwrite_output_dir or not (output_dir / REPORT_FILE).is_file():
-        return False
-    report = json.loads((output_dir / REPORT_FILE).read_text("utf-8"))
-    return exported_step(output_dir) == report["step"]
-
-
-def _prepare_output_dir(
-    output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, checkpoint: Checkpoint | None
-) -> None:
-    """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go."""
-    start_step = 0 if checkpoint is None else checkpoint.step
-    # a checkpoint of another folder brings that run's log with it
-    rows = [] if checkpoint is None else read_metrics(checkpoint.path.parent)
-    if run.overwrite_output_dir and output_dir.exists():
-        _delete_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"arguments": arguments}, indent=2) + "\n"
-    write_atomically(output_dir / RUN_FILE, lambda path: path.write_text(text, "utf-8"))
-    delete_checkpoints_after(output_dir, start_step)
-    lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step)
-    write_atomically(output_dir / METRICS_FILE, lambda path: path.write_text(lines, "utf-8"))
-
-
-def _first_batch(loader: DataLoader, sampler: StepBatchSampler) -> dict[str, Tensor]:
-    """The first images of the run with their masks."""
-    size = min(MASK_FIGURE_IMAGES, sampler.batch_size)
-    first = StepBatchSampler(sampler.num_samples, size, num_steps=1, seed=sampler.seed)
-    return loader.collate_fn([loader.dataset[key] for key in next(iter(first))])
-
-
-def _draw_first_masks(batch: dict[str, Tensor], config: IJepaConfig, output_dir: Path) -> None:
+def _draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> None:
     """Draws the first images of the run with their masks: worth a look while it trains."""
     path = output_dir / "figures" / "masks.png"
     path.parent.mkdir(exist_ok=True)
+    inputs = batch.inputs
     draw_masks_figure(
-        batch["pixel_values"], batch["context_indices"], batch["target_indices"], config.patch_shape, path
+        inputs["pixel_values"], inputs["context_indices"], inputs["target_indices"], config.patch_shape, path
     )
 
 
@@ -650,16 +622,6 @@ def _check_ranks_agree(accelerator: Accelerator, start_step: int) -> None:
             f"the processes found checkpoints of different steps ({steps}): output_dir must be on a disk that "
             "all share."
         )
-
-
-def _delete_run(output_dir: Path) -> None:
-    """Deletes what a run writes, and nothing else that may lie in the folder."""
-    delete_checkpoints_after(output_dir, -1)
-    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob(".*.partial")):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
 
 
 def _find_checkpoint(
@@ -679,34 +641,24 @@ def _find_checkpoint(
             f"resume_from_checkpoint={str(checkpoint.path)!r} is at step {checkpoint.step}, but this run ends at step "
             f"{plan.num_steps}; train for longer, or resume from an earlier checkpoint."
         )
-    differing = _differing_arguments(checkpoint.arguments, arguments)
+    differing = differing_arguments(checkpoint.arguments, arguments)
     if differing:
         logger.warning("resuming with other arguments than the checkpoint's: %s.", "; ".join(differing))
     return checkpoint
 
 
-def _differing_arguments(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    free = set(_FREE_ARGUMENTS)
-    if current["masking_strategy"] == "multi_block_official":  # its context depends on the batch of each device
-        free.discard("per_device_train_batch_size")
-    return [
-        f"{name} is {stored.get(name)!r} there, {current.get(name)!r} here"
-        for name in sorted({*stored, *current} - free)
-        if stored.get(name) != current.get(name)
-    ]
-
-
 def _announce(
     accelerator: Accelerator,
     model: IJepaForPretraining,
+    images: TrainingImages,
     run: PretrainingArguments,
     plan: Plan,
-    num_images: int,
     start_step: int,
 ) -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print("***** Running training *****")
-    print(f"  images                  {num_images}")
+    shards = f", streamed from {len(images.shard_lengths)} shards" if images.stream is not None else ""
+    print(f"  images                  {images.num_images}{shards}")
     print(f"  epochs, steps           {plan.num_steps / plan.steps_per_epoch:.4g}, {plan.num_steps}")
     print(
         f"  global batch            {plan.global_batch_size} = {run.per_device_train_batch_size} x "
@@ -722,13 +674,16 @@ def _announce(
 def _announce_masks(config: IJepaConfig) -> None:
     """Says what the masks of this run are like, and warns where they are hard to fit."""
     settings = config.mask_settings()
+    if settings.masking_strategy == "regions":
+        print("  masks                   targets are the regions that come with the images")
+        return
     trials = [draw_masks(settings, MASK_TRIAL_IMAGES, keyed_generator(step)) for step in range(MASK_TRIALS)]
     redraw_rate = sum(masks.redraw_rate for masks in trials) / MASK_TRIALS
     context = round(sum(masks.context_indices.shape[-1] for masks in trials) / MASK_TRIALS)
     target = round(sum(masks.target_indices.shape[-1] for masks in trials) / MASK_TRIALS)
     rows, columns = config.grid_size
     print(
-        f"  masks                   {context} context patches of {rows}x{columns}, {config.num_target_blocks} targets "
+        f"  masks                   {context} context patches of {rows}x{columns}, {settings.num_targets} targets "
         f"of about {target}, {100 * redraw_rate:.1f} % of images redrawn"
     )
     if redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
@@ -751,6 +706,11 @@ def _log_line(row: dict[str, Any]) -> str:
         f"target std {row['target_std']:.3f} rankme {row['target_rankme']:.1f} "
         f"images/s {row['images_per_second']:.0f} waiting {100 * row['data_wait_share']:.0f} %"
     )
+
+
+def _evaluation_line(row: dict[str, Any]) -> str:
+    network = "untrained" if row["step"] == 0 else "trained"
+    return f"step {row['step']} kNN {100 * row['knn']:.1f} ({network}) rankme of pooled features {row['rankme']:.1f}"
 
 
 class _Clock:
@@ -800,7 +760,7 @@ class _MetricsLog:
             try:
                 state.accelerator.init_trackers("ijepa-hf", flat)
                 self.trackers = list(state.accelerator.trackers)
-            except Exception as error:  # as in _tell_trackers
+            except Exception as error:  # as in tell_trackers
                 logger.warning("the trackers %s failed to start and are dropped: %s", state.run.report_to, error)
         self.file = (state.output_dir / METRICS_FILE).open("a", encoding="utf-8")
 
@@ -823,10 +783,11 @@ class _MetricsLog:
         }
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        self._tell_trackers(line, step)
+        self.tell_trackers(line, step)
         return line
 
-    def _tell_trackers(self, line: dict[str, Any], step: int) -> None:
+    def tell_trackers(self, line: dict[str, Any], step: int) -> None:
+        """Passes a line's numbers on; a tracker that fails is dropped."""
         for tracker in list(self.trackers):
             try:
                 tracker.log({name: value for name, value in line.items() if name != "step"}, step=step)
@@ -842,5 +803,5 @@ class _MetricsLog:
         for tracker in self.trackers:
             try:
                 tracker.finish()
-            except Exception as error:  # as in _tell_trackers
+            except Exception as error:  # as in tell_trackers
                 logger.warning("tracker %s failed to finish: %s", tracker.name, error)

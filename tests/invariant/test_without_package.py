@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import tiny_run
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.data import load_digits
+from ijepa_hf.sources import load_digits
 
 PROGRAM = """
 import json, sys

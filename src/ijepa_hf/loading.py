@@ -1,0 +1,303 @@
+"""The images of a run: read at random or as a stream, dealt out to the ranks, and counted where they cannot be read.
+
+The loop sees no difference between the two ways of reading: `TrainingImages.loader` gives a rank's micro-batches from
+any step on. Only a checkpoint has something to add for a stream, `TrainingImages.stream_state`: how many readers the
+run has had, and since when.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ijepa_hf.arguments import DataArguments
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import (
+    Batch,
+    CropReader,
+    ImageColumn,
+    ImageRows,
+    PretrainingImages,
+    StepBatchSampler,
+    UnreadableImage,
+    build_loader,
+)
+from ijepa_hf.run_folder import append_rows, read_rows
+from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
+from ijepa_hf.streaming import (
+    StreamedBatches,
+    StreamLayout,
+    StreamOrder,
+    build_stream_loader,
+    check_readers,
+    cut_lengths,
+    shard_lengths,
+    warn_of_one_shard,
+)
+
+IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little
+_NAMED_AT_A_STOP = 20
+
+logger = logging.getLogger(__name__)
+
+
+class TooManyUnreadableError(ValueError):
+    """More images than `max_broken_share` cannot be read."""
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images that a run trains on, undecoded.
+
+    Args:
+        num_images: How many there are.
+        column: Says how to decode one.
+        regions_column: Column of their own target regions, where masks come from the data.
+        rows: For a map-style set: its rows.
+        stream: For a streamed set: the stream.
+        shard_lengths: For a streamed set: rows of each shard.
+    """
+
+    num_images: int
+    column: ImageColumn
+    regions_column: str | None
+    rows: ImageRows | None = None
+    stream: ImageStream | None = None
+    shard_lengths: tuple[int, ...] = ()
+
+    def stream_state(self, layouts: Sequence[StreamLayout]) -> dict[str, Any] | None:
+        """What a checkpoint keeps of a stream.
+
+        Args:
+            layouts: Those that the run has had.
+
+        Returns:
+            A dictionary of plain values; `None` for a map-style set.
+        """
+        if self.stream is None:
+            return None
+        return {"layouts": [asdict(layout) for layout in layouts], "shards": self._fingerprint()}
+
+    def layouts_from(self, state: Mapping[str, Any] | None, layout: StreamLayout) -> list[StreamLayout]:
+        """The layouts of a run that goes on.
+
+        Args:
+            state: What a checkpoint kept; `None` at the start of a run.
+            layout: Today's; its `start_step` is the checkpoint's.
+
+        Returns:
+            The earlier layouts, and today's unless the readers are still the same.
+
+        Raises:
+            ValueError: If the shards are not those that the checkpoint was reading.
+        """
+        if state is None:
+            return [layout]
+        if state["shards"] != self._fingerprint():
+            raise ValueError(
+                "the shards of the stream have other lengths than when the checkpoint was written: files were added, "
+                "removed or rewritten, and the run cannot tell which images it has seen. Give it the old files, or "
+                "start a new run with another --output_dir."
+            )
+        layouts = [StreamLayout(**stored) for stored in state["layouts"]]
+        if layouts[-1].same_readers(layout):
+            return layouts
+        return [*(earlier for earlier in layouts if earlier.start_step < layout.start_step), layout]
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.shard_lengths).encode()).hexdigest()
+
+    def loader(
+        self,
+        crops: CropReader,
+        make_batch: Callable[..., Batch],
+        layouts: Sequence[StreamLayout],
+        *,
+        seed: int,
+        shuffle_buffer_size: int,
+        num_steps: int,
+        start_step: int,
+        rank: int,
+        pin_memory: bool,
+    ) -> DataLoader:
+        """The micro-batches of one rank.
+
+        Args:
+            crops: Decodes and crops a row.
+            make_batch: Makes a batch of the rows of a micro-batch.
+            layouts: Those that the run has had, today's last.
+            seed: The run's seed.
+            shuffle_buffer_size: Rows that a reader of a stream shuffles together.
+            num_steps: Optimiser steps of the whole run.
+            start_step: Optimiser steps already done.
+            rank: This process.
+            pin_memory: Whether batches go to a GPU.
+
+        Returns:
+            A loader of `Batch`es; close it with `close_loader`.
+        """
+        layout = layouts[-1]
+        if self.stream is not None:
+            order = StreamOrder(self.shard_lengths, layouts, seed, shuffle_buffer_size)
+            batches = StreamedBatches(self.stream, order, crops, num_steps=num_steps, start_step=start_step, rank=rank)
+            return build_stream_loader(batches, make_batch, pin_memory=pin_memory)
+        assert self.rows is not None
+        sampler = StepBatchSampler(
+            self.num_images,
+            layout.batch_size,
+            num_steps,
+            seed,
+            start_step=start_step,
+            accumulation_steps=layout.accumulation_steps,
+            rank=rank,
+            num_ranks=layout.num_ranks,
+        )
+        return build_loader(
+            PretrainingImages(self.rows, crops),
+            sampler,
+            make_batch,
+            num_workers=layout.num_workers,
+            pin_memory=pin_memory,
+        )
+
+    def first_batch(self, crops: CropReader, make_batch: Callable[..., Batch], *, size: int, seed: int) -> Batch:
+        """Some of the first images of a run with their masks: to look at, and to find out whether any can be read.
+
+        Args:
+            crops: Decodes and crops a row.
+            make_batch: Makes a batch.
+            size: Images wanted, at most `num_images`.
+            seed: The run's seed.
+
+        Returns:
+            The batch, loaded in this process.
+        """
+        first = [StreamLayout(start_step=0, num_ranks=1, num_workers=0, batch_size=size, accumulation_steps=1)]
+        # the shuffling of a stream's first rows is of no interest here, and would read all of them
+        loader = self.loader(
+            crops, make_batch, first, seed=seed, shuffle_buffer_size=size, num_steps=1, start_step=0, rank=0,
+            pin_memory=False,
+        )  # fmt: skip
+        try:
+            return next(iter(loader))
+        finally:
+            close_loader(loader)
+
+
+def close_loader(loader: DataLoader) -> None:
+    """Ends what a loader has open in this process; a stream's reading threads could kill the process at its exit.
+
+    Args:
+        loader: From `TrainingImages.loader`.
+    """
+    if isinstance(loader.dataset, StreamedBatches):
+        loader.dataset.close()
+
+
+def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: int) -> TrainingImages:
+    """Opens the images of a run; no picture is decoded.
+
+    Args:
+        data: Where they are.
+        config: The model's channels.
+        num_ranks: Processes.
+
+    Returns:
+        The images.
+
+    Raises:
+        FileNotFoundError: If there is no such data set.
+        ValueError: If the data cannot be used as asked: a column is missing, a stream has fewer shards than readers.
+    """
+    stream = open_stream(data, data.train_split_name) if data.streaming else None
+    dataset = load_split(data, data.train_split_name) if stream is None else stream.rows
+    column = find_image_column(dataset, data.image_column_name)
+    regions = data.regions_column_name
+    if regions is not None and regions not in dataset.features:
+        raise ValueError(
+            f"regions_column_name={regions!r} is no column of the data set; it has "
+            f"{', '.join(map(repr, dataset.features))}."
+        )
+    others = [] if regions is None else [regions]
+    if stream is None:
+        if data.max_train_samples is not None:
+            dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
+        rows = ImageRows(dataset, column, config.num_channels, others)
+        return TrainingImages(len(rows), rows.images, regions, rows=rows)
+    image_column = ImageColumn(stream.rows, column, config.num_channels)
+    lengths = shard_lengths(stream, column)
+    if data.max_train_samples is not None:
+        lengths = cut_lengths(lengths, data.max_train_samples)
+    warn_of_one_shard(stream)
+    check_readers(sum(length > 0 for length in lengths), num_ranks, data.dataloader_num_workers)
+    stream = stream._replace(rows=image_column.undecoded(stream.rows, *others))
+    return TrainingImages(sum(lengths), image_column, regions, stream=stream, shard_lengths=tuple(lengths))
+
+
+class UnreadableLog:
+    """The images of a run that could not be read and were skipped: each is named once, all are counted.
+
+    Every rank adds what it meets; `settle`, which all ranks call at the same steps, brings it together.
+
+    Args:
+        path: The file that lists them, a line each.
+        num_images: Images in the data set.
+        max_share: Above this share of the images seen so far the run stops.
+    """
+
+    def __init__(self, path: Path, num_images: int, max_share: float) -> None:
+        self.path, self.num_images, self.max_share = path, num_images, max_share
+        self.known = {row["image"]: row["reason"] for row in read_rows(path)}
+        self.pending: list[UnreadableImage] = []
+
+    def add(self, images: Iterable[UnreadableImage]) -> None:
+        """Notes images that this rank could not read.
+
+        Args:
+            images: Of one batch.
+        """
+        self.pending += images
+
+    def settle(self, gather: Callable[[list[Any]], list[Any]], step: int, num_seen: int, *, is_main: bool) -> None:
+        """Names the new ones in the log and in the file, and judges their number.
+
+        Args:
+            gather: Joins a list over all ranks.
+            step: Optimiser steps done.
+            num_seen: Images that the run has asked for so far.
+            is_main: Whether this rank writes.
+
+        Raises:
+            TooManyUnreadableError: On every rank, if there are too many.
+        """
+        found = gather([tuple(image) for image in self.pending])
+        self.pending = []
+        new = {image: reason for image, reason in sorted(found) if image not in self.known}
+        self.known |= new
+        if is_main and new:
+            append_rows(self.path, [{"step": step, "image": image, "reason": new[image]} for image in new])
+            for image, reason in new.items():
+                logger.warning("image %d cannot be read and is skipped: %s", image, reason)
+        num_different = min(self.num_images, num_seen)
+        if num_different < min(self.num_images, IMAGES_BEFORE_JUDGING):
+            return
+        if len(self.known) > self.max_share * num_different:
+            raise TooManyUnreadableError(self._too_many(num_different))
+
+    def _too_many(self, num_different: int) -> str:
+        listed = "".join(
+            f"\n  image {image}: {reason}" for image, reason in list(self.known.items())[:_NAMED_AT_A_STOP]
+        )
+        more = len(self.known) - _NAMED_AT_A_STOP
+        return (
+            f"{len(self.known)} of the {num_different} images seen so far cannot be read, more than "
+            f"max_broken_share={self.max_share:g}:{listed}"
+            + (f"\n  and {more} more" if more > 0 else "")
+            + f"\nAll are listed in {self.path}. Mend or remove them, or allow more with --max_broken_share; the same "
+            "command with --resume_from_checkpoint latest then goes on."
+        )

@@ -1,0 +1,199 @@
+"""A run's folder: whose it is, whether it is finished, and what of it stays when a run goes on.
+
+    output_dir/   run.json  metrics.jsonl  evaluations.jsonl  unreadable_images.jsonl  report.json  ...
+
+The files that grow have a line of JSON for each entry, with the optimiser step that wrote it, so that a run that goes
+on from an earlier step can drop what came after it. `docs/architecture.md` lists all that a run leaves behind.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.checkpointing import Checkpoint, delete_checkpoints_after
+from ijepa_hf.export import exported_step, write_atomically
+
+RUN_FILE = "run.json"
+REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+UNREADABLE_FILE = "unreadable_images.jsonl"
+
+_GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, UNREADABLE_FILE)
+
+# What may differ between a run and its continuation: none of it changes a weight (the global batch is compared).
+_FREE_ARGUMENTS = frozenset(
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "logging_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "report_to",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "eval_split_name",
+        "label_column_name",
+        "max_eval_samples",
+        "eval_steps",
+        "max_broken_share",
+    ]
+)
+# What a run writes, and `overwrite_output_dir` deletes.
+_RUN_ENTRIES = (
+    RUN_FILE, REPORT_FILE, *_GROWING_FILES, "README.md", "config.json", "model.safetensors",
+    "preprocessor_config.json", "pretraining", "figures", "trackers",
+)  # fmt: skip
+
+
+def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments) -> None:
+    """Refuses a folder that is not this run's, or a run that is not finished and was not asked to go on.
+
+    Args:
+        output_dir: The folder; need not exist.
+        arguments: All arguments of the run, as `run.json` keeps them.
+        run: Says whether to overwrite or resume.
+
+    Raises:
+        ValueError: If the folder is not empty and holds no run, another run, or this one unfinished.
+    """
+    if not output_dir.exists() or all(entry.name.endswith(".partial") for entry in output_dir.iterdir()):
+        return
+    if not (output_dir / RUN_FILE).is_file():
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} is not empty and holds no run of ijepa-hf; choose another --output_dir."
+        )
+    if run.overwrite_output_dir:
+        checkpoint = run.resume_from_checkpoint
+        if checkpoint not in (None, "latest") and output_dir.resolve() in Path(checkpoint).resolve().parents:
+            raise ValueError(
+                f"overwrite_output_dir would delete resume_from_checkpoint={checkpoint!r}; choose another "
+                "--output_dir."
+            )
+        return
+    try:
+        stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{output_dir / RUN_FILE} is damaged ({error}); choose another --output_dir.") from error
+    differing = differing_arguments(stored, arguments)
+    if differing:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another --output_dir, "
+            "or add --overwrite_output_dir to delete that run."
+        )
+    if run.resume_from_checkpoint is None and not is_finished(output_dir, run):
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds this run, unfinished. Add --resume_from_checkpoint latest to "
+            "continue it, or --overwrite_output_dir to start again."
+        )
+
+
+def is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
+    """Whether the folder holds this run's report and the weights that it is about.
+
+    Args:
+        output_dir: The run's folder.
+        run: A run that overwrites the folder has no use for a finished one.
+
+    Returns:
+        The answer.
+    """
+    if run.overwrite_output_dir or not (output_dir / REPORT_FILE).is_file():
+        return False
+    report = json.loads((output_dir / REPORT_FILE).read_text("utf-8"))
+    return exported_step(output_dir) == report["step"]
+
+
+def prepare_output_dir(
+    output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, checkpoint: Checkpoint | None
+) -> None:
+    """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go.
+
+    Args:
+        output_dir: The folder, checked by `check_output_dir`.
+        arguments: What `run.json` is to hold.
+        run: Says whether to overwrite.
+        checkpoint: What the run goes on from; one of another folder brings that run's log with it.
+    """
+    start_step = 0 if checkpoint is None else checkpoint.step
+    kept = {
+        name: [] if checkpoint is None else read_rows(checkpoint.path.parent / name, up_to_step=start_step)
+        for name in _GROWING_FILES
+    }
+    if run.overwrite_output_dir and output_dir.exists():
+        _delete_run(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments}, indent=2) + "\n")
+    delete_checkpoints_after(output_dir, start_step)
+    for name, rows in kept.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        if lines or name == METRICS_FILE:
+            _write_text(output_dir / name, lines)
+        else:
+            (output_dir / name).unlink(missing_ok=True)
+
+
+def read_rows(path: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a file that grows with the run; a last line cut short by a crash is left out.
+
+    Args:
+        path: `metrics.jsonl` or one of its kind.
+        up_to_step: Leave out lines of later optimiser steps.
+
+    Returns:
+        A dictionary for each line; none where the file is missing.
+    """
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1] if line]
+    return rows if up_to_step is None else [row for row in rows if row["step"] <= up_to_step]
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds lines to a file that grows with the run.
+
+    Args:
+        path: The file; made if it is missing.
+        rows: Each with its `step`.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+
+
+def _delete_run(output_dir: Path) -> None:
+    """Deletes what a run writes, and nothing else that may lie in the folder."""
+    delete_checkpoints_after(output_dir, -1)
+    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob(".*.partial")):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def differing_arguments(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What keeps two sets of arguments from being one run.
+
+    Args:
+        stored: Arguments of a run or checkpoint.
+        current: Arguments of the run that would go on from it.
+
+    Returns:
+        A sentence for each argument that differs and changes a weight.
+    """
+    free = set(_FREE_ARGUMENTS)
+    if current["masking_strategy"] == "multi_block_official":  # its context depends on the batch of each device
+        free.discard("per_device_train_batch_size")
+    return [
+        f"{name} is {stored.get(name)!r} there, {current.get(name)!r} here"
+        for name in sorted({*stored, *current} - free)
+        if stored.get(name) != current.get(name)
+    ]

@@ -1,0 +1,571 @@
+"""Streaming: images read shard by shard, in an order that any restart can work out again without reading.
+
+A stream is a row of shards whose lengths are known. An epoch permutes the shards and lays their rows out on a line;
+the line is cut into one stretch a *reader*, a reader being one worker of one rank. Stretches are cut by rows, not by
+shards, so that all readers have equal work however uneven the shards are: a reader has its shards to itself, but for
+the two at the ends of its stretch. A reader goes along its stretch in blocks of `shuffle_buffer_size` rows and
+permutes each.
+
+Every part of that is a function of (seed, epoch) and of the *layouts*: how many ranks and workers the run has had, and
+since which step. So where each reader stands at a step follows from the step's number: blocks that lie behind it are
+not decoded, whole shards behind it are not opened, and a run that goes on with other readers deals out the rows that
+are left, none of them twice.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeAlias
+
+import datasets
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from datasets.table import table_cast
+from datasets.utils.file_utils import xopen
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from tqdm.auto import tqdm
+
+from ijepa_hf.data import DRAW_ORDER, CropReader, SampleKey, global_batch_size, keyed_generator
+from ijepa_hf.sources import ImageStream
+
+ROWS_AT_ONCE = 64  # rows fetched from a shard together: bytes, not pixels
+_DRAW_BLOCK = 6  # beside the streams of `data`
+_FOOTERS_AT_ONCE = 16  # over a network their time is waiting
+_FOOTERS_WITHOUT_A_BAR = 100
+
+_Batches: TypeAlias = Generator[list[dict[str, Any]], None, None]
+
+logger = logging.getLogger(__name__)
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def shard_lengths(stream: ImageStream, column: str) -> list[int]:
+    """How many images each shard of a stream has.
+
+    Those of .parquet files are in their footers, a few kilobytes each. Other shards have to be read from end to end,
+    undecoded, which is said.
+
+    Args:
+        stream: The stream.
+        column: Its image column.
+
+    Returns:
+        Rows of each shard, in the order of the shards.
+
+    Raises:
+        ValueError: If the stream is empty, or a file is broken.
+    """
+    if _are_parquet(stream.files):
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
+            footers = threads.map(_footer_rows, stream.files)
+            few = len(stream.files) < _FOOTERS_WITHOUT_A_BAR
+            lengths = list(tqdm(footers, "footers", len(stream.files), unit="shard", mininterval=1.0, disable=few))
+    else:
+        lengths = _count(stream, column)
+    if not any(lengths):
+        raise ValueError("the stream holds no images: its shards have no rows.")
+    return lengths
+
+
+def _are_parquet(files: Sequence[str]) -> bool:
+    return bool(files) and all(file.lower().endswith(".parquet") for file in files)
+
+
+def _footer_rows(file: str) -> int:
+    try:
+        with xopen(file, "rb") as opened:
+            return pq.read_metadata(opened).num_rows
+    except pa.ArrowException as error:
+        raise ValueError(f"shard {file!r} cannot be read: {error}") from error
+
+
+def _count(stream: ImageStream, column: str) -> list[int]:
+    num_shards = stream.rows.num_shards
+    logger.warning(
+        "the images of the stream are counted first, by reading %s once from end to end: its order depends on how "
+        "many each shard has, and only .parquet files say so. Shards made by `ijepa-hf prepare` need no counting.",
+        "its one shard" if num_shards == 1 else f"its {num_shards} shards",
+    )
+    rows, lengths = stream.rows.select_columns([column]), []
+    with tqdm(desc="count", unit="image", mininterval=1.0) as progress:
+        for index in range(num_shards):
+            lengths.append(0)
+            for batch in rows.shard(num_shards=num_shards, index=index).iter(batch_size=ROWS_AT_ONCE):
+                lengths[-1] += len(batch[column])
+                progress.update(len(batch[column]))
+    return lengths
+
+
+def cut_lengths(lengths: Sequence[int], limit: int) -> list[int]:
+    """Leaves only the first images of a stream.
+
+    Args:
+        lengths: Rows of each shard.
+        limit: Images wanted, at least 1.
+
+    Returns:
+        Rows to be read of each shard, at most `limit` together; 0 for those behind.
+    """
+    before = [0, *accumulate(lengths)]
+    return [max(0, min(length, limit - first)) for length, first in zip(lengths, before, strict=False)]
+
+
+def check_readers(num_shards: int, num_ranks: int, num_workers: int) -> None:
+    """Refuses more readers than shards.
+
+    Args:
+        num_shards: Of the stream; those without rows do not count.
+        num_ranks: Processes.
+        num_workers: Loading processes of each.
+
+    Raises:
+        ValueError: If there are more; names the number of workers that fits.
+    """
+    readers = num_ranks * max(1, num_workers)
+    if readers <= num_shards:
+        return
+    fits = num_shards // num_ranks
+    advice = f"use --dataloader_num_workers {fits}" if fits else f"use {_counted(num_shards, 'process')} at most"
+    raise ValueError(
+        f"dataloader_num_workers={num_workers} on {_counted(num_ranks, 'process')} makes {_counted(readers, 'reader')}"
+        f", but the stream has {_counted(num_shards, 'shard')}, and each reader needs one (a folder of pictures is "
+        f"one); {advice}, or write more shards with `ijepa-hf prepare`."
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def warn_of_one_shard(stream: ImageStream) -> None:
+    """Says so where a stream cannot be read in parallel.
+
+    Args:
+        stream: The stream.
+    """
+    if stream.rows.num_shards > 1:
+        return
+    what = "is one file" if stream.files else "is a folder of pictures"
+    logger.warning(
+        "the stream %s, and so one shard, which one process reads alone. `ijepa-hf prepare` writes shards of it that "
+        "are read in parallel.",
+        what,
+    )
+
+
+# -- order -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """Who reads a stream, and since when.
+
+    Args:
+        start_step: The optimiser step, counted from 0, from which on it holds.
+        num_ranks: Processes.
+        num_workers: Loading processes of each rank; 0 counts as the one reader that the rank itself then is.
+        batch_size: Images per rank and micro-batch.
+        accumulation_steps: Micro-batches per optimiser step.
+    """
+
+    start_step: int
+    num_ranks: int
+    num_workers: int
+    batch_size: int
+    accumulation_steps: int
+
+    @property
+    def readers_per_rank(self) -> int:
+        """Readers of one rank."""
+        return max(1, self.num_workers)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images in an optimiser step."""
+        return self.num_ranks * self.batch_size * self.accumulation_steps
+
+    def same_readers(self, other: "StreamLayout") -> bool:
+        """Whether both deal the rows out alike, so that one can go on where the other stopped."""
+        mine, theirs = asdict(self), asdict(other)
+        return {**mine, "start_step": 0} == {**theirs, "start_step": 0}
+
+
+class Rows:
+    """Ascending rows of an epoch's line, kept as segments; a place among them is a *position*.
+
+    Args:
+        segments: int64 `[n, 2]`, rows from .. up to, not including; ascending and disjoint.
+    """
+
+    def __init__(self, segments: np.ndarray) -> None:
+        self.starts = segments[:, 0]
+        lengths = segments[:, 1] - self.starts
+        self.ends = np.cumsum(lengths)  # position behind each segment
+        self.begins = self.ends - lengths
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def at(self, first: int, last: int) -> np.ndarray:
+        """The rows at the positions first .. last (not including): int64 `[last - first]`."""
+        positions = np.arange(first, last)
+        segment = np.searchsorted(self.ends, positions, side="right")
+        return self.starts[segment] + positions - self.begins[segment]
+
+    def segments(self, first: int, last: int) -> np.ndarray:
+        """The same rows as segments."""
+        within = slice(np.searchsorted(self.ends, first, side="right"), np.searchsorted(self.begins, last))
+        begins, ends = np.maximum(self.begins[within], first), np.minimum(self.ends[within], last)
+        starts = self.starts[within] + begins - self.begins[within]
+        return np.stack([starts, starts + ends - begins], axis=1)
+
+
+class Stretch(NamedTuple):
+    """What a reader has to read in an epoch: the positions first .. last (not including) of some rows."""
+
+    rows: Rows
+    first: int
+    last: int
+
+    def block(self, number: int, size: int) -> np.ndarray:
+        """The rows of one block of the stretch, ascending: int64, `size` of them or fewer at the end."""
+        first = self.first + number * size
+        return self.rows.at(first, max(first, min(first + size, self.last)))
+
+
+class StreamOrder:
+    """Which rows each reader reads, and when: arithmetic only, nothing is opened.
+
+    Args:
+        lengths: Rows of each shard, in the stream's own order.
+        layouts: Those of the run so far, by `start_step`, the first from step 0; all of one global batch size.
+        seed: The run's seed.
+        shuffle_buffer_size: Rows that a reader permutes together; 1 leaves the order inside a shard as it is.
+
+    Raises:
+        ValueError: If the shards hold less than one global batch, or the layouts do not follow each other.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], layouts: Sequence[StreamLayout], seed: int, shuffle_buffer_size: int
+    ) -> None:
+        self.lengths, self.layouts = np.asarray(lengths, dtype=np.int64), list(layouts)
+        self.seed, self.shuffle_buffer_size = seed, shuffle_buffer_size
+        self.num_rows = int(self.lengths.sum())
+        starts = [layout.start_step for layout in layouts]
+        if starts != sorted(set(starts)) or starts[0] != 0:
+            raise ValueError(f"layouts start at the steps {starts}; they must start at 0 and increase.")
+        if len({layout.global_batch_size for layout in layouts}) > 1:
+            raise ValueError("layouts have different global batch sizes; a run has one.")
+        now = self.layouts[-1]
+        self.global_batch_size = global_batch_size(
+            self.num_rows, now.batch_size, now.accumulation_steps, now.num_ranks
+        )
+        self.steps_per_epoch = self.num_rows // self.global_batch_size
+        self._first_image = np.cumsum(self.lengths) - self.lengths  # of each shard, in the stream's own order
+
+    def epoch_shards(self, epoch: int) -> np.ndarray:
+        """The shards of an epoch in the order of its line: int64, a permutation."""
+        return keyed_generator(self.seed, DRAW_ORDER, epoch).permutation(len(self.lengths))
+
+    def locate(self, epoch_shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where rows of an epoch's line are.
+
+        Args:
+            epoch_shards: Of the epoch.
+            rows: Rows of its line, int64 `[n]`.
+
+        Returns:
+            The shard of each, the row inside it, and the image's number in the stream's own order, which is the same
+            in each epoch and what its crop is keyed on; int64 `[n]` each.
+        """
+        ends = np.cumsum(self.lengths[epoch_shards])
+        place = np.searchsorted(ends, rows, side="right")
+        shards = epoch_shards[place]
+        inside = rows - (ends - self.lengths[epoch_shards])[place]
+        return shards, inside, self._first_image[shards] + inside
+
+    def stretch(self, epoch: int, rank: int, reader: int) -> Stretch:
+        """What a reader of the last layout reads in an epoch, from that layout's first step in the epoch on.
+
+        Args:
+            epoch: Counted from 0; the last layout holds at its end.
+            rank: The process.
+            reader: The reader among those of the process.
+
+        Returns:
+            As many rows as its micro-batches of the rest of the epoch need.
+        """
+        rest = Rows(np.array([[0, self.num_rows]]))
+        start, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        for layout, following in zip(self.layouts[:-1], self.layouts[1:], strict=True):
+            first, last = max(layout.start_step, start), min(following.start_step, end)
+            if first < last:
+                rest = self._left_over(rest, layout, epoch, first, last, end)
+        now = self.layouts[-1]
+        bounds = _bounds(now, max(now.start_step, start), end)
+        number = rank * now.readers_per_rank + reader
+        return Stretch(rest, int(bounds[number]), int(bounds[number + 1]))
+
+    def _left_over(self, rest: Rows, layout: StreamLayout, epoch: int, first: int, last: int, end: int) -> Rows:
+        """What the steps first .. last under a layout leave of rows that were dealt out for the steps first .. end."""
+        bounds = _bounds(layout, first, end)
+        left = [rest.segments(int(bounds[-1]), len(rest))]
+        for number, (begin, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+            rank, reader = divmod(number, layout.readers_per_rank)
+            used = layout.batch_size * _micro_batches_of(reader, layout, first, last)
+            blocks, into_block = divmod(used, self.shuffle_buffer_size)
+            if into_block:
+                block = Stretch(rest, begin, stop).block(blocks, self.shuffle_buffer_size)
+                unused = np.sort(block[self.block_order(epoch, layout, rank, reader, blocks, len(block))[into_block:]])
+                left.append(np.stack([unused, unused + 1], axis=1))
+                blocks += 1
+            begin += blocks * self.shuffle_buffer_size
+            if begin < stop:
+                left.append(rest.segments(begin, stop))
+        segments = np.concatenate(left)
+        return Rows(segments[np.argsort(segments[:, 0])])
+
+    def block_order(
+        self, epoch: int, layout: StreamLayout, rank: int, reader: int, block: int, length: int
+    ) -> np.ndarray:
+        """In which order a reader gives the rows of one block: int64 `[length]`."""
+        key = (epoch, layout.start_step, rank, reader, block)
+        return keyed_generator(self.seed, _DRAW_BLOCK, *key).permutation(length)
+
+
+def _micro_batches_of(reader: int, layout: StreamLayout, first_step: int, last_step: int) -> int:
+    """How many micro-batches of the steps first .. last (not including) fall to a reader: every so-many-th."""
+
+    def before(step: int) -> int:
+        return (step * layout.accumulation_steps - reader + layout.readers_per_rank - 1) // layout.readers_per_rank
+
+    return before(last_step) - before(first_step)
+
+
+def _bounds(layout: StreamLayout, first_step: int, last_step: int) -> np.ndarray:
+    """The positions between which each reader, rank by rank, has what it needs for the steps first .. last."""
+    readers = range(layout.readers_per_rank)
+    wanted = [layout.batch_size * _micro_batches_of(reader, layout, first_step, last_step) for reader in readers]
+    return np.concatenate([[0], np.cumsum(np.tile(wanted, layout.num_ranks))])
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    image: int
+    values: dict[str, Any]
+    another: Callable[[int], tuple[int, dict[str, Any]]]  # substitutes, of the same block
+
+
+def _pick(images: list[int], rows: list[dict[str, Any]], draw: int) -> tuple[int, dict[str, Any]]:
+    return images[draw % len(images)], rows[draw % len(rows)]
+
+
+class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
+    """The micro-batches of one rank, from a step on; each worker of a `DataLoader` reads its own stretch.
+
+    Args:
+        stream: The images, undecoded; its shards have the lengths that `order` knows.
+        order: Which rows are read when.
+        crops: Decodes and crops one row.
+        num_steps: Optimiser steps of the whole run.
+        start_step: Optimiser steps already done; not before the last layout's.
+        rank: This process.
+
+    Raises:
+        ValueError: If `order` knows other shards than the stream has, or `start_step` lies before the last layout.
+    """
+
+    def __init__(
+        self,
+        stream: ImageStream,
+        order: StreamOrder,
+        crops: CropReader,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+    ) -> None:
+        if len(order.lengths) != stream.rows.num_shards:
+            raise ValueError(
+                f"order has the lengths of {len(order.lengths)} shards, but the stream has {stream.rows.num_shards}; "
+                "give the lengths of all, 0 for those that are not to be read."
+            )
+        if start_step < order.layouts[-1].start_step:
+            raise ValueError(
+                f"start_step={start_step} lies before the last layout, which begins at step "
+                f"{order.layouts[-1].start_step}; give the layouts up to the step."
+            )
+        self.stream, self.order, self.crops = stream, order, crops
+        self.num_steps, self.start_step, self.rank = num_steps, start_step, rank
+        self._open: list[_Batches] = []
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yields the micro-batches of this worker: rows as `PretrainingImages` gives them, with their `SampleKey`."""
+        worker = get_worker_info()
+        self._open.append(self.read(0 if worker is None else worker.id))
+        return self._open[-1]
+
+    def close(self) -> None:
+        """Ends what iterators over this set have open in this process; they give nothing any more.
+
+        A file that is still being read when the process ends can kill it, and a generator that is left is closed only
+        when nothing refers to it: after an error its traceback does.
+        """
+        while self._open:
+            self._open.pop().close()
+
+    def read(self, worker: int) -> _Batches:
+        """Yields the micro-batches of one worker.
+
+        A `DataLoader` asks its workers in turn, beginning with worker 0. Reader q has the micro-batches whose number
+        in the run leaves q when divided by the readers, so a restart gives worker 0 the reader whose turn it is.
+
+        Args:
+            worker: From 0 on.
+        """
+        order, layout = self.order, self.order.layouts[-1]
+        readers, accumulation = layout.readers_per_rank, layout.accumulation_steps
+        reader = (self.start_step * accumulation + worker) % readers
+        step = self.start_step
+        with contextlib.closing(_ShardCursor(self.stream, order.lengths)) as cursor:
+            while step < self.num_steps:
+                epoch = step // order.steps_per_epoch
+                dealt_from = max(epoch * order.steps_per_epoch, layout.start_step)
+                done = layout.batch_size * _micro_batches_of(reader, layout, dealt_from, step)
+                rows = self._rows(cursor, epoch, reader, done)
+                until = min((epoch + 1) * order.steps_per_epoch, self.num_steps)
+                for number in range(step * accumulation, until * accumulation):
+                    if number % readers == reader:
+                        yield self._micro_batch(rows, epoch, number)
+                step = until
+
+    def _micro_batch(self, rows: Iterator[_Row], epoch: int, number: int) -> list[dict[str, Any]]:
+        layout = self.order.layouts[-1]
+        step, micro = divmod(number, layout.accumulation_steps)
+        first = (micro * layout.num_ranks + self.rank) * layout.batch_size
+        batch = []
+        for slot in range(first, first + layout.batch_size):
+            row = next(rows)
+            batch.append(self.crops.read(SampleKey(epoch, step, slot, row.image), row.values, row.another))
+        return batch
+
+    def _rows(self, cursor: "_ShardCursor", epoch: int, reader: int, done: int) -> Iterator[_Row]:
+        """Yields a reader's rows of an epoch from the `done`-th on; `_micro_batch` asks for no more than there are."""
+        order, layout, size = self.order, self.order.layouts[-1], self.order.shuffle_buffer_size
+        epoch_shards, stretch = order.epoch_shards(epoch), order.stretch(epoch, self.rank, reader)
+        block, into_block = divmod(done, size)
+        while len(places := stretch.block(block, size)):
+            shards, inside, images = (part.tolist() for part in order.locate(epoch_shards, places))
+            rows = [cursor.row(shard, row) for shard, row in zip(shards, inside, strict=True)]
+            another = partial(_pick, images, rows)
+            for place in order.block_order(epoch, layout, self.rank, reader, block, len(rows))[into_block:].tolist():
+                yield _Row(images[place], rows[place], another)
+            block, into_block = block + 1, 0
+
+
+class _ShardCursor:
+    """Reads rows of shards in ascending order; keeps the shard open in which it is."""
+
+    def __init__(self, stream: ImageStream, lengths: Sequence[int] | np.ndarray) -> None:
+        self.stream, self.lengths = stream, lengths
+        self.shard = -1
+        self.next_row = 0  # of the open shard
+        self.fetched: list[dict[str, Any]] = []
+        self.first_fetched = 0  # the row of the open shard that fetched[0] is
+        self.batches: _Batches | None = None
+
+    def row(self, shard: int, row: int) -> dict[str, Any]:
+        """Row `row` of a shard; costs least where rows asked of one shard ascend."""
+        if shard != self.shard or row < self.next_row:
+            self.close()
+            self.batches = _read_shard(self.stream, shard, row)
+            self.shard, self.first_fetched = shard, row
+        while row >= self.first_fetched + len(self.fetched):
+            self._fetch()
+        self.next_row = row + 1
+        return self.fetched[row - self.first_fetched]
+
+    def _fetch(self) -> None:
+        assert self.batches is not None
+        self.first_fetched += len(self.fetched)
+        self.fetched = next(self.batches, [])
+        if not self.fetched:
+            name = f" ({self.stream.files[self.shard]})" if self.stream.files else ""
+            raise ValueError(
+                f"shard {self.shard} of the stream{name} ends after {self.first_fetched} rows, but had "
+                f"{self.lengths[self.shard]} when the run began: it was changed. Put the old file back, or start anew."
+            )
+
+    def close(self) -> None:
+        """Closes the open shard."""
+        if self.batches is not None:
+            self.batches.close()
+        self.batches, self.fetched, self.shard = None, [], -1
+
+
+def _read_shard(stream: ImageStream, shard: int, first: int) -> _Batches:
+    """Yields the rows of a shard from row `first` on, some at once."""
+    if _are_parquet(stream.files):
+        yield from _read_parquet(stream.files[shard], stream.rows.features, first)
+        return
+    part = stream.rows.shard(num_shards=stream.rows.num_shards, index=shard)
+    # .iter, not __iter__: the latter would share this one shard out among the workers once more
+    for batch in (part.skip(first) if first else part).iter(batch_size=ROWS_AT_ONCE):
+        yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _read_parquet(file: str, features: datasets.Features, first: int) -> _Batches:
+    """Reads the rows of `datasets`, but in its own way, for two reasons.
+
+    Row groups before row `first` are not read at all; stretches begin anywhere in a file. And no thread reads ahead:
+    one that does can kill a process that leaves early (https://github.com/apache/arrow/issues/45214).
+    """
+    with xopen(file, "rb") as opened, pq.ParquetFile(opened) as parquet:
+        ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
+        group = int(np.searchsorted(ends, first, side="right"))
+        first -= int(ends[group - 1]) if group else 0
+        groups = range(group, parquet.num_row_groups)
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, groups, list(features), use_threads=False) if groups else ():
+            if first < len(batch):
+                table = pa.Table.from_batches([batch.slice(first)])
+                yield table_cast(table, features.arrow_schema).to_pylist()
+            first = max(0, first - len(batch))
+
+
+def build_stream_loader(batches: StreamedBatches, make_batch: Callable[..., Any], *, pin_memory: bool) -> DataLoader:
+    """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
+
+    Without workers, call `batches.close()` when the loader is left, early or not; workers end with the loader's
+    iterator.
+
+    Args:
+        batches: This rank's micro-batches; its last layout says how many workers there are.
+        make_batch: Makes a batch of a list of rows.
+        pin_memory: Whether batches go to a GPU.
+
+    Returns:
+        What `make_batch` gives for each micro-batch.
+    """
+    return DataLoader(
+        batches,
+        batch_size=None,  # they are batches already
+        collate_fn=make_batch,
+        num_workers=batches.order.layouts[-1].num_workers,
+        pin_memory=pin_memory,
+        # its own generator: otherwise making the iterator draws from torch's global one
+        generator=torch.Generator().manual_seed(0),
+    )

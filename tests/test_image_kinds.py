@@ -1,0 +1,196 @@
+"""Whole runs on every kind of image that people have: many bands, 16 bits, odd shapes, odd files, broken ones."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from image_zoo import BROKEN, write_zoo
+from PIL import Image
+from tiny import final_weights, logged, tiny_flags, tiny_run
+from transformers import AutoModel
+
+from ijepa_hf import cli
+from ijepa_hf.checkpointing import find_latest
+
+FEW = {"max_train_steps": 3, "warmup_epochs": 0, "max_train_samples": None}
+
+
+def unreadable(run):
+    path = run / "unreadable_images.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def assert_trained(run, num_channels=3, size=(32, 32)):
+    """It trained: finite losses, weights that moved, and an encoder that stock transformers loads and feeds."""
+    assert all(np.isfinite(loss) for (loss,) in logged(run, "loss"))
+    encoder = AutoModel.from_pretrained(run)
+    features = encoder(torch.randn(2, num_channels, *size)).last_hidden_state
+    assert features.shape == (2, size[0] // 4 * (size[1] // 4), 32)
+    assert torch.isfinite(features).all()
+
+
+def bands(count, number, side=40):
+    return np.random.default_rng(0).random((number, count, side, side + 8))
+
+
+# -- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def test_satellite_like_arrays_of_12_float_bands_train_from_one_file(tmp_path):
+    np.save(tmp_path / "tiles.npy", bands(12, 16).astype(np.float32) * 3000)
+    run = tiny_run(
+        tmp_path / "run", dataset_name=tmp_path / "tiles.npy", num_channels=12, image_mean=[1500] * 12,
+        image_std=[866] * 12, **FEW,
+    )  # fmt: skip
+    assert_trained(run, num_channels=12)
+
+
+def test_arrays_of_16_bits_train_from_a_folder_and_from_streamed_parquet_alike(tmp_path):
+    (tmp_path / "tiles").mkdir()
+    for number, tile in enumerate((bands(5, 16) * 65535).astype(np.uint16)):
+        np.save(tmp_path / "tiles" / f"{number:02d}.npy", tile)
+    flags = {"num_channels": 5, "image_mean": [0.5] * 5, "image_std": [0.3] * 5, **FEW}
+    run = tiny_run(tmp_path / "run", dataset_name=tmp_path / "tiles", **flags)
+    assert_trained(run, num_channels=5)
+    rows = datasets.load_dataset("parquet", data_files=write_shards(tmp_path, run_rows(tmp_path / "tiles")))["train"]
+    assert rows.features["image"].dtype == "uint16"
+    streamed = tiny_run(tmp_path / "streamed", dataset_name=tmp_path / "shards", streaming=True, **flags)
+    assert_trained(streamed, num_channels=5)
+
+
+def run_rows(folder):
+    from ijepa_hf.arguments import DataArguments
+    from ijepa_hf.sources import load_split
+
+    return load_split(DataArguments(dataset_name=str(folder)), "train")
+
+
+def write_shards(folder, dataset, count=2):
+    (folder / "shards").mkdir()
+    names = [str(folder / "shards" / f"train-{number:05d}-of-{count:05d}.parquet") for number in range(count)]
+    for number, name in enumerate(names):
+        dataset.shard(count, number, contiguous=True).to_parquet(name)
+    return names
+
+
+def test_medical_like_grayscale_of_16_bits_trains_with_one_channel_and_keeps_its_depth(tmp_path):
+    (tmp_path / "scans").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(16):
+        # all that differs lies in the lower 8 bits: read with 8 bits the pictures would be constant
+        scan = (30000 + generator.integers(0, 200, (48, 36))).astype(np.uint16)
+        Image.fromarray(scan).save(tmp_path / "scans" / f"{number}.png")
+    flags = {"num_channels": 1, "image_mean": [30100 / 65535], "image_std": [58 / 65535]}
+    run = tiny_run(tmp_path / "run", dataset_name=tmp_path / "scans", **flags, **FEW)
+    assert_trained(run, num_channels=1)
+    ((std,),) = logged(run, "target_std")[-1:]
+    assert std > 0.1  # constant pictures would give targets that differ by their place only
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def test_rectangular_images_train_on_a_rectangular_grid(tmp_path):
+    (tmp_path / "wide").mkdir()
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (60, 150, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "wide" / f"{number}.jpg")
+    run = tiny_run(tmp_path / "run", dataset_name=tmp_path / "wide", image_size=[32, 64], **FEW)
+    assert_trained(run, size=(32, 64))
+
+
+def test_photographs_train_at_224_pixels(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((500, 375)).save(tmp_path / "photos" / f"{number}.jpg")
+    run = tiny_run(tmp_path / "run", dataset_name=tmp_path / "photos", image_size=224, patch_size=16, **FEW)
+    features = AutoModel.from_pretrained(run)(torch.randn(1, 3, 224, 224)).last_hidden_state
+    assert features.shape == (1, 14 * 14, 32)
+
+
+# -- odd and broken files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    assert len(write_zoo(folder)) == 16
+    return folder
+
+
+LONG = {"max_train_steps": 10, "warmup_epochs": 0, "max_train_samples": None, "max_broken_share": 0.5}
+
+
+@pytest.fixture(scope="module")
+def zoo_run(zoo, tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("run") / "run", dataset_name=zoo, **LONG)
+
+
+def test_every_kind_of_picture_trains_and_broken_ones_are_skipped_named_once_and_counted(zoo_run, zoo):
+    assert_trained(zoo_run)
+    found = unreadable(zoo_run)
+    assert sorted(name for row in found for name in BROKEN if name in row["reason"]) == sorted(BROKEN)
+    assert len(found) == len(BROKEN)
+    report = json.loads((zoo_run / "report.json").read_text())
+    assert report["num_unreadable_images"] == len(BROKEN)
+
+
+def test_one_channel_models_read_every_kind_too(zoo, tmp_path):
+    flags = {"num_channels": 1, "image_mean": [0.5], "image_std": [0.25]}
+    assert_trained(tiny_run(tmp_path / "run", dataset_name=zoo, **LONG, **flags), num_channels=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_change_nothing_for_a_resumed_run(zoo_run, zoo, tmp_path, workers):
+    first = {**LONG, "max_train_steps": 10, "checkpointing_steps": 5, "checkpoints_total_limit": 5}
+    other = tiny_run(tmp_path / "first", dataset_name=zoo, **first)
+    resumed = tiny_run(
+        tmp_path / "run", dataset_name=zoo, **LONG, resume_from_checkpoint=other / "checkpoint-5",
+        dataloader_num_workers=workers,
+    )  # fmt: skip
+    whole = final_weights(zoo_run)
+    assert all(torch.equal(value, whole[name]) for name, value in final_weights(resumed).items())
+    assert sorted(row["image"] for row in unreadable(resumed)) == sorted(row["image"] for row in unreadable(zoo_run))
+
+
+def test_too_many_broken_images_stop_the_run_with_a_list_and_a_checkpoint_that_goes_on(zoo_run, zoo, tmp_path, capsys):
+    flags = tiny_flags(tmp_path / "run", dataset_name=zoo, **{**LONG, "max_broken_share": 0.1})
+    assert cli.main(["pretrain", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "max_broken_share=0.1" in error
+    assert all(name in error for name in BROKEN)
+    checkpoint = find_latest(tmp_path / "run")
+    assert checkpoint is not None
+    assert 2 <= checkpoint.step < 10
+    run = tiny_run(tmp_path / "run", dataset_name=zoo, **LONG, resume_from_checkpoint="latest")
+    whole = final_weights(zoo_run)
+    assert all(torch.equal(value, whole[name]) for name, value in final_weights(run).items())
+
+
+def test_a_set_of_which_nothing_can_be_read_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "broken").mkdir()
+    for number in range(16):
+        (tmp_path / "broken" / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="images one after the other cannot be read"):
+        tiny_run(tmp_path / "run", dataset_name=tmp_path / "broken", **FEW)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_among_the_scored_ones_costs_its_own_score_only(tmp_path, capsys):
+    for split in ("train", "test"):
+        for label in ("dark", "light"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for number in range(8):
+                value = number + (200 if label == "light" else 0)
+                Image.new("RGB", (32, 32), (value, value, value)).save(
+                    tmp_path / "data" / split / label / f"{number}.png"
+                )
+    (tmp_path / "data" / "test" / "dark" / "3.png").write_bytes(b"no picture")
+    run = tiny_run(tmp_path / "run", dataset_name=tmp_path / "data", eval_split_name="test", eval_steps=2, **FEW)
+    scores = json.loads((run / "report.json").read_text())["scores"]
+    assert scores[-1]["knn"] == 1.0  # raw pixels tell dark from light
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [0, 2, 3]

@@ -1,0 +1,184 @@
+"""The images of a run: both ways of reading give the loop the same thing, and unreadable ones are counted."""
+
+import json
+
+import pytest
+from tiny import tiny_config
+
+from ijepa_hf.arguments import DataArguments
+from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, UnreadableImage
+from ijepa_hf.loading import TooManyUnreadableError, UnreadableLog, close_loader, open_training_images
+from ijepa_hf.sources import load_digits
+from ijepa_hf.streaming import StreamLayout
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """60 digits in four uneven shards, with a column of regions."""
+    folder = tmp_path_factory.mktemp("shards")
+    digits = load_digits("train").select(range(60))
+    digits = digits.add_column("boxes", [[[0.0, 0.0, 16.0, 8.0]]] * 60)
+    bounds = (0, 7, 30, 31, 60)
+    for number in range(4):
+        part = digits.select(range(bounds[number], bounds[number + 1]))
+        part.to_parquet(str(folder / f"train-{number:05d}-of-00004.parquet"))
+    return folder
+
+
+def arguments(shards, **changes):
+    return DataArguments(dataset_name=str(shards), **changes)
+
+
+def readers(images, config=None, **changes):
+    config = config or tiny_config()
+    crops = CropReader(
+        images.column, config.image_shape, 1.0, 0, regions_column=images.regions_column, grid_size=config.grid_size
+    )
+    return crops, BatchMaker(IJepaDataCollator(config, normalize=False, global_batch_size=8))
+
+
+def epoch_of(images, num_steps=7):
+    crops, make_batch = readers(images)
+    layouts = [StreamLayout(0, 1, 0, 8, 1)]
+    loader = images.loader(
+        crops, make_batch, layouts, seed=0, shuffle_buffer_size=5, num_steps=num_steps, start_step=0, rank=0,
+        pin_memory=False,
+    )  # fmt: skip
+    try:
+        return [batch.inputs["pixel_values"] for batch in loader]
+    finally:
+        close_loader(loader)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_epoch_has_each_image_at_most_once_however_it_is_read(shards, streaming):
+    images = open_training_images(arguments(shards, streaming=streaming), tiny_config(), num_ranks=1)
+    assert images.num_images == 60
+    read = {tuple(image.flatten().tolist()) for batch in epoch_of(images) for image in batch}
+    known = {
+        tuple(image.flatten().tolist())
+        for batch in epoch_of(open_training_images(arguments(shards), tiny_config(), 1), num_steps=7)
+        for image in batch
+    }
+    assert len(read) == len(known) == 56
+    assert len(read & known) >= 52  # of 60; each leaves out another four
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_the_first_so_many_images_are_used_when_asked(shards, streaming):
+    data = arguments(shards, streaming=streaming, max_train_samples=9)
+    images = open_training_images(data, tiny_config(), num_ranks=1)
+    assert images.num_images == 9
+    first = [
+        image.resize((32, 32)).convert("RGB").tobytes() for image in load_digits("train").select(range(9))["image"]
+    ]
+    for batch in epoch_of(images, num_steps=3):
+        for image in batch:
+            assert image.permute(1, 2, 0).contiguous().numpy().tobytes() in first
+
+
+def test_a_first_batch_is_there_to_look_at_before_anything_is_trained(shards):
+    for streaming in (False, True):
+        images = open_training_images(arguments(shards, streaming=streaming), tiny_config(), num_ranks=1)
+        batch = images.first_batch(*readers(images), size=3, seed=0)
+        assert batch.inputs["pixel_values"].shape == (3, 3, 32, 32)
+        assert batch.unreadable == []
+
+
+def test_regions_of_the_data_become_the_targets_of_either_way_of_reading(shards):
+    config = tiny_config(masking_strategy="regions")
+    expected = [[row * 8 + column for row in range(2) for column in range(4)]]
+    for streaming in (False, True):
+        data = arguments(shards, streaming=streaming, regions_column_name="boxes")
+        images = open_training_images(data, config, num_ranks=1)
+        batch = images.first_batch(*readers(images, config), size=3, seed=0)
+        assert batch.inputs["target_indices"].tolist() == [expected] * 3
+    with pytest.raises(ValueError, match="regions_column_name='areas' is no column .*'boxes'"):
+        open_training_images(arguments(shards, regions_column_name="areas"), config, 1)
+
+
+# -- what a checkpoint keeps of a stream -----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_a_stream_keeps_its_readers_and_a_map_style_one_keeps_nothing(shards):
+    streamed = open_training_images(arguments(shards, streaming=True), tiny_config(), num_ranks=1)
+    first = StreamLayout(0, 1, 2, 4, 2)
+    state = json.loads(json.dumps(streamed.stream_state([first])))
+    assert streamed.layouts_from(state, StreamLayout(5, 1, 2, 4, 2)) == [first]
+    later = StreamLayout(5, 2, 1, 2, 2)
+    assert streamed.layouts_from(state, later) == [first, later]
+    at_once = StreamLayout(0, 2, 1, 2, 2)
+    assert streamed.layouts_from(state, at_once) == [at_once]
+    assert streamed.layouts_from(None, at_once) == [at_once]
+    at_random = open_training_images(arguments(shards), tiny_config(), num_ranks=1)
+    assert at_random.stream_state([first]) is None
+
+
+def test_a_stream_whose_shards_were_changed_is_not_gone_on_with(shards):
+    streamed = open_training_images(arguments(shards, streaming=True), tiny_config(), num_ranks=1)
+    fewer = open_training_images(arguments(shards, streaming=True, max_train_samples=59), tiny_config(), num_ranks=1)
+    with pytest.raises(ValueError, match="shards of the stream have other lengths"):
+        streamed.layouts_from(fewer.stream_state([StreamLayout(0, 1, 0, 8, 1)]), StreamLayout(3, 1, 0, 8, 1))
+
+
+def test_too_many_readers_are_refused_with_the_number_that_fits(shards):
+    data = arguments(shards, streaming=True, dataloader_num_workers=3)
+    with pytest.raises(
+        ValueError, match="dataloader_num_workers=3 on 2 processes .* 4 shards.*--dataloader_num_workers 2"
+    ):
+        open_training_images(data, tiny_config(), num_ranks=2)
+
+
+# -- unreadable images -----------------------------------------------------------------------------------------------
+
+
+def settled(log, images, num_seen=10_000, step=1):
+    log.add([UnreadableImage(image, f"file {image}") for image in images])
+    log.settle(lambda found: found, step, num_seen, is_main=True)
+
+
+def test_an_unreadable_image_is_named_once_however_often_it_is_met(tmp_path, caplog):
+    log = UnreadableLog(tmp_path / "unreadable.jsonl", num_images=10_000, max_share=0.1)
+    settled(log, [4, 9, 4], step=1)
+    settled(log, [9, 2], step=2)
+    lines = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["image"]) for line in lines] == [(1, 4), (1, 9), (2, 2)]
+    assert [record.getMessage() for record in caplog.records if "image 9" in record.getMessage()] == [
+        "image 9 cannot be read and is skipped: file 9"
+    ]
+    # the next life of the run knows them
+    again = UnreadableLog(tmp_path / "unreadable.jsonl", num_images=10_000, max_share=0.1)
+    caplog.clear()
+    settled(again, [4, 2])
+    assert not caplog.records
+
+
+def test_images_of_other_ranks_count_and_only_one_rank_writes(tmp_path):
+    log = UnreadableLog(tmp_path / "unreadable.jsonl", num_images=10_000, max_share=0.1)
+    log.add([UnreadableImage(1, "one")])
+    log.settle(lambda found: [*found, (7, "seven")], 1, 100, is_main=False)
+    assert log.known == {1: "one", 7: "seven"}
+    assert not (tmp_path / "unreadable.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_seen", "num_broken", "stops"),
+    [
+        (10_000, 500, 100, False),  # too few were seen to judge
+        (10_000, 1000, 100, False),  # the share itself is allowed
+        (10_000, 1000, 101, True),
+        (10_000, 50_000, 1000, False),  # an image seen five times is one image
+        (10_000, 50_000, 1001, True),
+        (40, 39, 40, False),  # a small set is judged when it was seen once
+        (40, 40, 5, True),
+    ],
+)
+def test_a_run_stops_above_the_share_of_different_images(tmp_path, num_images, num_seen, num_broken, stops):
+    log = UnreadableLog(tmp_path / "unreadable.jsonl", num_images, max_share=0.1)
+    if not stops:
+        settled(log, range(num_broken), num_seen)
+        return
+    with pytest.raises(TooManyUnreadableError, match="max_broken_share=0.1") as raised:
+        settled(log, range(num_broken), num_seen)
+    assert "image 0: file 0" in str(raised.value)
+    assert len((tmp_path / "unreadable.jsonl").read_text().splitlines()) == num_broken

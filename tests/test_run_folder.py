@@ -1,0 +1,48 @@
+"""A run's folder: whose it is, and what stays of it when a run goes on."""
+
+import json
+
+from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.checkpointing import Checkpoint
+from ijepa_hf.run_folder import append_rows, differing_arguments, prepare_output_dir, read_rows
+
+ARGUMENTS = {"masking_strategy": "multi_block", "seed": 0, "max_broken_share": 0.05, "per_device_train_batch_size": 8}
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    assert read_rows(tmp_path / "nowhere.jsonl") == []
+
+
+def test_rows_are_added_at_the_end_and_read_up_to_a_step(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    append_rows(path, [{"step": 0, "knn": 0.1}])
+    append_rows(path, [{"step": 5, "knn": 0.2}, {"step": 9, "knn": 0.3}])
+    assert read_rows(path, up_to_step=5) == [{"step": 0, "knn": 0.1}, {"step": 5, "knn": 0.2}]
+
+
+def test_a_run_that_goes_on_keeps_the_lines_up_to_its_step_and_drops_later_ones(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    for name in ("metrics.jsonl", "evaluations.jsonl", "unreadable_images.jsonl"):
+        append_rows(old / name, [{"step": step, "file": name} for step in (1, 4, 7)])
+    new.mkdir()
+    append_rows(new / "unreadable_images.jsonl", [{"step": 1, "file": "of another life"}])
+    run = PretrainingArguments(learning_rate=1e-3)
+    prepare_output_dir(new, ARGUMENTS, run, Checkpoint(old / "checkpoint-4", 4, {}, ARGUMENTS))
+    for name in ("metrics.jsonl", "evaluations.jsonl", "unreadable_images.jsonl"):
+        assert read_rows(new / name) == [{"step": step, "file": name} for step in (1, 4)]
+    assert json.loads((new / "run.json").read_text()) == {"arguments": ARGUMENTS}
+    # from the start, nothing of an earlier life stays
+    prepare_output_dir(new, ARGUMENTS, run, None)
+    assert read_rows(new / "metrics.jsonl") == []
+    assert not (new / "unreadable_images.jsonl").exists()
+
+
+def test_arguments_that_change_no_weight_may_differ_and_others_are_named():
+    other = {**ARGUMENTS, "max_broken_share": 0.5, "per_device_train_batch_size": 4, "seed": 1}
+    assert differing_arguments(ARGUMENTS, other) == ["seed is 0 there, 1 here"]
+    official = {**ARGUMENTS, "masking_strategy": "multi_block_official"}
+    named = differing_arguments(official, {**official, "per_device_train_batch_size": 4})
+    assert named == ["per_device_train_batch_size is 8 there, 4 here"]
