@@ -1,9 +1,11 @@
 """The command line: exit codes that mean something, messages on one line, help for everything."""
 
 import pytest
+from PIL import Image
 from tiny import tiny_flags, tiny_run
 
 from ijepa_hf import cli, training
+from ijepa_hf.sources import load_digits
 from ijepa_hf.training import NonFiniteLossError
 
 
@@ -72,6 +74,66 @@ def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, c
     assert cli.main(argv) == 0
     assert "CC BY-NC 4.0" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def size_of(figure):
+    with Image.open(figure) as picture:
+        return picture.size
+
+
+def test_the_masks_of_a_recipe_are_measured_and_drawn_without_any_images(tmp_path, capsys):
+    figure = tmp_path / "audit.png"
+    argv = ["visualize", "--masks", "in1k-vith14", "--audit", "--output", str(figure)]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "multi_block_official on a grid of 16x16 patches" in text
+    assert "he last row and column" in text
+    assert text.strip().endswith(f"figure: {figure}")
+    assert size_of(figure)[0] > 500
+    # a flag over the recipe; what only the recipe's own strategy needs goes with it
+    assert cli.main([*argv, "--masking_strategy", "rasterized"]) == 0
+    assert "rasterized on a grid of 16x16 patches" in capsys.readouterr().out
+
+
+def test_masks_are_drawn_over_training_images(tmp_path, capsys):
+    figure = tmp_path / "masks.png"
+    for flags in (["digits"], ["digits", "--masking_strategy", "random"]):
+        assert cli.main(["visualize", "--masks", *flags, "--output", str(figure)]) == 0
+        assert size_of(figure)[0] > 500
+    boxes = load_digits("train").select(range(8)).add_column("boxes", [[[0.0, 0.0, 16.0, 8.0]]] * 8)
+    boxes.to_parquet(str(tmp_path / "boxes.parquet"))
+    flags = ["--dataset_name", str(tmp_path / "boxes.parquet"), "--masking_strategy", "regions"]
+    flags += ["--regions_column_name", "boxes", "--output", str(figure)]
+    assert cli.main(["visualize", "--masks", "digits", *flags]) == 0
+
+
+def test_mistakes_of_visualize_are_one_line(tmp_path, capsys):
+    for argv, message in (
+        (["--masks", "digitz"], "Did you mean 'digits'"),
+        (["--masks", "digits", "--output", "masks.jpg"], "must end in .png"),
+        (["--masks", "digits", "--output", str(tmp_path / "nowhere" / "masks.png")], "there is no folder"),
+        (["--masks", "digits", "--auditt"], "--audit"),
+        (["--masks", "digits", "--masking_strategy", "regions"], "--regions_column_name"),
+        (["--masks", "digits", "--masking_strategy", "regions", "--audit"], "regions"),
+    ):
+        assert cli.main(["visualize", *argv]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+def test_prepared_images_are_what_pretrain_streams(tmp_path, capsys):
+    for number in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (90, 60), (20 * number, 0, 99)).save(tmp_path / "photos" / f"{number}.jpg")
+    argv = ["prepare", str(tmp_path / "photos"), str(tmp_path / "out"), "--shortest_side", "40", "--shard_size", "2KB"]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "12 images of split 'train'" in text
+    assert f"ijepa-hf pretrain RECIPE --dataset_name {tmp_path / 'out'} --streaming" in text
+    assert len(list((tmp_path / "out").rglob("train-*.parquet"))) > 1
+    flags = tiny_flags(tmp_path / "run", dataset_name=tmp_path / "out", streaming=True, max_train_steps=2)
+    assert cli.main(["pretrain", *flags, "--warmup_epochs", "0"]) == 0
 
 
 def test_command_flags_are_those_of_the_parsers():

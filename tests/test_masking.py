@@ -481,7 +481,7 @@ def test_any_settings_that_are_accepted_give_valid_masks(fields, batch_size, see
             assert (indices % mask_settings.grid_size[1]).max() < mask_settings.grid_size[1] - 1
 
 
-@hypothesis_settings(deadline=None, max_examples=200, derandomize=True)
+@hypothesis_settings(deadline=None, max_examples=120, derandomize=True)
 @given(mask_settings_of_any_kind(BASELINES), st.integers(1, 40), st.integers(0, 2**32), st.data())
 def test_context_and_targets_of_the_papers_baselines_share_out_the_grid_at_any_settings(fields, batch, seed, data):
     try:
@@ -753,7 +753,7 @@ def test_what_is_refused_for_its_geometry_could_fail_and_what_is_accepted_could_
             MaskSettings(**wider)
 
 
-@hypothesis_settings(deadline=None, max_examples=300, derandomize=True)
+@hypothesis_settings(deadline=None, max_examples=200, derandomize=True)
 @given(mask_settings_of_any_kind(BASELINES))
 def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fields):
     """Compares the check with sizes found by brute force; what the refusal proposes is accepted."""
@@ -922,7 +922,7 @@ def check_against(reference, region, image_size, grid):
 SIDES = st.integers(1, 13)
 
 
-@hypothesis_settings(deadline=None, max_examples=150, derandomize=True)
+@hypothesis_settings(deadline=None, max_examples=80, derandomize=True)
 @given(SIDES, SIDES, st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32))
 def test_maps_of_pixels_give_the_patches_of_which_half_is_covered(height, width, rows, columns, num_maps, seed):
     assume((height, width) != (rows, columns))  # those are patches, not pixels
@@ -930,7 +930,7 @@ def test_maps_of_pixels_give_the_patches_of_which_half_is_covered(height, width,
     check_against(slow_maps, maps, (height, width), (rows, columns))
 
 
-@hypothesis_settings(deadline=None, max_examples=150, derandomize=True)
+@hypothesis_settings(deadline=None, max_examples=80, derandomize=True)
 @given(SIDES, SIDES, st.integers(1, 7), st.integers(1, 7), st.data())
 def test_boxes_give_the_patches_whose_centre_they_hold(height, width, rows, columns, data):
     def edges(pixels):  # in quarters of a pixel, so that they often lie on a centre

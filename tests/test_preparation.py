@@ -295,6 +295,8 @@ def test_tables_of_paths_keep_their_columns_and_tell_which_path_leads_nowhere(tm
     rows = prepared(tmp_path / "a.csv", tmp_path / "out", max_broken_share=0.5)
     assert [opened(row, "path").tobytes() for row in rows] == [noise(2).tobytes(), noise(0).tobytes()]
     assert list(rows["age"]) == [0, 2]
+    # decoded when read, though the table's paths were not
+    assert datasets.load_dataset(str(tmp_path / "out"), split="train").features["path"] == datasets.Image()
     assert list(rows["text"]) == ["0", "0"]
     (skipped,) = manifest_of(tmp_path / "out")["skipped"]
     assert (skipped["row"], skipped["path"]) == (1, str(tmp_path / "pictures" / "gone.png"))
@@ -362,6 +364,11 @@ def test_shards_are_read_by_datasets_with_features_and_by_streams_a_shard_a_file
     stream = datasets.load_dataset(str(out), split="train", streaming=True)
     assert stream.num_shards == len(files)
     assert [row["count"] for row in stream] == list(source["count"])
+    ours = sources.open_stream(DataArguments(dataset_name=str(out)), "train").rows
+    assert ours.num_shards == len(files)
+    assert [row["image"]["bytes"] for row in ours] == [
+        row["image"]["bytes"] for row in source.cast_column("image", datasets.Image(decode=False))
+    ]
 
 
 def test_another_split_may_be_added_and_any_name_of_one_is_found_again(tmp_path):
@@ -487,9 +494,14 @@ def test_a_killed_process_goes_on_where_it_was_and_half_a_data_set_is_not_read(t
     source = write_pictures(tmp_path / "in", 250, size=(120, 110), broken=(3,))
     options = {"shortest_side": 60, "shard_size": "100KB"}
     prepare(source, tmp_path / "whole", **options)
-    code = (
-        f"from ijepa_hf.preparation import prepare; prepare({str(source)!r}, {str(tmp_path / 'out')!r}, **{options!r})"
-    )
+    # slowed down, so that it is still at work when it is killed
+    code = f"""
+import time
+from ijepa_hf import preparation
+rewrite = preparation.rewrite_picture
+preparation.rewrite_picture = lambda *arguments: time.sleep(0.02) or rewrite(*arguments)
+preparation.prepare({str(source)!r}, {str(tmp_path / "out")!r}, **{options!r})
+"""
     child = subprocess.Popen([sys.executable, "-c", code], env=child_environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:

@@ -301,7 +301,7 @@ def render_report(output_dir: Path) -> str:
         )
     if report["scores"]:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]
-        lines += _score_table(report["scores"], "{:<34} {:>8} {:>8} {:>8}")
+        lines += _score_table(report["scores"], "{:<42} {:>8} {:>8} {:>8}")
         lines += ["", *_verdict(report["scores"])]
     figures = ", ".join(str(path) for path in sorted((output_dir / "figures").glob("*.png")))
     lines += ["", f"pictures: {figures}", "", "load it with:", "", *_loading_lines(str(output_dir))]
