@@ -29,7 +29,14 @@ def test_digits_beats_the_better_untrained_network_in_knn_and_linear(seed, tmp_p
 @pytest.mark.timeout(7200)
 def test_cifar10_trains_for_300_steps_without_collapse(cifar10_folder, tmp_path, child_environment):
     flags = ["--dataset_name", cifar10_folder, "--max_train_steps", 300, "--warmup_epochs", 0.02]
-    flags += ["--per_device_train_batch_size", 32, "--num_cpu_threads", 1]  # as in docs/cifar10.md
+    flags += [
+        "--per_device_train_batch_size",
+        32,
+        "--context_keep_ratio",
+        0.25,
+        "--num_cpu_threads",
+        1,
+    ]  # as in docs/cifar10.md
     pretrain(child_environment, "cifar10-vit-tiny", *flags, "--output_dir", tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 300

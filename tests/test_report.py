@@ -1,6 +1,8 @@
 """The report: scores that can be checked, rows that keep it honest, and texts that say what was measured."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ import torch
 import yaml
 from tiny import scrambled_model, tiny_config, tiny_run
 
-from ijepa_hf.arguments import DataArguments
+from ijepa_hf.arguments import DataArguments, ModelArguments
 from ijepa_hf.evaluation.knn import knn_accuracy
-from ijepa_hf.report import evaluate_encoder, load_evaluation_sets, render_report, score_encoder
+from ijepa_hf.report import evaluate_encoder, load_evaluation_sets, render_card, render_report, score_encoder
 from ijepa_hf.sources import load_digits
 
 DIGITS = {"dataset_name": "digits", "eval_split_name": "test", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -117,6 +119,17 @@ def test_the_card_has_valid_metadata_and_the_runs_numbers(run, report):
     assert f"{report['log']['loss_last']:.4f}" in body
     assert f"| trained encoder | {100 * report['scores'][0]['knn']:.1f} |" in body
     assert "max_train_steps: 6" in body
+
+
+def test_the_committed_card_is_what_the_committed_numbers_give():
+    root = Path(__file__).resolve().parent.parent
+    results = json.loads((root / "benchmarks" / "results" / "cifar10_vit_micro.json").read_text())
+    committed = results["runs"]["map-style"]["report"]
+    names = {field.name for field in dataclasses.fields(ModelArguments)}
+    fields = {name: value for name, value in committed["arguments"].items() if name in names}
+    card = root / "model_cards" / "cifar10-vit-micro" / "README.md"
+    assert render_card(committed, ModelArguments(**fields).to_config()) + "\n" == card.read_text("utf-8")
+    assert (card.parent / "figures" / "curves.png").is_file()
 
 
 def test_an_evaluation_split_without_labels_is_refused_with_the_columns(tmp_path):

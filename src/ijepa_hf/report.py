@@ -149,7 +149,7 @@ def write_report(
     }
     text = json.dumps(report, indent=2) + "\n"
     write_atomically(
-        output_dir / "README.md", lambda path: path.write_text(_render_card(report, model.config), "utf-8")
+        output_dir / "README.md", lambda path: path.write_text(render_card(report, model.config), "utf-8")
     )
     write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))  # last: it says "finished"
 
@@ -341,7 +341,16 @@ def _loading_lines(name: str) -> list[str]:
     ]
 
 
-def _render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
+def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
+    """The model card of a finished run.
+
+    Args:
+        report: As in `report.json`.
+        config: The model's.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+    """
     arguments = report["arguments"]
     data = ModelCardData(
         library_name="transformers",
