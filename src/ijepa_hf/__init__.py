@@ -6,7 +6,6 @@ they are: what this package saves must load with the stock classes, also where t
 
 from transformers import AutoModelForPreTraining
 from transformers import IJepaConfig as _StockIJepaConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import IJepaDataCollator
@@ -26,8 +25,5 @@ __all__ = [
     "draw_masks",
 ]
 
-# Files hold transformers' 4.x parameter names; without this its renaming skips classes that it does not ship.
-for _name in ("IJepaModel", "IJepaForPretraining"):
-    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping("IJepaModel"), overwrite=True)
 for _config in (_StockIJepaConfig, IJepaConfig):
     AutoModelForPreTraining.register(_config, IJepaForPretraining, exist_ok=True)

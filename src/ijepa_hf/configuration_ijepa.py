@@ -14,7 +14,7 @@ from typing import Any, Self
 from transformers import IJepaConfig as StockIJepaConfig
 from transformers import PreTrainedConfig
 
-from ijepa_hf.masking import MaskSettings
+from .masking import MaskSettings  # relative: the file is shipped with models, see export.py
 
 MASK_FIELDS = (
     "masking_strategy",

@@ -2,8 +2,10 @@
 
     folder/              config.json model.safetensors preprocessor_config.json     the target encoder, keys `ijepa.*`
     folder/pretraining/  config.json model.safetensors                              both encoders and the predictor
+    folder/              configuration_ijepa.py masking.py modeling_ijepa.py        their code, for use without us
 
-`AutoModel`, the stock heads and pipelines read the root; `IJepaForPretraining.from_pretrained(folder)` finds the rest.
+`AutoModel`, the stock heads and pipelines read the root; `IJepaForPretraining.from_pretrained(folder)` finds the rest,
+and so does `AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)` where this package is missing.
 Each file is written beside its place and moved there, and both weight files carry the optimiser step, so that a half
 written export is noticed (`exported_step`) and written again.
 """
@@ -12,6 +14,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -23,12 +26,16 @@ from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, 
 
 WEIGHTS_FILE = "model.safetensors"
 BILINEAR = 2  # PIL's number, as image processors write it
+# What `IJepaForPretraining` is made of. These modules import each other relatively and nothing else of the package.
+CODE_FILES = ("configuration_ijepa.py", "masking.py", "modeling_ijepa.py")
+# Only for the full model: `AutoModel` and `AutoConfig` have to give the stock classes, with and without remote code.
+_AUTO_MAP = {"AutoModelForPreTraining": "modeling_ijepa.IJepaForPretraining"}
 
 
 def export_model(
     model: IJepaForPretraining, folder: Path, *, step: int, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> None:
-    """Writes the two-part folder.
+    """Writes the two-part folder and the code of the full model.
 
     Args:
         model: The model.
@@ -44,6 +51,18 @@ def export_model(
     _write_part(folder, "IJepaModel", model.config, encoder, step)
     processor = json.dumps(image_processor_fields(model.config, image_mean, image_std), indent=2)
     write_atomically(folder / "preprocessor_config.json", lambda path: path.write_text(processor + "\n", "utf-8"))
+    write_code_files(folder)
+
+
+def write_code_files(folder: Path) -> None:
+    """Writes the modules that `auto_map` in the folder's config.json names.
+
+    Args:
+        folder: A model folder.
+    """
+    for name in CODE_FILES:
+        code = (resources.files("ijepa_hf") / name).read_bytes()
+        write_atomically(folder / name, lambda path, code=code: path.write_bytes(code))
 
 
 def exported_step(folder: Path) -> int | None:
@@ -119,6 +138,7 @@ def _write_part(
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(config)
     config.architectures = [architecture]
+    config.auto_map = dict(_AUTO_MAP)
     config.dtype = next(value.dtype for name, value in state.items() if not name.endswith("position_embeddings"))
     write_atomically(folder / "config.json", lambda path: config.to_json_file(path))
     metadata = {"format": "pt", "step": str(step)}

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.ijepa import modeling_ijepa as stock
 from transformers.utils import CONFIG_NAME, ModelOutput, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.masking import draw_masks
+from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see export.py
+from .masking import draw_masks
 
 PRETRAINING_SUBFOLDER = "pretraining"
 TARGET_NORM_EPS = 1e-5  # of the layer norm without affine over the targets; the encoders' own is `layer_norm_eps`
@@ -643,3 +644,9 @@ def _check_indices(name: str, indices: Tensor, batch: int, ndims: tuple[int, ...
             f"{name} have shape {list(indices.shape)}; for {batch} images they must be {expected}, with B={batch}, "
             "and not empty."
         )
+
+
+# Files hold transformers' 4.x parameter names; without this its renaming skips classes that it does not ship. Here and
+# not in `__init__.py`, because this file also runs without the package, as the code of a downloaded model.
+for _name in ("IJepaModel", "IJepaForPretraining"):
+    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping("IJepaModel"), overwrite=True)

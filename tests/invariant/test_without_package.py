@@ -1,17 +1,20 @@
 """Invariant 9: what a run leaves behind works in an environment without this package, with the features it
-evaluated."""
+evaluated; the full model runs from the code that lies beside it."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_run
+from tiny import tiny_batch, tiny_run
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from ijepa_hf import IJepaForPretraining
+from ijepa_hf import IJepaForPretraining, modeling_ijepa
+from ijepa_hf.export import CODE_FILES
 from ijepa_hf.sources import load_digits
 
 PROGRAM = """
@@ -79,9 +82,47 @@ def test_stock_classes_give_the_runs_own_features_where_the_package_cannot_be_im
     torch.testing.assert_close(answer["pipeline"], expected, atol=1e-5, rtol=0)
 
 
-def test_nothing_in_the_folder_needs_pickle_or_remote_code(run):
+FULL_MODEL = """
+import sys
+sys.modules["ijepa_hf"] = None
+folder, inputs, answer = sys.argv[1:]
+import torch
+from transformers import AutoModel, AutoModelForPreTraining, IJepaModel
+model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    output = model(**torch.load(inputs, weights_only=True))
+torch.save({"loss": output.loss, "predictions": output.predictions, "targets": output.targets}, answer)
+print(sorted({parameter.requires_grad for parameter in model.target_encoder.parameters()}))
+print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is IJepaModel)
+"""
+
+
+def test_the_full_model_runs_from_the_code_in_the_folder_with_the_same_bits(run, tmp_path, child_environment):
+    model = IJepaForPretraining.from_pretrained(run)
+    torch.save(tiny_batch(model.config), tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", FULL_MODEL, str(run), str(tmp_path / "inputs.pt"), str(tmp_path / "answer.pt")]
+    environment = {**child_environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-2:] == ["[False]", "True"]
+    with torch.no_grad():
+        expected = model(**tiny_batch(model.config))
+    answer = torch.load(tmp_path / "answer.pt", weights_only=True)
+    assert all(torch.equal(answer[name], expected[name]) for name in ("loss", "predictions", "targets"))
+
+
+def test_nothing_in_the_folder_needs_pickle_and_only_the_full_model_names_code(run):
     files = [path for path in run.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors", ".md", ".png"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors", ".md", ".png", ".py"}
+    assert {path.name for path in files if path.suffix == ".py"} == set(CODE_FILES)
     for path in files:
         if path.name == "config.json":
-            assert "auto_map" not in json.loads(path.read_text())
+            auto_map = json.loads(path.read_text())["auto_map"]
+            assert auto_map == {"AutoModelForPreTraining": "modeling_ijepa.IJepaForPretraining"}
+
+
+def test_the_code_in_the_folder_imports_nothing_else_of_the_package():
+    for name in CODE_FILES:
+        path = Path(modeling_ijepa.__file__).with_name(name)
+        assert set(get_relative_imports(path)) <= {Path(file).stem for file in CODE_FILES}
+        assert "ijepa_hf" not in get_imports(path)
