@@ -10,6 +10,7 @@ from ijepa_hf.arguments import (
     ARGUMENT_CLASSES,
     ModelArguments,
     argument_names,
+    argument_values,
     build_parser,
     load_recipe,
     parse_arguments,
@@ -83,18 +84,16 @@ def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
 
 def test_every_model_argument_is_a_config_field_with_the_same_default():
     config = IJepaConfig()
-    for entry in dataclasses.fields(ModelArguments):
-        if entry.name == "attn_implementation":
-            continue
-        value = getattr(ModelArguments().to_config(), entry.name)
-        assert value == getattr(config, entry.name), entry.name
+    for name in argument_values(ModelArguments()):
+        if name != "attn_implementation":
+            assert getattr(ModelArguments().to_config(), name) == getattr(config, name), name
 
 
 def test_no_two_argument_groups_share_a_name_and_each_argument_has_a_help_text():
     names = [entry.name for cls in ARGUMENT_CLASSES for entry in dataclasses.fields(cls)]
     assert len(names) == len(set(names))
     for cls in ARGUMENT_CLASSES:
-        for entry in dataclasses.fields(cls):
+        for entry in (entry for entry in dataclasses.fields(cls) if entry.init):
             assert entry.metadata["help"].endswith("."), entry.name
 
 
@@ -105,6 +104,41 @@ def test_help_shows_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--ema_momentum" in text
     assert "default: 0.996" in text
+
+
+def base_config(**changes):
+    fields = {"image_size": 64, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "intermediate_size": 100, "layer_norm_eps": 1e-5, "qkv_bias": False, "predictor_hidden_size": 24,
+              "context_keep_ratio": 0.4}  # fmt: skip
+    return IJepaConfig(**{**fields, **changes})
+
+
+def test_a_model_from_weights_is_as_they_are_but_for_what_recipe_and_flags_set(tmp_path):
+    recipe = tmp_path / "adapt.yaml"
+    recipe.write_text("dataset_name: digits\nlearning_rate: 1e-4\nmodel_name_or_path: somewhere\nmask_ratio: null\n")
+    model, _, _ = parse_arguments([str(recipe), "--image_size", "96"])
+    config = model.to_config(base_config())
+    assert config.to_diff_dict() == {**base_config().to_diff_dict(), "image_size": 96}
+    assert (config.layer_norm_eps, config.qkv_bias, config.context_keep_ratio) == (1e-5, False, 0.4)
+    # the record then holds the values of the weights
+    recorded = argument_values(model.resolved(config))
+    assert (recorded["image_size"], recorded["patch_size"], recorded["hidden_size"]) == ([96], [8], 48)
+    assert recorded["intermediate_size"] == 100
+    assert recorded["context_scale"] == [0.85, 1.0]
+
+
+def test_another_masking_strategy_does_not_inherit_the_numbers_of_the_weights_own():
+    flags = ["--dataset_name", "digits", "--learning_rate", "1", "--model_name_or_path", "x"]
+    model, _, _ = parse_arguments([*flags, "--masking_strategy", "rasterized"])
+    config = model.to_config(base_config())
+    assert (config.masking_strategy, config.context_keep_ratio) == ("rasterized", 0.25)
+
+
+def test_a_token_on_the_command_line_is_refused_and_not_repeated():
+    for words in (["--hub_token", "hf_canary"], ["--hub_token=hf_canary"]):
+        with pytest.raises(ValueError, match="hf auth login.*HF_TOKEN") as error:
+            parse_arguments(["digits", *words])
+        assert "canary" not in str(error.value)
 
 
 MISTAKES = [
@@ -122,6 +156,12 @@ MISTAKES = [
     (["digits", "--num_train_epochs", "0"], "num_train_epochs=0"),
     (["digits", "--weight_decay", "-1"], "weight_decay=-1"),
     (["digits", "--max_grad_norm", "0"], "max_grad_norm=0"),
+    (["digits", "--push_to_hub"], "push_to_hub needs the repository's name; add --hub_model_id"),
+    (["digits", "--resume_from_checkpoint", "hub"], "resume_from_checkpoint='hub' needs .* --hub_model_id"),
+    (["digits", "--hub_strategy", "always"], "hub_strategy='always' must be 'end' or 'checkpoint'"),
+    (["digits", "--new_predictor"], "new_predictor=True is about weights to start from.*--model_name_or_path"),
+    (["digits", "--predictor_warmup_steps", "3"], "predictor_warmup_steps=3 is about weights to start from"),
+    (["digits", "--predictor_warmup_steps", "-3"], "predictor_warmup_steps=-3 must be at least 0"),
 ]
 
 

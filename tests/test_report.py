@@ -1,18 +1,15 @@
 """The report: scores that can be checked, rows that keep it honest, and texts that say what was measured."""
 
-import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from tiny import scrambled_model, tiny_config, tiny_run
 
-from ijepa_hf.arguments import DataArguments, ModelArguments
+from ijepa_hf.arguments import DataArguments
 from ijepa_hf.evaluation.knn import knn_accuracy
-from ijepa_hf.report import evaluate_encoder, load_evaluation_sets, render_card, render_report, score_encoder
+from ijepa_hf.report import describe_machine, evaluate_encoder, load_evaluation_sets, render_report, score_encoder
 from ijepa_hf.sources import load_digits
 
 DIGITS = {"dataset_name": "digits", "eval_split_name": "test", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -70,6 +67,24 @@ def test_an_untrained_model_scores_as_the_untrained_row_says():
     assert {**rows[0], "features": ""} == {**rows[1], "features": ""}
 
 
+def test_the_weights_that_a_run_started_from_stand_beside_the_trained_encoder():
+    evaluation = load_evaluation_sets(DataArguments(**DIGITS, max_eval_samples=100), tiny_config())
+    model, before = scrambled_model(), scrambled_model(seed=5)
+    means = [0.5] * 3, [0.5] * 3
+    rows = score_encoder(model, evaluation, *means, seed=0, starting_encoder=before.target_encoder)
+    alone = score_encoder(before, evaluation, *means, seed=0)
+    assert [row["features"] for row in rows[:2]] == ["trained encoder", "the weights it started from"]
+    assert {**rows[1], "features": ""} == {**alone[0], "features": ""}
+    assert rows[2:] == alone[1:]
+
+
+def test_the_machine_is_said_in_words_and_versions():
+    machine = describe_machine(torch.device("cpu"), 2)
+    assert machine["device"].startswith("a CPU (")
+    assert machine["device"].endswith(", 1 thread")
+    assert (machine["processes"], machine["torch"]) == (2, torch.__version__)
+
+
 def test_scores_made_while_a_run_goes_on_are_those_of_its_report():
     evaluation = load_evaluation_sets(DataArguments(**DIGITS, max_eval_samples=100), tiny_config())
     model = scrambled_model()
@@ -107,29 +122,6 @@ def test_the_text_names_scores_winners_pictures_and_three_lines_that_load_it(run
     names = {"image": Image.new("RGB", (40, 40))}
     exec("\n".join(lines), names)
     assert names["features"].shape == (1, 32)
-
-
-def test_the_card_has_valid_metadata_and_the_runs_numbers(run, report):
-    card = (run / "README.md").read_text()
-    _, header, body = card.split("---\n", 2)
-    metadata = yaml.safe_load(header)
-    assert metadata["library_name"] == "transformers"
-    assert metadata["pipeline_tag"] == "image-feature-extraction"
-    assert "# digits-tiny" in body
-    assert f"{report['log']['loss_last']:.4f}" in body
-    assert f"| trained encoder | {100 * report['scores'][0]['knn']:.1f} |" in body
-    assert "max_train_steps: 6" in body
-
-
-def test_the_committed_card_is_what_the_committed_numbers_give():
-    root = Path(__file__).resolve().parent.parent
-    results = json.loads((root / "benchmarks" / "results" / "cifar10_vit_micro.json").read_text())
-    committed = results["runs"]["map-style"]["report"]
-    names = {field.name for field in dataclasses.fields(ModelArguments)}
-    fields = {name: value for name, value in committed["arguments"].items() if name in names}
-    card = root / "model_cards" / "cifar10-vit-micro" / "README.md"
-    assert render_card(committed, ModelArguments(**fields).to_config()) + "\n" == card.read_text("utf-8")
-    assert (card.parent / "figures" / "curves.png").is_file()
 
 
 def test_an_evaluation_split_without_labels_is_refused_with_the_columns(tmp_path):

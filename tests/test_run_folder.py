@@ -2,7 +2,7 @@
 
 import json
 
-from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.arguments import PretrainingArguments, argument_values, parse_arguments
 from ijepa_hf.checkpointing import Checkpoint
 from ijepa_hf.run_folder import append_rows, differing_arguments, prepare_output_dir, read_rows
 
@@ -30,12 +30,12 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_step_and_drops_later_ones(
     new.mkdir()
     append_rows(new / "unreadable_images.jsonl", [{"step": 1, "file": "of another life"}])
     run = PretrainingArguments(learning_rate=1e-3)
-    prepare_output_dir(new, ARGUMENTS, run, Checkpoint(old / "checkpoint-4", 4, {}, ARGUMENTS))
+    prepare_output_dir(new, ARGUMENTS, {"hidden_size": 32}, run, Checkpoint(old / "checkpoint-4", 4, {}, ARGUMENTS))
     for name in ("metrics.jsonl", "evaluations.jsonl", "unreadable_images.jsonl"):
         assert read_rows(new / name) == [{"step": step, "file": name} for step in (1, 4)]
-    assert json.loads((new / "run.json").read_text()) == {"arguments": ARGUMENTS}
+    assert json.loads((new / "run.json").read_text()) == {"arguments": ARGUMENTS, "config": {"hidden_size": 32}}
     # from the start, nothing of an earlier life stays
-    prepare_output_dir(new, ARGUMENTS, run, None)
+    prepare_output_dir(new, ARGUMENTS, {}, run, None)
     assert read_rows(new / "metrics.jsonl") == []
     assert not (new / "unreadable_images.jsonl").exists()
 
@@ -46,3 +46,19 @@ def test_arguments_that_change_no_weight_may_differ_and_others_are_named():
     official = {**ARGUMENTS, "masking_strategy": "multi_block_official"}
     named = differing_arguments(official, {**official, "per_device_train_batch_size": 4})
     assert named == ["per_device_train_batch_size is 8 there, 4 here"]
+
+
+def test_an_argument_that_an_older_run_lacks_counts_as_its_default():
+    old = {name: value for name, value in ARGUMENTS.items() if name != "seed"}
+    assert differing_arguments(old, ARGUMENTS) == []
+    assert differing_arguments(old, {**ARGUMENTS, "seed": 1}) == ["seed is 0 there, 1 here"]
+
+
+def test_the_recipe_in_the_folder_gives_the_arguments_of_the_run(tmp_path):
+    flags = ["digits", "--learning_rate", "0.002", "--image_mean", "0.1", "0.2", "0.3", "--hub_model_id", "me/x"]
+    model, data, run = parse_arguments([*flags, "--output_dir", str(tmp_path / "run"), "--push_to_hub"])
+    prepare_output_dir(tmp_path / "run", argument_values(model, data, run), {}, run, None)
+    again = parse_arguments([str(tmp_path / "run" / "recipe.yaml")])
+    expected = argument_values(model, data, run)
+    changed = {name for name, value in argument_values(*again).items() if value != expected[name]}
+    assert changed == {"output_dir", "push_to_hub", "hub_model_id"}

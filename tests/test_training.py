@@ -11,16 +11,10 @@ from tiny import final_weights, logged, scrambled_model, tiny_batch, tiny_config
 from ijepa_hf import training
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.checkpointing import find_latest
-from ijepa_hf.export import exported_step
+from ijepa_hf.export import CODE_FILES, exported_step
+from ijepa_hf.plan import StepValues
 from ijepa_hf.report import render_report
-from ijepa_hf.training import (
-    NonFiniteLossError,
-    StepValues,
-    make_optimizer,
-    make_plan,
-    training_step,
-    values_at,
-)
+from ijepa_hf.training import NonFiniteLossError, make_optimizer, training_step
 
 
 @pytest.fixture(scope="module")
@@ -55,36 +49,26 @@ def test_scheduled_values_reach_the_right_groups():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
-def test_plan_counts_steps_warm_up_and_schedules():
-    run = PretrainingArguments(
-        base_learning_rate=1e-3,
-        num_train_epochs=10,
-        warmup_epochs=2.5,
-        schedule_scale=1.25,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-    )
-    plan = make_plan(run, num_samples=1000, num_ranks=4)
-    assert (plan.global_batch_size, plan.steps_per_epoch, plan.num_steps) == (64, 15, 150)
-    assert (plan.warmup_steps, plan.schedule_steps, plan.momentum_steps) == (37, 187, 187.5)
-    assert plan.learning_rate == pytest.approx(1e-3 * 64 / 256)
-    run.max_train_steps = 40
-    assert make_plan(run, 1000, 4).num_steps == 40
-    run.max_train_steps = 37
-    with pytest.raises(
-        ValueError, match=r"warmup_epochs=2.5 are 37 steps, but the run has only 37; use --warmup_epochs"
-    ):
-        make_plan(run, 1000, 4)
-
-
-def test_values_rise_through_the_warm_up_and_momentum_starts_at_its_first_value():
-    run = PretrainingArguments(
-        learning_rate=1.0, start_learning_rate=0.2, warmup_epochs=1, per_device_train_batch_size=10
-    )
-    plan = make_plan(run, num_samples=100, num_ranks=1)
-    assert values_at(0, run, plan).learning_rate == pytest.approx(0.2 + 0.8 / 10)
-    assert values_at(9, run, plan).learning_rate == pytest.approx(1.0)
-    assert values_at(0, run, plan).ema_momentum == 0.996
+def test_with_frozen_encoders_only_the_predictor_moves_and_the_encoder_gets_no_optimiser_state():
+    model = scrambled_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = make_optimizer(model, PretrainingArguments(learning_rate=1e-3))
+    values = StepValues(1e-2, 0.3, 1.0, encoder_is_frozen=True)
+    batch = tiny_batch(model.config)
+    result = training_step(Accelerator(cpu=True), model, model, optimizer, [batch], values, max_grad_norm=1.0)
+    moved = {
+        name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert moved == {"predictor"}
+    assert result.grad_norm_encoder > 0  # what would have moved it is still logged
+    known = {id(parameter) for parameter in optimizer.state}
+    assert not known & {id(parameter) for parameter in model.context_encoder.parameters()}
+    # and when it thaws, the encoder's AdamW starts at its first step: the first update of every weight is lr in size
+    frozen = {name: parameter.detach().clone() for name, parameter in model.context_encoder.named_parameters()}
+    values = StepValues(1e-3, 0.0, 0.9)
+    training_step(Accelerator(cpu=True), model, model, optimizer, [tiny_batch(model.config)], values)
+    step = (model.context_encoder.layers[0].mlp.fc1.weight - frozen["layers.0.mlp.fc1.weight"]).abs()
+    assert step.median().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_clipping_limits_the_step_and_the_logged_norms_are_those_before_it():
@@ -110,7 +94,7 @@ def test_a_run_leaves_behind_what_the_documents_say(run):
     entries = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "metrics.jsonl"}
     expected |= {"run.json", "report.json", "pretraining/config.json", "pretraining/model.safetensors"}
-    expected |= {"figures/masks.png", "figures/curves.png"}
+    expected |= {"figures/masks.png", "figures/curves.png", "recipe.yaml", *CODE_FILES}
     expected |= {
         f"checkpoint-{step}/{name}"
         for step in (4, 6)
@@ -124,7 +108,14 @@ def test_metrics_have_a_line_each_with_every_promised_number(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     promised = {"step", "epoch", "loss", "learning_rate", "weight_decay", "ema_momentum", "grad_norm_encoder"}
-    promised |= {"grad_norm_predictor", "images_per_second", "data_wait_share", "target_std", "target_rankme"}
+    promised |= {
+        "grad_norm_predictor",
+        "seconds",
+        "images_per_second",
+        "data_wait_share",
+        "target_std",
+        "target_rankme",
+    }
     for row in rows:
         assert set(row) == promised
         assert 0 <= row["data_wait_share"] <= 1

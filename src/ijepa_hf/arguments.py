@@ -7,7 +7,7 @@ names, shipped inside the package (`recipe_names()`) or given by path; flags ove
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
 
+HUB_STRATEGIES = ("end", "checkpoint")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -76,20 +77,54 @@ class ModelArguments:
     attn_implementation: str | None = _help(
         "Attention backend: sdpa, eager, ...; transformers' choice if not given.", None
     )
+    # Names that a recipe or a flag set: what a run that starts from weights asks to be otherwise than in the weights.
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
-    def to_config(self) -> IJepaConfig:
+    def to_config(self, base: IJepaConfig | None = None) -> IJepaConfig:
         """Returns the validated model configuration.
+
+        Args:
+            base: The configuration of the weights to start from, if any: whatever no recipe or flag set is as there.
 
         Raises:
             ValueError: If a field is bad or a geometry cannot fit; the message says what would.
         """
-        fields = dataclasses.asdict(self)
-        fields.pop("attn_implementation")
-        for name in ("image_size", "patch_size"):
-            fields[name] = fields[name][0] if len(fields[name]) == 1 else fields[name]
+        fields = self._config_fields()
+        if base is not None:
+            changes = {name: value for name, value in fields.items() if name in self.given}
+            if fields["masking_strategy"] != base.masking_strategy and "masking_strategy" in changes:
+                # what belongs to the other strategy goes with it
+                changes = {**{name: fields[name] for name in MASK_FIELDS}, **changes}
+            return base.replace(**changes)
         if fields["intermediate_size"] is None:
             fields["intermediate_size"] = 4 * fields["hidden_size"]
         return IJepaConfig(**fields)
+
+    def resolved(self, config: IJepaConfig) -> "ModelArguments":
+        """The same arguments with the values that a configuration has, so that a run's record says what it was.
+
+        Args:
+            config: From `to_config`.
+
+        Returns:
+            New arguments.
+        """
+        values = {name: getattr(config, name) for name in self._config_fields()}
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value)
+        for name, shape in (("image_size", config.image_shape), ("patch_size", config.patch_shape)):
+            values[name] = [shape[0]] if shape[0] == shape[1] else list(shape)
+        changed = dataclasses.replace(self, **values)
+        changed.given = self.given
+        return changed
+
+    def _config_fields(self) -> dict[str, Any]:
+        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.init}
+        fields.pop("attn_implementation")
+        for name in ("image_size", "patch_size"):
+            fields[name] = fields[name][0] if len(fields[name]) == 1 else fields[name]
+        return fields
 
 
 @dataclass
@@ -192,7 +227,21 @@ class PretrainingArguments:
 
     output_dir: str | None = _help("Folder of the run; runs/<recipe> if not given.", None)
     overwrite_output_dir: bool = _help("Delete what another run left in output_dir.", False)
-    resume_from_checkpoint: str | None = _help("A checkpoint folder, or `latest` of output_dir.", None)
+    resume_from_checkpoint: str | None = _help(
+        "A checkpoint folder, `latest` of output_dir, or `hub`: the last one that hub_model_id has.", None
+    )
+    model_name_or_path: str | None = _help(
+        "Weights to start from: a Hub id, a model folder, or a published .pth.tar; of I-JEPA, ViT or ViT-MAE. What "
+        "neither recipe nor flag sets of the model is then as in the weights.",
+        None,
+    )
+    model_revision: str | None = _help("Branch, tag or commit of model_name_or_path on the Hub.", None)
+    new_predictor: bool = _help("Start with an untrained predictor even where the weights have one.", False)
+    predictor_warmup_steps: int | None = _help(
+        "Optimiser steps at the start that train the predictor alone, before the schedules begin; if not given, a "
+        "twentieth of the run where the weights to start from have no predictor, else 0.",
+        None,
+    )
     learning_rate: float | None = _help("Highest learning rate.", None)
     base_learning_rate: float | None = _help("Instead of learning_rate: times global batch / 256.", None)
     start_learning_rate: float = _help("Learning rate at the start of the warm-up.", 0.0)
@@ -226,6 +275,17 @@ class PretrainingArguments:
         None,
     )
     report_to: list[str] = _help("Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", [])
+    license: str | None = _help(
+        "Licence of the weights, for their card: apache-2.0, cc-by-4.0, ...; that of model_name_or_path if not given.",
+        None,
+    )
+    push_to_hub: bool = _help("Upload the model to hub_model_id, beside the training.", False)
+    hub_model_id: str | None = _help("Repository on the Hub, such as me/my-ijepa.", None)
+    hub_private_repo: bool = _help("Make the repository private, where it is made.", False)
+    hub_strategy: str = _help(
+        "end: upload the finished model; checkpoint: after each save the model and the state to resume from.", "end"
+    )
+    hub_revision: str | None = _help("Branch to upload to; main if not given.", None)
 
     def check(self) -> None:
         """Raises `ValueError` if a value is bad."""
@@ -260,9 +320,37 @@ class PretrainingArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be greater than 0.")
+        self._check_start()
+        self._check_hub()
+
+    def _check_start(self) -> None:
+        _check_at_least(self, 0, "predictor_warmup_steps")
+        if self.model_name_or_path is not None:
+            return
+        for name in ("model_revision", "new_predictor", "predictor_warmup_steps"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is about weights to start from, but there are none; name them "
+                    "with --model_name_or_path, or leave it out."
+                )
+
+    def _check_hub(self) -> None:
+        if self.hub_strategy not in HUB_STRATEGIES:
+            raise ValueError(f"hub_strategy={self.hub_strategy!r} must be 'end' or 'checkpoint'.")
+        for name, asks in (
+            ("push_to_hub", self.push_to_hub),
+            ("resume_from_checkpoint='hub'", self.resume_from_checkpoint == "hub"),
+        ):
+            if asks and self.hub_model_id is None:
+                raise ValueError(f"{name} needs the repository's name; add --hub_model_id, such as me/my-ijepa.")
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, PretrainingArguments)
+# About one folder or one upload, not about what a run does.
+_LOCAL_ARGUMENTS = frozenset(
+    ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo",
+     "hub_strategy", "hub_revision"]
+)  # fmt: skip
 
 
 def recipe_names() -> list[str]:
@@ -314,7 +402,35 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 def argument_names() -> set[str]:
     """Returns the names of all arguments, as written in recipes."""
-    return {entry.name for cls in ARGUMENT_CLASSES for entry in dataclasses.fields(cls)}
+    return {entry.name for cls in ARGUMENT_CLASSES for entry in _entries(cls)}
+
+
+def argument_values(*groups: ModelArguments | DataArguments | PretrainingArguments) -> dict[str, Any]:
+    """Returns the names and values of all arguments in some groups, in their order."""
+    return {entry.name: getattr(group, entry.name) for group in groups for entry in _entries(group)}
+
+
+def argument_defaults() -> dict[str, Any]:
+    """Returns the default of each argument."""
+    return argument_values(ModelArguments(), DataArguments(), PretrainingArguments())
+
+
+def as_recipe(arguments: Mapping[str, Any]) -> str:
+    """Writes the arguments of a run as a recipe that starts the same run again, wherever its folder is.
+
+    Args:
+        arguments: Names and values; those that are no argument, or about this folder or machine only, are left out.
+
+    Returns:
+        YAML.
+    """
+    defaults = argument_defaults()
+    kept = {
+        name: value
+        for name, value in arguments.items()
+        if name in defaults and name not in _LOCAL_ARGUMENTS and value not in (None, [])
+    }
+    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
 def build_parser(prog: str = "ijepa-hf pretrain") -> HfArgumentParser:
@@ -355,6 +471,11 @@ def parse_arguments(
         raise ValueError(
             f"{named.recipe!r} stands after a flag; the recipe comes first: ijepa-hf pretrain {named.recipe} ..."
         )
+    if any(word.split("=")[0] == "--hub_token" for word in unknown):  # the value must not be repeated
+        raise ValueError(
+            "--hub_token would show the token to everyone who can list processes; log in once with `hf auth login`, "
+            "or set the environment variable HF_TOKEN."
+        )
     if unknown:
         known = {f"--{name}" for name in argument_names()}
         raise ValueError(
@@ -367,9 +488,13 @@ def parse_arguments(
             values.pop(other, None)  # two names of one thing: the flag's wins over the recipe's
     defaults = as_flags(values)
     model, data, run, _ = parser.parse_args_into_dataclasses(args=[*positional, *defaults, *flags])
+    model.given = frozenset(name for name, value in values.items() if value is not None) | {
+        word[2:].split("=")[0] for word in flags if word.startswith("--")
+    }
     if run.output_dir is None:
         run.output_dir = str(Path("runs") / (Path(recipe).stem if recipe else "ijepa"))
-    data.check(model)
+    if run.model_name_or_path is None:  # else the weights have a say in what the data are checked against
+        data.check(model)
     run.check()
     if run.eval_steps is not None and data.eval_split_name is None:
         raise ValueError(
@@ -409,6 +534,11 @@ def nearest_name(name: str, known: set[str]) -> str:
     """
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(known))}."
+
+
+def _entries(group: Any) -> list[dataclasses.Field]:
+    """The arguments among the fields of a group."""
+    return [entry for entry in dataclasses.fields(group) if entry.init]
 
 
 def _check_at_least(arguments: Any, least: int, *names: str) -> None:

@@ -1,7 +1,8 @@
-"""The command line: `ijepa-hf pretrain`, `prepare`, `visualize` and `convert`.
+"""The command line: `ijepa-hf pretrain`, `finetune`, `prepare`, `visualize`, `convert` and `push`.
 
 Exit codes: 0 done; 1 an unexpected error; 2 something the user can mend (a flag, a file, a folder), said in one line;
-3 training stopped because the loss was NaN or infinite; 130 interrupted.
+3 training stopped because the loss was NaN or infinite; 4 training is finished, but its upload did not arrive whole;
+130 interrupted.
 """
 
 import argparse
@@ -18,10 +19,12 @@ if TYPE_CHECKING:  # imported where they are used, so that --help answers at onc
     from ijepa_hf.configuration_ijepa import IJepaConfig
 
 COMMANDS = {
-    "pretrain": "pretrain an I-JEPA model on your images",
+    "pretrain": "pretrain an I-JEPA model on your images, from nothing or from weights that exist",
+    "finetune": "train an encoder with a classification head on labelled images",
     "prepare": "write images of any source as parquet shards, made small once instead of in every epoch",
     "visualize": "draw or measure the masks of a recipe before training with it",
-    "convert": "turn a published I-JEPA checkpoint (.pth.tar) into a model folder",
+    "convert": "turn a published I-JEPA checkpoint (.pth.tar) into a model folder, or a model folder into such a file",
+    "push": "upload a run's, a converted or a fine-tuned model's folder to the Hub",
 }
 _IMAGES_SHOWN = 6
 
@@ -48,11 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = argv[argv.index(command) + 1 :]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return {"pretrain": _pretrain, "prepare": _prepare, "visualize": _visualize, "convert": _convert}[command](
-            rest
-        )
+        return {
+            "pretrain": _pretrain,
+            "finetune": _finetune,
+            "prepare": _prepare,
+            "visualize": _visualize,
+            "convert": _convert,
+            "push": _push,
+        }[command](rest)
     except KeyboardInterrupt:
-        advice = "; the same command with --resume_from_checkpoint latest goes on" if command == "pretrain" else ""
+        resumable = command in ("pretrain", "finetune")
+        advice = "; the same command with --resume_from_checkpoint latest goes on" if resumable else ""
         print(f"\ninterrupted{advice}.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
@@ -62,13 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.arguments import parse_arguments
-    from ijepa_hf.training import NonFiniteLossError, pretrain
+    from ijepa_hf.training import NonFiniteLossError, UploadIncompleteError, pretrain
 
     try:
         pretrain(*parse_arguments(argv))
     except NonFiniteLossError as error:
         print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
         return 3
+    except UploadIncompleteError as error:
+        print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
+        return 4
+    return 0
+
+
+def _finetune(argv: list[str]) -> int:
+    from ijepa_hf.evaluation.finetune import finetune, parse_finetune_arguments
+
+    print(finetune(parse_finetune_arguments(argv)))
     return 0
 
 
@@ -173,10 +192,24 @@ def build_visualize_parser() -> "HfArgumentParser":
 
 
 def _convert(argv: list[str]) -> int:
-    from ijepa_hf.conversion import convert
+    from ijepa_hf.conversion import convert, convert_to_official
 
     named = build_convert_parser().parse_args(argv)
-    print(convert(named.checkpoint, named.output_dir, num_attention_heads=named.num_attention_heads))
+    if named.to == "official":
+        for name in ("num_attention_heads", "published_code"):
+            if getattr(named, name) is not None:
+                raise ValueError(f"{name} is about reading a published checkpoint; leave it out with --to official.")
+        print(convert_to_official(named.source, named.target, with_optimizer=named.with_optimizer))
+        return 0
+    print(
+        convert(
+            named.source,
+            named.target,
+            num_attention_heads=named.num_attention_heads,
+            with_optimizer=named.with_optimizer,
+            published_code=named.published_code,
+        )
+    )
     return 0
 
 
@@ -186,13 +219,66 @@ def build_convert_parser() -> argparse.ArgumentParser:
         prog="ijepa-hf convert",
         description=COMMANDS["convert"],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", help="The .pth.tar file; read without running any code in it.")
-    parser.add_argument("output_dir", help="The folder to write; must be empty or missing.")
+    parser.add_argument("source", help="The .pth.tar file, read without running any code in it; or a model folder.")
+    parser.add_argument("target", help="The folder to write, empty or missing; or the .pth.tar file.")
+    parser.add_argument(
+        "--to",
+        choices=["transformers", "official"],
+        default="transformers",
+        help="transformers: a model folder; official: a file that the published code loads.",
+    )
+    parser.add_argument(
+        "--with_optimizer",
+        action="store_true",
+        help="Carry the optimiser's state over too, so that the run goes on where it was.",
+    )
     parser.add_argument(
         "--num_attention_heads",
         type=int,
         help="Heads of both networks; only needed for an encoder that is not a published size.",
+    )
+    parser.add_argument(
+        "--published_code",
+        help="Folder of the published code: it is run in a process of its own, and the outputs of both sides compared.",
+    )
+    return parser
+
+
+def _push(argv: list[str]) -> int:
+    from ijepa_hf.hub import push_folder
+
+    named = build_push_parser().parse_args(argv)
+    address = push_folder(
+        Path(named.folder),
+        named.repo,
+        private=named.hub_private_repo,
+        revision=named.hub_revision,
+        with_checkpoint=named.hub_strategy == "checkpoint",
+    )
+    print(f"{named.folder} is at {address}")
+    return 0
+
+
+def build_push_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `ijepa-hf push`."""
+    parser = argparse.ArgumentParser(
+        prog="ijepa-hf push",
+        description=COMMANDS["push"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        epilog="The token is read from HF_TOKEN, or from what `hf auth login` has saved.",
+    )
+    parser.add_argument("folder", help="What `ijepa-hf pretrain`, `convert` or `finetune` has written.")
+    parser.add_argument("repo", help="Repository on the Hub, such as me/my-ijepa; made if it is missing.")
+    parser.add_argument("--hub_private_repo", action="store_true", help="Make it private, where it is made.")
+    parser.add_argument("--hub_revision", help="Branch to upload to; main if not given.")
+    parser.add_argument(
+        "--hub_strategy",
+        choices=["end", "checkpoint"],
+        default="end",
+        help="checkpoint: upload the newest state to resume from too.",
     )
     return parser
 
@@ -200,13 +286,16 @@ def build_convert_parser() -> argparse.ArgumentParser:
 def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
     from ijepa_hf.arguments import build_parser
+    from ijepa_hf.evaluation.finetune import build_finetune_parser
     from ijepa_hf.preparation import build_prepare_parser
 
     parsers: dict[str, argparse.ArgumentParser] = {
         "pretrain": build_parser(),
+        "finetune": build_finetune_parser(),
         "prepare": build_prepare_parser(),
         "visualize": build_visualize_parser(),
         "convert": build_convert_parser(),
+        "push": build_push_parser(),
     }
     return {
         name: {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}

@@ -11,6 +11,7 @@ written export is noticed (`exported_step`) and written again.
 """
 
 import copy
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def write_code_files(folder: Path) -> None:
     """
     for name in CODE_FILES:
         code = (resources.files("ijepa_hf") / name).read_bytes()
-        write_atomically(folder / name, lambda path, code=code: path.write_bytes(code))
+        write_atomically(folder / name, functools.partial(Path.write_bytes, data=code))
 
 
 def exported_step(folder: Path) -> int | None:

@@ -1,39 +1,57 @@
-"""What a finished run says of itself: scores, figures, `report.json`, the model card, and the text on the screen.
+"""What a finished run says of itself: scores, figures, `report.json`, the card's files, and the text on the screen.
 
-The trained encoder always stands beside three rows that keep it honest: the same network untrained, with both usual
-initial values of its patch embedding, and the raw pixels. Scores are made where the data have labels and a held-out
-split (`eval_split_name`); the linear probe's regularisation is chosen on a part of the training split.
+The trained encoder always stands beside rows that keep it honest: the weights that it started from, if any, the same
+network untrained, with both usual initial values of its patch embedding, and the raw pixels. Scores are made where
+the data have labels and a held-out split (`eval_split_name`); the linear probe's regularisation is chosen on a part of
+the training split.
 """
 
+import functools
 import json
 import logging
 import math
+import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+import transformers
 from torch import Tensor, nn
 
+from ijepa_hf import __version__
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import ImageRows, resized_pixels
 from ijepa_hf.diagnostics import rankme
 from ijepa_hf.evaluation.features import extract_features
-from ijepa_hf.evaluation.knn import knn_accuracy
+from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy
 from ijepa_hf.export import write_atomically
+from ijepa_hf.model_card import (
+    STARTING_WEIGHTS,
+    loading_lines,
+    render_card,
+    render_eval_results,
+    score_table,
+    verdict,
+)
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
-from ijepa_hf.run_folder import EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, UNREADABLE_FILE, read_rows
+from ijepa_hf.run_folder import (
+    EVAL_RESULTS_FOLDER,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    UNREADABLE_FILE,
+    read_rows,
+)
 from ijepa_hf.sources import find_image_column, find_label_column, load_split, open_stream
 from ijepa_hf.visualization import draw_curves_figure
 
-NEIGHBOURS = 20
 PIXELS_AT_ONCE = 512  # images
 PUBLISHED_PATCH_INIT_STD = 0.02
 RAW_PIXELS_SIDE = 32  # larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
@@ -121,8 +139,10 @@ def write_report(
     arguments: Mapping[str, Any],
     *,
     step: int,
+    machine: Mapping[str, Any],
+    starting_encoder: nn.Module | None = None,
 ) -> None:
-    """Scores the target encoder, draws the curves, writes `report.json` and the model card.
+    """Scores the target encoder, draws the curves, writes `report.json`, the model card and `.eval_results`.
 
     Args:
         model: The trained model.
@@ -130,6 +150,8 @@ def write_report(
         evaluation: Labelled sets, or `None` for no scores.
         arguments: All arguments of the run, as in `run.json`.
         step: Optimiser steps done.
+        machine: From `describe_machine`.
+        starting_encoder: The encoder before the first step, where it was a trained one.
     """
     rows, evaluations = read_rows(output_dir / METRICS_FILE), read_rows(output_dir / EVALUATIONS_FILE)
     (output_dir / "figures").mkdir(exist_ok=True)
@@ -143,15 +165,62 @@ def write_report(
         "log": _summarise(rows) if rows else None,
         "evaluations": evaluations,
         "num_unreadable_images": len(read_rows(output_dir / UNREADABLE_FILE)),
-        "scores": [] if evaluation is None else score_encoder(model, evaluation, mean, std, seed),
+        "scores": []
+        if evaluation is None
+        else score_encoder(model, evaluation, mean, std, seed, starting_encoder=starting_encoder),
         "num_eval_images": 0 if evaluation is None else len(evaluation.test),
+        "machine": dict(machine),
+        "hub_dataset": _on_the_hub(arguments["dataset_name"]),
+        "hub_base_model": _on_the_hub(arguments["model_name_or_path"]),
         "arguments": dict(arguments),
     }
     text = json.dumps(report, indent=2) + "\n"
+    for name, entries in render_eval_results(report).items():
+        path = output_dir / EVAL_RESULTS_FOLDER / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, functools.partial(Path.write_text, data=entries, encoding="utf-8"))
     write_atomically(
         output_dir / "README.md", lambda path: path.write_text(render_card(report, model.config), "utf-8")
     )
     write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))  # last: it says "finished"
+
+
+def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """What a run was trained with, for its report and card.
+
+    Args:
+        device: Of this process.
+        num_processes: Of the run.
+
+    Returns:
+        `device` in words, `processes`, and the versions of torch, transformers and this package.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"a CPU ({_cpu_name()}), {threads} thread{'s' if threads > 1 else ''}"
+    return {
+        "device": name,
+        "processes": num_processes,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ijepa_hf": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.machine()
+
+
+def _on_the_hub(name: str | None) -> str | None:
+    """The name, if it is a repository's: neither built in nor a path of this machine."""
+    return name if name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -159,7 +228,11 @@ def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "first_step": rows[0]["step"],
         "loss_first": rows[0]["loss"],
         "loss_last": rows[-1]["loss"],
+        "target_rankme_first": rows[0]["target_rankme"],
         "target_rankme_last": rows[-1]["target_rankme"],
+        "target_std_first": rows[0]["target_std"],
+        "target_std_last": rows[-1]["target_std"],
+        "seconds": sum(row["seconds"] for row in rows) if all("seconds" in row for row in rows) else None,
         "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
         "data_wait_share": float(np.median([row["data_wait_share"] for row in rows])),
     }
@@ -191,9 +264,15 @@ def evaluate_encoder(
 
 
 def score_encoder(
-    model: IJepaForPretraining, evaluation: EvaluationSets, mean: Sequence[float], std: Sequence[float], seed: int
+    model: IJepaForPretraining,
+    evaluation: EvaluationSets,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    *,
+    starting_encoder: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """KNN and linear top-1 and RankMe of the target encoder, of the same network untrained, and of raw pixels.
+    """KNN and linear top-1 and RankMe of the target encoder, of what it began as, and of raw pixels.
 
     Args:
         model: The trained model.
@@ -201,11 +280,14 @@ def score_encoder(
         mean: Of each channel.
         std: Of each channel.
         seed: The run's seed; the untrained network with the run's `patch_init_std` is the one that it started from.
+        starting_encoder: The encoder before the first step, where it was a trained one.
 
     Returns:
         A row for each: `features` (its name), `knn`, `linear` (top-1 in [0, 1]), `rankme` (of the held-out images).
     """
     encoders: dict[str, nn.Module | None] = {"trained encoder": model.target_encoder}
+    if starting_encoder is not None:
+        encoders[STARTING_WEIGHTS] = starting_encoder.to(model.device)
     for value, name in ((None, "1/sqrt(inputs)"), (PUBLISHED_PATCH_INIT_STD, f"{PUBLISHED_PATCH_INIT_STD}")):
         untrained = new_model(model.config.replace(patch_init_std=value), seed).target_encoder
         encoders[f"untrained, patch_init_std {name}"] = untrained.to(model.device)
@@ -301,83 +383,8 @@ def render_report(output_dir: Path) -> str:
         )
     if report["scores"]:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]
-        lines += _score_table(report["scores"], "{:<42} {:>8} {:>8} {:>8}")
-        lines += ["", *_verdict(report["scores"])]
+        lines += score_table(report["scores"], "{:<42} {:>8} {:>8} {:>8}")
+        lines += ["", *verdict(report["scores"])]
     figures = ", ".join(str(path) for path in sorted((output_dir / "figures").glob("*.png")))
-    lines += ["", f"pictures: {figures}", "", "load it with:", "", *_loading_lines(str(output_dir))]
+    lines += ["", f"pictures: {figures}", "", "load it with:", "", *loading_lines(str(output_dir))]
     return "\n".join(lines)
-
-
-def _score_table(scores: Sequence[Mapping[str, Any]], row: str) -> list[str]:
-    lines = [row.format("features", f"kNN-{NEIGHBOURS}", "linear", "RankMe")]
-    for score in scores:
-        values = f"{100 * score['knn']:.1f}", f"{100 * score['linear']:.1f}", f"{score['rankme']:.1f}"
-        lines.append(row.format(score["features"], *values))
-    return lines
-
-
-def _verdict(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Says in words who wins, so that nobody has to hope."""
-    trained, pixels = scores[0], scores[-1]
-    lines = []
-    for metric, name in (("knn", f"kNN-{NEIGHBOURS}"), ("linear", "linear")):
-        best = max(row[metric] for row in scores[1:-1])
-        gain = 100 * (trained[metric] - best)
-        if gain == 0:
-            lines.append(f"{name}: trained and the better untrained network are equal.")
-        else:
-            side = "above" if gain > 0 else "below"
-            lines.append(f"{name}: trained is {abs(gain):.1f} points {side} the better untrained network.")
-        if pixels[metric] > trained[metric]:
-            lines[-1] += f" Raw pixels win, by {100 * (pixels[metric] - trained[metric]):.1f}."
-    return lines
-
-
-def _loading_lines(name: str) -> list[str]:
-    return [
-        "    from transformers import AutoImageProcessor, AutoModel",
-        f'    processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")',
-        '    features = model(**processor(image, return_tensors="pt")).last_hidden_state.mean(1)',
-    ]
-
-
-def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
-    """The model card of a finished run.
-
-    Args:
-        report: As in `report.json`.
-        config: The model's.
-
-    Returns:
-        Markdown with the Hub's metadata in front.
-    """
-    arguments = report["arguments"]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["ijepa", "jepa", "self-supervised-learning", "vision"],
-    )
-    template = resources.files("ijepa_hf") / "model_card_template.md"
-    with resources.as_file(template) as path:
-        card = ModelCard.from_template(
-            data,
-            template_path=str(path),
-            name=Path(arguments["output_dir"]).name,
-            dataset=arguments["dataset_name"],
-            split=arguments["train_split_name"],
-            config=config,
-            report=report,
-            loading="\n".join(line.removeprefix("    ") for line in _loading_lines(arguments["output_dir"])),
-            scores="\n".join(_markdown_table(report["scores"])),
-            verdict=" ".join(_verdict(report["scores"])) if report["scores"] else "",
-            neighbours=NEIGHBOURS,
-            arguments="\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None),
-        )
-    return str(card)
-
-
-def _markdown_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not scores:
-        return []
-    header, *rows = _score_table(scores, "| {} | {} | {} | {} |")
-    return [header, "| --- | --- | --- | --- |", *rows]

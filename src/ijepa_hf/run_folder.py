@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.arguments import PretrainingArguments, argument_defaults, as_recipe
 from ijepa_hf.checkpointing import Checkpoint, delete_checkpoints_after
-from ijepa_hf.export import exported_step, write_atomically
+from ijepa_hf.export import CODE_FILES, exported_step, write_atomically
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 UNREADABLE_FILE = "unreadable_images.jsonl"
+RECIPE_FILE = "recipe.yaml"
+EVAL_RESULTS_FOLDER = ".eval_results"  # the Hub's name for the folder of machine-readable scores
 
 _GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, UNREADABLE_FILE)
 
@@ -42,12 +44,18 @@ _FREE_ARGUMENTS = frozenset(
         "max_eval_samples",
         "eval_steps",
         "max_broken_share",
+        "license",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_strategy",
+        "hub_revision",
     ]
 )
 # What a run writes, and `overwrite_output_dir` deletes.
 _RUN_ENTRIES = (
-    RUN_FILE, REPORT_FILE, *_GROWING_FILES, "README.md", "config.json", "model.safetensors",
-    "preprocessor_config.json", "pretraining", "figures", "trackers",
+    RUN_FILE, REPORT_FILE, RECIPE_FILE, *_GROWING_FILES, "README.md", "config.json", "model.safetensors",
+    "preprocessor_config.json", "pretraining", "figures", "trackers", *CODE_FILES, EVAL_RESULTS_FOLDER,
 )  # fmt: skip
 
 
@@ -76,11 +84,9 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
                 "--output_dir."
             )
         return
-    try:
-        stored = json.loads((output_dir / RUN_FILE).read_text("utf-8"))["arguments"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{output_dir / RUN_FILE} is damaged ({error}); choose another --output_dir.") from error
-    differing = differing_arguments(stored, arguments)
+    stored = read_run(output_dir)
+    assert stored is not None  # the file is there
+    differing = differing_arguments(stored["arguments"], arguments)
     if differing:
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another --output_dir, "
@@ -91,6 +97,29 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
             f"output_dir={str(output_dir)!r} holds this run, unfinished. Add --resume_from_checkpoint latest to "
             "continue it, or --overwrite_output_dir to start again."
         )
+
+
+def read_run(output_dir: Path) -> dict[str, Any] | None:
+    """What `run.json` says: `arguments`, and `config`, the model's configuration.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        The record, or `None` where there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = output_dir / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        record["arguments"]["output_dir"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); choose another --output_dir.") from error
+    return record
 
 
 def is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
@@ -110,13 +139,18 @@ def is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
 
 
 def prepare_output_dir(
-    output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments, checkpoint: Checkpoint | None
+    output_dir: Path,
+    arguments: dict[str, Any],
+    config: Mapping[str, Any],
+    run: PretrainingArguments,
+    checkpoint: Checkpoint | None,
 ) -> None:
     """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go.
 
     Args:
         output_dir: The folder, checked by `check_output_dir`.
-        arguments: What `run.json` is to hold.
+        arguments: What `run.json` is to hold, and `recipe.yaml`, which starts the same run again.
+        config: The model's configuration, for `run.json`.
         run: Says whether to overwrite.
         checkpoint: What the run goes on from; one of another folder brings that run's log with it.
     """
@@ -128,7 +162,8 @@ def prepare_output_dir(
     if run.overwrite_output_dir and output_dir.exists():
         _delete_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments}, indent=2) + "\n")
+    _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments, "config": config}, indent=2) + "\n")
+    _write_text(output_dir / RECIPE_FILE, as_recipe(arguments))
     delete_checkpoints_after(output_dir, start_step)
     for name, rows in kept.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -192,8 +227,11 @@ def differing_arguments(stored: Mapping[str, Any], current: Mapping[str, Any]) -
     free = set(_FREE_ARGUMENTS)
     if current["masking_strategy"] == "multi_block_official":  # its context depends on the batch of each device
         free.discard("per_device_train_batch_size")
+    # a run of an earlier version lacks later arguments: it had their defaults
+    before = {name: stored.get(name, default) for name, default in argument_defaults().items() if name in current}
+    before |= stored
     return [
-        f"{name} is {stored.get(name)!r} there, {current.get(name)!r} here"
-        for name in sorted({*stored, *current} - free)
-        if stored.get(name) != current.get(name)
+        f"{name} is {before.get(name)!r} there, {current.get(name)!r} here"
+        for name in sorted({*before, *current} - free)
+        if before.get(name) != current.get(name)
     ]

@@ -1,18 +1,15 @@
 """The pretraining loop, on `accelerate`.
 
 `pretrain` reads from top to bottom: check everything that can be wrong, build, restore, then for each optimiser step
-draw a global batch, take the step (`training_step`), log, score and save. Schedules, order, crops and masks are pure
-functions of the step, so a resumed run needs weights, optimiser state and the step's number (for a stream also who has
-read it so far), and gives the bits of an uninterrupted one.
+draw a global batch, take the step (`training_step`), log, score, save and, where asked, upload. Schedules, order,
+crops and masks are pure functions of the step, so a resumed run needs weights, optimiser state and the step's number
+(for a stream also who has read it so far), and gives the bits of an uninterrupted one.
 """
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +23,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
-from ijepa_hf.checkpointing import (
-    Checkpoint,
-    config_fields,
-    find_latest,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-)
+from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
+from ijepa_hf.checkpointing import config_fields, find_latest, restore, save_checkpoint
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import (
     Batch,
     BatchMaker,
     CropReader,
     IJepaDataCollator,
-    global_batch_size,
     keyed_generator,
 )
-from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.export import export_model, exported_step
+from ijepa_hf.hub import HubUploader
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.loading import (
     TooManyUnreadableError,
@@ -55,32 +44,38 @@ from ijepa_hf.loading import (
     open_training_images,
 )
 from ijepa_hf.masking import draw_masks
+from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line, log_line
 from ijepa_hf.modeling_ijepa import (
     IJepaForPretraining,
     IJepaForPretrainingOutput,
     enable_gradient_checkpointing,
     new_model,
 )
-from ijepa_hf.report import EvaluationSets, evaluate_encoder, load_evaluation_sets, render_report, write_report
+from ijepa_hf.plan import Plan, StepValues, make_plan, values_at
+from ijepa_hf.report import (
+    EvaluationSets,
+    describe_machine,
+    evaluate_encoder,
+    load_evaluation_sets,
+    render_report,
+    write_report,
+)
 from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
-    METRICS_FILE,
     UNREADABLE_FILE,
     append_rows,
     check_output_dir,
-    differing_arguments,
     is_finished,
     prepare_output_dir,
     read_rows,
 )
-from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
+from ijepa_hf.run_start import check_checkpoint, find_start, load_starting_encoder
 from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.visualization import draw_masks_figure
 
 MASK_FIGURE_IMAGES = 6
 MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
 HIGH_REDRAW_RATE = 0.4
-RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -91,107 +86,8 @@ class NonFiniteLossError(ArithmeticError):
     """Loss or gradient became NaN or infinite; the run stopped before it could spoil the weights."""
 
 
-# -- the plan --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is and what its schedules span, in optimiser steps.
-
-    Args:
-        global_batch_size: Images in an optimiser step.
-        steps_per_epoch: The last incomplete global batch of an epoch is dropped.
-        num_steps: Of the whole run.
-        warmup_steps: Of the learning rate.
-        schedule_steps: What learning rate and weight decay span (published `int(ipe_scale * steps)`).
-        momentum_steps: What the momentum spans (published `ipe_scale * steps`, not cut to whole steps).
-        learning_rate: The highest.
-    """
-
-    global_batch_size: int
-    steps_per_epoch: int
-    num_steps: int
-    warmup_steps: int
-    schedule_steps: int
-    momentum_steps: float
-    learning_rate: float
-
-
-def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int) -> Plan:
-    """Works out the plan of a run.
-
-    Args:
-        run: The arguments.
-        num_samples: Images in the data set.
-        num_ranks: Processes.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: If the data set is smaller than a global batch, or the warm-up is as long as the run.
-    """
-    batch = global_batch_size(num_samples, run.per_device_train_batch_size, run.gradient_accumulation_steps, num_ranks)
-    per_epoch = num_samples // batch
-    num_steps = run.max_train_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
-    warmup = int(run.warmup_epochs * per_epoch)
-    if warmup and warmup >= num_steps:
-        raise ValueError(
-            f"warmup_epochs={run.warmup_epochs:g} are {warmup} steps, but the run has only {num_steps}; use "
-            f"--warmup_epochs {num_steps / per_epoch / 10:.2g} or train for longer."
-        )
-    if run.learning_rate is not None:
-        learning_rate = run.learning_rate
-    else:
-        assert run.base_learning_rate is not None  # PretrainingArguments.check
-        learning_rate = run.base_learning_rate * batch / 256
-    momentum_steps = run.schedule_scale * num_steps
-    return Plan(batch, per_epoch, num_steps, warmup, int(momentum_steps), momentum_steps, learning_rate)
-
-
-@dataclass(frozen=True)
-class StepValues:
-    """What the schedules say for one optimiser step."""
-
-    learning_rate: float
-    weight_decay: float
-    ema_momentum: float
-
-
-def values_at(step: int, run: PretrainingArguments, plan: Plan) -> StepValues:
-    """The schedules at a step.
-
-    Args:
-        step: Optimiser steps already done. The published code counts learning rate and weight decay before use, so the
-            first step has position 1 there, and momentum position 0.
-        run: The arguments.
-        plan: The plan.
-
-    Returns:
-        Learning rate, weight decay and momentum of the step.
-    """
-    return StepValues(
-        learning_rate_at(
-            step + 1,
-            learning_rate=plan.learning_rate,
-            start_learning_rate=run.start_learning_rate,
-            final_learning_rate=run.final_learning_rate,
-            warmup_steps=plan.warmup_steps,
-            total_steps=plan.schedule_steps,
-        ),
-        weight_decay_at(
-            step + 1,
-            weight_decay=run.weight_decay,
-            final_weight_decay=run.final_weight_decay,
-            total_steps=plan.schedule_steps,
-        ),
-        ema_momentum_at(
-            step,
-            ema_momentum=run.ema_momentum,
-            final_ema_momentum=run.final_ema_momentum,
-            total_steps=plan.momentum_steps,
-        ),
-    )
+class UploadIncompleteError(OSError):
+    """The training is finished and on disk, but not all of it arrived on the Hub."""
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
@@ -252,7 +148,7 @@ def training_step(
         model: The model inside.
         optimizer: From `make_optimizer`.
         micro_batches: `pixel_values` float, `context_indices`, `target_indices`, on the device, of equal size.
-        values: Learning rate, weight decay and momentum of this step.
+        values: Learning rate, weight decay and momentum of this step, and whether only the predictor learns.
         max_grad_norm: Clip to this norm; `None` is off.
 
     Returns:
@@ -282,10 +178,16 @@ def training_step(
     norms = [float(_grad_norm(part)) for part in (model.context_encoder, model.predictor)]
     if not all(map(math.isfinite, norms)):  # the same on every rank: gradients are averaged
         raise NonFiniteLossError(f"the gradient norm is {norms[0]} in the encoder, {norms[1]} in the predictor")
+    if values.encoder_is_frozen:
+        # Dropped and not left out of the backward pass: DDP expects every gradient in every step, and with one it
+        # drops out, AdamW makes no state and no step for a parameter.
+        for parameter in model.context_encoder.parameters():
+            parameter.grad = None
     if max_grad_norm is not None:
         accelerator.clip_grad_norm_(prepared.parameters(), max_grad_norm)
     optimizer.step()
-    model.update_target_encoder(values.ema_momentum)
+    if not values.encoder_is_frozen:
+        model.update_target_encoder(values.ema_momentum)
     return StepResult(mean, norms[0], norms[1], output.targets)
 
 
@@ -313,25 +215,35 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
         NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
     """
-    config = model_arguments.to_config()
     assert run.output_dir is not None  # parse_arguments
     output_dir = Path(run.output_dir)
     if run.num_cpu_threads is not None:
         torch.set_num_threads(run.num_cpu_threads)
     accelerator = _make_accelerator(run, output_dir)
+    start = find_start(model_arguments, data, run, output_dir)
+    config, checkpoint, data = start.config, start.checkpoint, start.data
+    data.check(start.model_arguments)
     images = open_training_images(data, config, accelerator.num_processes)
     evaluation = load_evaluation_sets(data, config)
-    plan = make_plan(run, images.num_images, accelerator.num_processes)
-    arguments = describe_arguments(model_arguments, data, run, plan, images.num_images)
+    plan = make_plan(
+        start.run, images.num_images, accelerator.num_processes, has_new_predictor=start.has_new_predictor
+    )
+    run = start.run
+    if run.model_name_or_path is not None:  # the record says what was done
+        run = dataclasses.replace(run, predictor_warmup_steps=plan.predictor_warmup_steps)
+    arguments = describe_arguments(start.model_arguments, data, run, plan, images.num_images)
     check_output_dir(output_dir, arguments, run)
+    uploader = _start_uploader(run, output_dir) if accelerator.is_main_process else None
     if is_finished(output_dir, run):
         if accelerator.is_main_process:
             print(f"{output_dir} holds this run, finished. Its report:\n")
             print(render_report(output_dir))
+            _finish_upload(uploader, plan.num_steps)
         accelerator.end_training()
         return output_dir
 
-    checkpoint = _find_checkpoint(run, output_dir, arguments, plan)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, arguments, plan)
     start_step = 0 if checkpoint is None else checkpoint.step
     layout = StreamLayout(
         start_step,
@@ -341,7 +253,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         run.gradient_accumulation_steps,
     )
     layouts = images.layouts_from(None if checkpoint is None else checkpoint.stream, layout)
-    model = _make_model(config, model_arguments, run)
+    model, notes = start.build_model()
+    _set_up_model(model, model_arguments, run)
     optimizer = make_optimizer(model, run)
     prepared = accelerator.prepare(model)  # the optimiser stays bare: its steps are driven here, once per global batch
     if checkpoint is not None:
@@ -351,14 +264,17 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     # data that cannot be used at all are found before anything is written
     first_batch = images.first_batch(crops, make_batch, size=min(MASK_FIGURE_IMAGES, layout.batch_size), seed=run.seed)
     if accelerator.is_main_process:
-        prepare_output_dir(output_dir, arguments, run, checkpoint)
+        prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
         _draw_first_masks(first_batch, config, output_dir)
         _announce(accelerator, model, images, run, plan, start_step)
+        for note in notes:
+            logger.warning("%s", note)
     accelerator.wait_for_everyone()
     state = _RunState(
         accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments, evaluation,
         stream=images.stream_state(layouts),
         unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
+        uploader=uploader,
     )  # fmt: skip
     loader = images.loader(
         crops,
@@ -373,13 +289,23 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     )
     try:
         _run_steps(state, loader, start_step)
+    except BaseException:
+        if uploader is not None:
+            uploader.stop()
+        raise
     finally:
         close_loader(loader)
     if accelerator.is_main_process:
         with threadpool_limits(run.num_cpu_threads):  # scikit-learn's threads too: on small matrices they only compete
-            write_report(model, output_dir, evaluation, arguments, step=plan.num_steps)
+            write_report(
+                model, output_dir, evaluation, arguments,
+                step=plan.num_steps,
+                machine=describe_machine(accelerator.device, accelerator.num_processes),
+                starting_encoder=load_starting_encoder(run, config) if evaluation is not None else None,
+            )  # fmt: skip
         print()
         print(render_report(output_dir))
+        _finish_upload(uploader, plan.num_steps)
     accelerator.wait_for_everyone()
     accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
     accelerator.end_training()
@@ -403,9 +329,10 @@ class _RunState:
     evaluation: EvaluationSets | None
     stream: dict[str, Any] | None
     unreadable: UnreadableLog
+    uploader: HubUploader | None
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint and the two-part folder."""
+        """Writes a checkpoint and the two-part folder, and has them uploaded where that was asked for."""
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.output_dir,
@@ -418,6 +345,8 @@ class _RunState:
                 stream=self.stream,
             )
             self.export(step)
+            if self.uploader is not None:
+                self.uploader.submit(step)
         self.accelerator.wait_for_everyone()
 
     def export(self, step: int) -> None:
@@ -441,16 +370,16 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
     if accelerator.is_main_process and start_step and exported_step(state.output_dir) != start_step:
         state.export(start_step)  # the last life of this run was cut short between checkpoint and export
     if accelerator.is_main_process and run.eval_steps:
-        _evaluate_untrained(state)
+        _evaluate_start(state, start_step)
     accelerator.wait_for_everyone()
     state.model.train()
-    clock = _Clock()
+    clock = Clock()
     batches = iter(loader)
     every = run.checkpointing_steps or plan.steps_per_epoch
     progress = tqdm(
         total=plan.num_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process, mininterval=1.0
     )
-    with contextlib.closing(progress), contextlib.closing(_MetricsLog(state)) as metrics:
+    with contextlib.closing(progress), contextlib.closing(_open_metrics_log(state)) as metrics:
         for step in range(start_step, plan.num_steps):
             with clock.waiting():
                 micro_batches = [next(batches) for _ in range(run.gradient_accumulation_steps)]
@@ -477,8 +406,15 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
             is_logged = done == 1 or done % run.logging_steps == 0 or is_last
             # one rank writes, so one rank takes the spectrum of the targets
             if is_logged and accelerator.is_main_process:
-                row = metrics.write(done, result, values, clock)
-                progress.write(_log_line(row))
+                row = metrics.write(
+                    done,
+                    loss=result.loss,
+                    grad_norms=(result.grad_norm_encoder, result.grad_norm_predictor),
+                    targets=result.targets,
+                    values=values,
+                    clock=clock,
+                )
+                progress.write(log_line(row))
                 progress.set_postfix(loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False)
             with clock.stopped():
                 if is_logged:
@@ -486,11 +422,15 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
                 if run.eval_steps and (done % run.eval_steps == 0 or is_last):
                     if accelerator.is_main_process:
                         scores = state.evaluate(state.model, done)
-                        progress.write(_evaluation_line(scores))
+                        progress.write(evaluation_line(scores))
                         metrics.tell_trackers(scores, done)
                     accelerator.wait_for_everyone()
                 if done % every == 0 or is_last:
                     state.save(done)
+
+
+def _open_metrics_log(state: _RunState) -> MetricsLog:
+    return MetricsLog(state.accelerator, state.plan, state.output_dir, state.run.report_to, state.arguments)
 
 
 def _settle_unreadable(state: _RunState, step: int) -> None:
@@ -503,11 +443,15 @@ def _settle_unreadable(state: _RunState, step: int) -> None:
         raise
 
 
-def _evaluate_untrained(state: _RunState) -> None:
+def _evaluate_start(state: _RunState, start_step: int) -> None:
     """The first line of the scores: the network that the run started from."""
-    if not any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
-        untrained = new_model(state.config, state.run.seed).to(state.accelerator.device)
-        tqdm.write(_evaluation_line(state.evaluate(untrained, 0)))
+    if any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
+        return
+    if start_step == 0:
+        tqdm.write(evaluation_line(state.evaluate(state.model, 0)))
+    elif state.run.model_name_or_path is None:  # scores were asked for later; fresh weights can be drawn again
+        fresh = new_model(state.config, state.run.seed).to(state.accelerator.device)
+        tqdm.write(evaluation_line(state.evaluate(fresh, 0)))
 
 
 def _to_device(batch: dict[str, Tensor], state: _RunState) -> dict[str, Tensor]:
@@ -531,6 +475,31 @@ def _stop_message(step: int, error: NonFiniteLossError, values: StepValues, outp
         f"stopped at step {step}: {error} (learning rate {values.learning_rate:.3g}); {kept}. Try a lower "
         "--learning_rate, a longer --warmup_epochs, or --max_grad_norm 1."
     )
+
+
+# -- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def _start_uploader(run: PretrainingArguments, output_dir: Path) -> HubUploader | None:
+    """Makes sure, before any work, that the repository is there and may be written to."""
+    if not run.push_to_hub:
+        return None
+    assert run.hub_model_id is not None  # PretrainingArguments.check
+    uploader = HubUploader(
+        output_dir,
+        run.hub_model_id,
+        private=run.hub_private_repo,
+        revision=run.hub_revision,
+        strategy=run.hub_strategy,
+    )
+    uploader.start()
+    return uploader
+
+
+def _finish_upload(uploader: HubUploader | None, step: int) -> None:
+    if uploader is not None:
+        print()
+        print(uploader.finish(step))
 
 
 # -- building --------------------------------------------------------------------------------------------------------
@@ -572,15 +541,11 @@ def _make_readers(
     return crops, BatchMaker(collator)
 
 
-def _make_model(
-    config: IJepaConfig, model_arguments: ModelArguments, run: PretrainingArguments
-) -> IJepaForPretraining:
-    model = new_model(config, run.seed)
+def _set_up_model(model: IJepaForPretraining, model_arguments: ModelArguments, run: PretrainingArguments) -> None:
     if model_arguments.attn_implementation is not None:
         model.set_attn_implementation(model_arguments.attn_implementation)
     if run.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    return model
 
 
 # -- the folder ------------------------------------------------------------------------------------------------------
@@ -601,7 +566,7 @@ def describe_arguments(
     Returns:
         Names and values.
     """
-    named = {name: value for part in (model_arguments, data, run) for name, value in dataclasses.asdict(part).items()}
+    named = argument_values(model_arguments, data, run)
     return {**named, "global_batch_size": plan.global_batch_size, "num_train_images": num_images}
 
 
@@ -624,29 +589,6 @@ def _check_ranks_agree(accelerator: Accelerator, start_step: int) -> None:
         )
 
 
-def _find_checkpoint(
-    run: PretrainingArguments, output_dir: Path, arguments: dict[str, Any], plan: Plan
-) -> Checkpoint | None:
-    if run.resume_from_checkpoint is None or (run.overwrite_output_dir and run.resume_from_checkpoint == "latest"):
-        return None
-    if run.resume_from_checkpoint == "latest":
-        checkpoint = find_latest(output_dir)
-        if checkpoint is None:
-            logger.warning("resume_from_checkpoint=latest: %s holds no checkpoint; starting at step 0.", output_dir)
-            return None
-    else:
-        checkpoint = read_checkpoint(Path(run.resume_from_checkpoint))
-    if checkpoint.step > plan.num_steps:
-        raise ValueError(
-            f"resume_from_checkpoint={str(checkpoint.path)!r} is at step {checkpoint.step}, but this run ends at step "
-            f"{plan.num_steps}; train for longer, or resume from an earlier checkpoint."
-        )
-    differing = differing_arguments(checkpoint.arguments, arguments)
-    if differing:
-        logger.warning("resuming with other arguments than the checkpoint's: %s.", "; ".join(differing))
-    return checkpoint
-
-
 def _announce(
     accelerator: Accelerator,
     model: IJepaForPretraining,
@@ -667,6 +609,10 @@ def _announce(
     print(f"  trained parameters      {trained:,}")
     print(f"  device, precision       {accelerator.device}, {run.mixed_precision}")
     _announce_masks(model.config)
+    if run.model_name_or_path is not None:
+        print(f"  weights from            {run.model_name_or_path}")
+    if plan.predictor_warmup_steps:
+        print(f"  predictor warm-up       {plan.predictor_warmup_steps} steps with frozen encoders")
     if start_step:
         print(f"  continuing at step      {start_step}")
 
@@ -694,114 +640,3 @@ def _announce_masks(config: IJepaConfig) -> None:
             config.context_keep_ratio,
             100 * redraw_rate,
         )
-
-
-# -- the log ---------------------------------------------------------------------------------------------------------
-
-
-def _log_line(row: dict[str, Any]) -> str:
-    return (
-        f"step {row['step']} loss {row['loss']:.4f} lr {row['learning_rate']:.3g} decay {row['weight_decay']:.3g} "
-        f"momentum {row['ema_momentum']:.5f} grad {row['grad_norm_encoder']:.3g} {row['grad_norm_predictor']:.3g} "
-        f"target std {row['target_std']:.3f} rankme {row['target_rankme']:.1f} "
-        f"images/s {row['images_per_second']:.0f} waiting {100 * row['data_wait_share']:.0f} %"
-    )
-
-
-def _evaluation_line(row: dict[str, Any]) -> str:
-    network = "untrained" if row["step"] == 0 else "trained"
-    return f"step {row['step']} kNN {100 * row['knn']:.1f} ({network}) rankme of pooled features {row['rankme']:.1f}"
-
-
-class _Clock:
-    """Time since the last log line: all of it, and the part spent waiting for data; saving does not count."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
-    def read(self, global_batch_size: int) -> dict[str, float]:
-        """Images per second and share of time waiting for data since the last reading; starts again."""
-        seconds = max(time.perf_counter() - self.since, 1e-9)
-        values = {
-            "images_per_second": self.steps * global_batch_size / seconds,
-            "data_wait_share": self.waited / seconds,
-        }
-        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
-        return values
-
-
-class _MetricsLog:
-    """Writes `metrics.jsonl` and tells the trackers; a tracker that fails is dropped with a warning, not the run."""
-
-    def __init__(self, state: _RunState) -> None:
-        self.state = state
-        self.trackers: list[Any] = []
-        if not state.accelerator.is_main_process:
-            return
-        if state.run.report_to:
-            flat = {
-                name: value if isinstance(value, int | float | bool) else str(value)
-                for name, value in state.arguments.items()
-            }
-            try:
-                state.accelerator.init_trackers("ijepa-hf", flat)
-                self.trackers = list(state.accelerator.trackers)
-            except Exception as error:  # as in tell_trackers
-                logger.warning("the trackers %s failed to start and are dropped: %s", state.run.report_to, error)
-        self.file = (state.output_dir / METRICS_FILE).open("a", encoding="utf-8")
-
-    def write(self, step: int, result: StepResult, values: StepValues, clock: _Clock) -> dict[str, Any]:
-        """Writes one line; returns it. On the main process only."""
-        rows = result.targets.flatten(0, 2).float()
-        rows = rows[:: max(1, len(rows) // RANKME_ROWS)][:RANKME_ROWS]
-        line = {
-            "step": step,
-            "epoch": round(step / self.state.plan.steps_per_epoch, 4),
-            "loss": result.loss,
-            "learning_rate": values.learning_rate,
-            "weight_decay": values.weight_decay,
-            "ema_momentum": values.ema_momentum,
-            "grad_norm_encoder": result.grad_norm_encoder,
-            "grad_norm_predictor": result.grad_norm_predictor,
-            "target_std": feature_std(rows),
-            "target_rankme": rankme(rows),
-            **clock.read(self.state.plan.global_batch_size),
-        }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        self.tell_trackers(line, step)
-        return line
-
-    def tell_trackers(self, line: dict[str, Any], step: int) -> None:
-        """Passes a line's numbers on; a tracker that fails is dropped."""
-        for tracker in list(self.trackers):
-            try:
-                tracker.log({name: value for name, value in line.items() if name != "step"}, step=step)
-            except Exception as error:  # a tracker is somebody else's code and network; the run matters more
-                logger.warning("tracker %s failed at step %d and is dropped: %s", tracker.name, step, error)
-                self.trackers.remove(tracker)
-
-    def close(self) -> None:
-        """Closes the file and finishes the trackers."""
-        if not self.state.accelerator.is_main_process:
-            return
-        self.file.close()
-        for tracker in self.trackers:
-            try:
-                tracker.finish()
-            except Exception as error:  # as in tell_trackers
-                logger.warning("tracker %s failed to finish: %s", tracker.name, error)

@@ -3,6 +3,8 @@
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
+NEIGHBOURS = 20  # of the papers' two usual numbers, 20 and 200, the one that fits small sets
+
 
 def knn_accuracy(
     train_x: np.ndarray,
@@ -10,7 +12,7 @@ def knn_accuracy(
     test_x: np.ndarray,
     test_y: np.ndarray,
     *,
-    k: int = 20,
+    k: int = NEIGHBOURS,
     temperature: float = 0.07,
 ) -> float:
     """Share of test images whose label wins the vote of their k nearest training images.

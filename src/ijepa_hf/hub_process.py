@@ -1,0 +1,409 @@
+"""A process of its own that talks to the Hub, so that nothing there can slow, hang or end a run.
+
+`hub.py` starts this file as a script, gives it jobs and reads what happens, both as lines of JSON:
+
+    {"job": "prepare", ...}  makes the repository and the branch where they are missing; may they be written to?
+    {"job": "push", ...}     makes the repository hold what a folder holds, in one commit
+    {"job": "fetch", ...}    downloads a part of the repository into the cache
+
+    {"event": "sent", "bytes": 1000, "total": 2000}
+    {"event": "retry", "reason": "HTTP 503 ...", "seconds": 4.0}
+    {"event": "done", ...}   or   {"event": "failed", "fault": "user" | "server" | "program", "reason": "..."}
+
+Why a process: huggingface_hub waits for ever for a server that has stalled, uploads in threads that Python waits for
+at exit, and closes connections that a streamed data set may be reading from. A process can be killed at any time.
+This one imports nothing but huggingface_hub: it starts in a third of a second and takes 40 MB.
+
+No event holds the token.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    get_token,
+    set_client_factory,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
+
+LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after this
+SMALL_FILE = 1_000_000  # bytes; smaller files are sent together, larger ones one by one
+
+Report = Callable[[dict[str, Any]], None]
+
+_RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*(\d+)")  # RateLimit: "api";r=0;t=55, as the Hub says when to come back
+
+
+class TemporaryError(Exception):
+    """A request that may succeed later.
+
+    Args:
+        reason: What happened.
+        asked_wait: Seconds that the server asked to wait, if it did.
+    """
+
+    def __init__(self, reason: str, asked_wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.asked_wait = asked_wait
+
+
+class UserError(ValueError):
+    """Something that the user has to change; the message says what."""
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def bound_requests(seconds: float) -> None:
+    """Gives every request of this process a time limit, and leaves all retries to `retrying`.
+
+    The library's own client has no limit, and retries some requests and not others, for as long as a server says.
+
+    Args:
+        seconds: How long a connection may be silent, at each of connecting, sending and receiving.
+    """
+    plain = get_session()
+    client_class: Any = type(plain)  # httpx.Client or httpx2.Client, as the library's version has it
+
+    class BoundedClient(client_class):
+        def send(self, request: Any, **options: Any) -> Any:
+            limits = request.extensions.get("timeout") or {}
+            bounded = {name: limits.get(name) or seconds for name in ("connect", "read", "write", "pool")}
+            request.extensions = {**request.extensions, "timeout": bounded}
+            try:
+                response = super().send(request, **options)
+            except HTTPError as error:
+                raise TemporaryError(f"{type(error).__name__} at {request.method} {request.url.path}") from error
+            if response.status_code in (408, 429) or response.status_code >= 500:
+                wait = asked_wait(response.headers, datetime.now(UTC))
+                response.close()
+                raise TemporaryError(f"HTTP {response.status_code} at {request.method} {request.url.path}", wait)
+            return response
+
+    hooks = plain.event_hooks
+    set_client_factory(lambda: BoundedClient(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+
+
+def asked_wait(headers: Mapping[str, str], now: datetime) -> float | None:
+    """How long a server asks to wait.
+
+    Args:
+        headers: Of its answer; `Retry-After` as seconds or as a date, or the Hub's `RateLimit`.
+        now: The time, with its zone.
+
+    Returns:
+        Seconds, at least 0; `None` where it does not say, or nothing that can be read.
+    """
+    text = headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
+    if text:
+        try:
+            date = parsedate_to_datetime(text)
+        except ValueError:
+            return None
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+    match = _RATE_LIMIT_RESET.search(headers.get("RateLimit", ""))
+    return float(match[1]) if match else None
+
+
+def next_wait(failures: int, waits: Sequence[float], asked: float | None) -> float | None:
+    """How long to wait before the next try.
+
+    Args:
+        failures: Tries that failed since something last succeeded, at least 1.
+        waits: Seconds to wait after the first, the second, ... failure.
+        asked: What the server asked for.
+
+    Returns:
+        Seconds: the longer of the two, but no more than `LONGEST_WAIT`; `None` to give up.
+    """
+    if failures > len(waits):
+        return None
+    return min(LONGEST_WAIT, max(waits[failures - 1], asked or 0.0))
+
+
+def retrying(attempt: Callable[[Report], dict[str, Any]], job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Tries until it works, it cannot work, or `job["waits"]` is used up; bytes that arrive renew the patience.
+
+    Args:
+        attempt: What to try.
+        job: With `waits`.
+        report: Gets an event for each failure that is followed by another try, and those of `attempt`.
+
+    Returns:
+        What `attempt` returned.
+    """
+    failures, most = 0, -1
+
+    def watch(event: dict[str, Any]) -> None:
+        nonlocal failures, most
+        if event["event"] == "sent" and event["bytes"] > most:
+            failures, most = 0, event["bytes"]
+        report(event)
+
+    while True:
+        try:
+            return attempt(watch)
+        except Exception as error:
+            fault, reason, asked = explain(error, job["repo_id"])
+            failures += 1
+            wait = next_wait(failures, job["waits"], asked) if fault == "server" else None
+            if wait is None:
+                raise
+            if asked is not None and asked > LONGEST_WAIT:
+                reason += f", which asks to wait {asked:g} s"
+            report({"event": "retry", "reason": reason, "seconds": wait})
+            time.sleep(wait)
+
+
+def explain(error: BaseException, repo_id: str) -> tuple[str, str, float | None]:
+    """What went wrong, for a person.
+
+    Args:
+        error: What was raised, by huggingface_hub or here.
+        repo_id: The repository.
+
+    Returns:
+        Whose fault it is (`user`, `server`, which may pass, or `program`), a sentence, and the seconds that the server
+        asked to wait.
+    """
+    for link in _chain(error):
+        if isinstance(link, TemporaryError):
+            return "server", str(link), link.asked_wait
+        if isinstance(link, UserError):
+            return "user", str(link), None
+        if isinstance(link, OfflineModeIsEnabled):
+            return "user", "offline mode is on: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to use the Hub", None
+        if isinstance(link, HFValidationError):
+            return "user", f"{str(link).rstrip('.')}. Write it as name/repository, such as me/my-ijepa", None
+        if isinstance(link, HfHubHTTPError):
+            return _explain_status(link, repo_id)
+        if type(link).__name__ == "XetAuthenticationError":
+            return "user", f"the token may not write to {repo_id!r}", None
+        # JSON that is none is a proxy's page; a RuntimeError without a cause is a request of hf_xet's that failed
+        passing = isinstance(link, HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError)
+        if passing or (type(link) is RuntimeError and link.__cause__ is None):
+            return "server", f"{type(link).__name__}: {link}", None
+        if type(link) is ValueError:  # such as a model card whose front matter is refused
+            return "user", str(link), None
+    return "program", f"{type(error).__name__}: {error}", None
+
+
+def _explain_status(error: HfHubHTTPError, repo_id: str) -> tuple[str, str, float | None]:
+    status = error.response.status_code
+    said = f" (the server says: {error.server_message})" if error.server_message else ""
+    if status in (409, 412):
+        return "server", f"HTTP {status}: somebody else is writing to {repo_id!r}", None
+    if status == 401:
+        text = (
+            f"HTTP 401: the Hub does not take this token, or it may not see {repo_id!r}; log in again with "
+            "`hf auth login`, or set HF_TOKEN to a token with write permission"
+        )
+    elif status == 403:
+        text = (
+            f"HTTP 403: the token may not write to {repo_id!r}; use one with write permission, or another repository"
+        )
+    elif status == 404:
+        text = f"HTTP 404: there is no repository {repo_id!r} or no such revision, or the token may not see it"
+    else:
+        text = f"HTTP {status} at {error.response.request.method} {error.response.request.url.path}"
+    return "user", text + said, None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """Does the jobs.
+
+    Args:
+        report: Gets the events.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._prepared: dict[tuple[str, str | None], dict[str, Any]] = {}
+
+    def do(self, job: Mapping[str, Any]) -> None:
+        """Does a job and reports how it ended; raises nothing.
+
+        Args:
+            job: See the module's description.
+        """
+        token = None
+        try:
+            token = get_token()
+            if token is None and job["job"] != "fetch":
+                raise UserError("there is no token: log in with `hf auth login`, or set HF_TOKEN")
+            api = HfApi(token=token if token is not None else False, library_name="ijepa-hf")
+            action = {"prepare": self._prepare, "push": self._push, "fetch": _fetch}[job["job"]]
+            report = self._redacted(token)
+            result = retrying(lambda watch: action(api, job, watch), job, report)
+            report({"event": "done", **result})
+        except Exception as error:
+            fault, reason, _ = explain(error, job["repo_id"])
+            details = "".join(traceback.format_exception(error))
+            reason = " ".join(reason.split())
+            self._redacted(token)({"event": "failed", "fault": fault, "reason": reason, "details": details})
+
+    def _redacted(self, token: str | None) -> Report:
+        def report(event: dict[str, Any]) -> None:
+            self._report({name: _without(value, token) for name, value in event.items()})
+
+        return report
+
+    def _prepare(self, api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
+        asked, revision = job["repo_id"], job["revision"]
+        if (asked, revision) not in self._prepared:
+            repo_id = _full_name(api, asked)
+            api.create_repo(repo_id, private=True if job["private"] else None, exist_ok=True)
+            if job["private"] and not api.repo_info(repo_id).private:
+                raise UserError(
+                    f"{repo_id!r} exists and everybody can read it, but it was to be private; make it private in its "
+                    "settings on the Hub, or use another name"
+                )
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # creating what exists is answered kindly, so ask for what only those who may write get; sends nothing
+            trial = CommitOperationAdd("README.md", b"# A model\n")
+            api.preupload_lfs_files(repo_id, [trial], revision=revision)
+            self._prepared[asked, revision] = {"repo_id": repo_id, "url": _url(api, repo_id, revision)}
+        return self._prepared[asked, revision]
+
+    def _push(self, api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+        """One try; whatever it finds done already, also by a try whose answer was lost, it does not do again."""
+        repo_id, revision = self._prepare(api, job, report)["repo_id"], job["revision"]
+        folder = Path(job["folder"])
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        head = api.repo_info(repo_id, revision=revision).sha
+        there = _list_files(api, repo_id, head)
+        changed = [name for name, path in files.items() if not _is_same(path, there.get(name))]
+        stale = [name for name in there if name not in files and _matches(name, job["owned"])]
+        if changed or stale:
+            additions = [CommitOperationAdd(name, files[name]) for name in changed]
+            _send(api, repo_id, revision, additions, report)
+            head = api.create_commit(
+                repo_id,
+                [*additions, *map(CommitOperationDelete, stale)],
+                commit_message=job["message"],
+                revision=revision,
+                parent_commit=head,  # so that what was compared with is what is changed
+            ).oid
+            kept_out = sorted(set(files) - set(_list_files(api, repo_id, head)))
+            if kept_out:
+                raise UserError(f"{repo_id!r} keeps out {', '.join(kept_out)}; look at its .gitignore")
+        return {"url": _url(api, repo_id, revision), "commit": head, "deleted": stale}
+
+
+def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
+    repo_id = _full_name(api, job["repo_id"])
+    # one commit for both, whatever is pushed meanwhile; for a server that is down the cache does not stand in
+    commit = api.repo_info(repo_id, revision=job["revision"]).sha
+    if not any(_matches(name, job["needed"]) for name in _list_files(api, repo_id, commit)):
+        return {"path": None}
+    path = snapshot_download(repo_id, revision=commit, allow_patterns=list(job["patterns"]), token=api.token)
+    return {"path": path, "commit": commit}
+
+
+def _full_name(api: HfApi, repo_id: str) -> str:
+    """The repository's name with its owner's; the user's own where none is given."""
+    return repo_id if "/" in repo_id or api.token is False else f"{api.whoami()['name']}/{repo_id}"
+
+
+def _url(api: HfApi, repo_id: str, revision: str | None) -> str:
+    return f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+def _list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _is_same(path: Path, there: RepoFile | None) -> bool:
+    if there is None or there.size != path.stat().st_size:
+        return False
+    if there.lfs is None:
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _send(api: HfApi, repo_id: str, revision: str | None, additions: list[CommitOperationAdd], report: Report) -> None:
+    """Sends the contents, which changes nothing yet: a commit makes the repository hold them."""
+    small = [addition for addition in additions if addition.upload_info.size < SMALL_FILE]
+    large = [addition for addition in additions if addition.upload_info.size >= SMALL_FILE]
+    total, sent = sum(addition.upload_info.size for addition in additions), 0
+    report({"event": "sent", "bytes": 0, "total": total})
+    for group in [small, *([addition] for addition in large)]:
+        if group:
+            api.preupload_lfs_files(repo_id, group, revision=revision, free_memory=False)
+            sent += sum(addition.upload_info.size for addition in group)
+            report({"event": "sent", "bytes": sent, "total": total})
+
+
+def _without(value: Any, token: str | None) -> Any:
+    return value.replace(token, "<token>") if token and isinstance(value, str) else value
+
+
+# -- the process -----------------------------------------------------------------------------------------------------
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this process when the one that started it has gone, however that happened."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    """Reads jobs from standard input until it ends; events go to standard output, which nothing else may write to."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    parent, timeout = int(sys.argv[1]), float(sys.argv[2])
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    bound_requests(timeout)
+
+    def report(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    worker = Worker(report)
+    for line in sys.stdin:
+        worker.do(json.loads(line))
+    os._exit(0)  # threads of the libraries, if any, are not waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The model card of a run: what it says, and the machine-readable scores beside it.
+
+Everything on a card comes from the run's `report.json` and its configuration, so that a card can be rendered again
+from committed numbers and compared. Scores appear only where the report has them.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.evaluation.knn import NEIGHBOURS
+
+TAGS = ["ijepa", "jepa", "self-supervised-learning", "vision"]
+STARTING_WEIGHTS = "the weights it started from"  # name of that row among the scores
+
+# What is said of a score where a machine reads it; `task_id` of `.eval_results` is the key.
+_METRICS = {
+    "knn": f"top-1, {NEIGHBOURS} nearest neighbours of frozen mean-pooled features",
+    "linear": "top-1, logistic regression on frozen mean-pooled features",
+}
+
+
+def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
+    """The model card of a finished run.
+
+    Args:
+        report: As in `report.json`.
+        config: The model's.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+    """
+    arguments = report["arguments"]
+    reference = arguments.get("hub_model_id") or arguments["output_dir"]
+    scores = report["scores"]
+    template = resources.files("ijepa_hf") / "model_card_template.md"
+    with resources.as_file(template) as path:
+        card = ModelCard.from_template(
+            _metadata(report, reference),
+            template_path=str(path),
+            name=Path(reference).name,
+            reference=reference,
+            config=config,
+            report=report,
+            run=arguments,
+            hours=_hours(report),
+            loading="\n".join(line.removeprefix("    ") for line in loading_lines(reference)),
+            scores="\n".join(_markdown_table(scores)),
+            verdict=" ".join(verdict(scores)) if scores else "",
+            neighbours=NEIGHBOURS,
+            arguments="\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None),
+        )
+    return str(card)
+
+
+def render_eval_results(report: Mapping[str, Any]) -> dict[str, str]:
+    """The scores in the form that the Hub reads from `.eval_results/*.yaml`.
+
+    Args:
+        report: As in `report.json`.
+
+    Returns:
+        File names and their YAML; none where there are no scores, or the data are not on the Hub.
+    """
+    dataset = report.get("hub_dataset")
+    if not report["scores"] or dataset is None:
+        return {}
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset,
+            task_id=f"{key}_{report['arguments']['eval_split_name']}",
+            value=_percent(report["scores"][0][key]),
+            notes=f"{text}; {report['num_eval_images']} images",
+        )
+        for key, text in _METRICS.items()
+    ]
+    return {f"{Path(dataset).name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)}
+
+
+def score_table(scores: Sequence[Mapping[str, Any]], row: str) -> list[str]:
+    """The scores as lines of text.
+
+    Args:
+        scores: As in `report.json`.
+        row: A format string with four places: the features' name, kNN, linear, RankMe.
+
+    Returns:
+        A header and a line for each row.
+    """
+    lines = [row.format("features", f"kNN-{NEIGHBOURS}", "linear", "RankMe")]
+    for score in scores:
+        values = f"{100 * score['knn']:.1f}", f"{100 * score['linear']:.1f}", f"{score['rankme']:.1f}"
+        lines.append(row.format(score["features"], *values))
+    return lines
+
+
+def verdict(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says in words who wins, so that nobody has to hope.
+
+    Args:
+        scores: As in `report.json`: the trained encoder first, raw pixels last.
+
+    Returns:
+        A sentence or more for each metric.
+    """
+    trained, pixels = scores[0], scores[-1]
+    before = [row for row in scores if row["features"] == STARTING_WEIGHTS]
+    untrained = [row for row in scores[1:-1] if row["features"] != STARTING_WEIGHTS]
+    lines = []
+    for metric, name in (("knn", f"kNN-{NEIGHBOURS}"), ("linear", "linear")):
+        line = f"{name}: trained {_compared(trained[metric], max(row[metric] for row in untrained))} the better "
+        line += "untrained network."
+        if before:
+            line += f" It {_compared(trained[metric], before[0][metric])} {STARTING_WEIGHTS}."
+        if pixels[metric] > trained[metric]:
+            line += f" Raw pixels win, by {100 * (pixels[metric] - trained[metric]):.1f}."
+        lines.append(line)
+    return lines
+
+
+def loading_lines(reference: str) -> list[str]:
+    """Three lines of Python that load the encoder and use it.
+
+    Args:
+        reference: A folder or a repository's name.
+
+    Returns:
+        Indented lines.
+    """
+    return [
+        "    from transformers import AutoImageProcessor, AutoModel",
+        f'    processor, model = AutoImageProcessor.from_pretrained("{reference}"), '
+        f'AutoModel.from_pretrained("{reference}")',
+        '    features = model(**processor(image, return_tensors="pt")).last_hidden_state.mean(1)',
+    ]
+
+
+def _compared(mine: float, other: float) -> str:
+    if mine == other:
+        return "is equal to"
+    return f"is {100 * abs(mine - other):.1f} points {'above' if mine > other else 'below'}"
+
+
+def _metadata(report: Mapping[str, Any], reference: str) -> ModelCardData:
+    arguments, dataset, base = report["arguments"], report.get("hub_dataset"), report.get("hub_base_model")
+    results = None
+    if report["scores"]:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image classification on frozen features",
+                dataset_type=dataset or Path(arguments["dataset_name"]).name,
+                dataset_name=Path(arguments["dataset_name"]).name,
+                dataset_split=arguments["eval_split_name"],
+                metric_type="accuracy",
+                metric_name=text,
+                metric_value=_percent(report["scores"][0][key]),
+            )
+            for key, text in _METRICS.items()
+        ]
+    return ModelCardData(
+        license=arguments.get("license"),
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=TAGS,
+        datasets=None if dataset is None else [dataset],
+        base_model=base,
+        model_name=None if results is None else Path(reference).name,
+        eval_results=results,
+    )
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)
+
+
+def _hours(report: Mapping[str, Any]) -> str | None:
+    seconds = (report["log"] or {}).get("seconds")
+    if seconds is None:  # a log that was lost, or one of before this was kept
+        return None
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"
+
+
+def _markdown_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not scores:
+        return []
+    header, *rows = score_table(scores, "| {} | {} | {} | {} |")
+    return [header, "| --- | --- | --- | --- |", *rows]

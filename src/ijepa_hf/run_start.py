@@ -1,0 +1,195 @@
+"""What a run begins with: a checkpoint of its own, weights that exist, or fresh ones.
+
+A run from weights takes what neither recipe nor flag sets of the model from them. Its record (`run.json`, and each
+checkpoint) then holds the whole configuration, so that the weights are needed once: a run that goes on, also on
+another machine, asks its own record.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
+from ijepa_hf.checkpointing import Checkpoint, find_latest, read_checkpoint
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.hub import fetch_checkpoint
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, new_model
+from ijepa_hf.plan import Plan
+from ijepa_hf.run_folder import differing_arguments, is_finished, read_run
+from ijepa_hf.warm_start import StartingWeights, check_fits, open_starting_weights, start_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Args:
+        config: The model's configuration.
+        model_arguments: With the configuration's values where they come from weights.
+        data: With the normalisation of the weights, where none was asked for.
+        run: With `predictor_warmup_steps` as the run's record has it, and the licence of the weights.
+        checkpoint: What it goes on from, if anything.
+        weights: What it starts from, if it starts now and from weights.
+    """
+
+    config: IJepaConfig
+    model_arguments: ModelArguments
+    data: DataArguments
+    run: PretrainingArguments
+    checkpoint: Checkpoint | None = None
+    weights: StartingWeights | None = None
+
+    @property
+    def has_new_predictor(self) -> bool:
+        """Whether the run starts now, with trained encoders and an untrained predictor."""
+        return self.weights is not None and (self.run.new_predictor or not self.weights.has_predictor)
+
+    def build_model(self) -> tuple[IJepaForPretraining, list[str]]:
+        """Makes the model; what a checkpoint holds is put in place later, by `restore`.
+
+        Returns:
+            The model on the CPU, and a sentence for everything that was changed, dropped or made new.
+        """
+        if self.weights is None:
+            return new_model(self.config, self.run.seed), []
+        return start_model(self.weights, self.config, self.run.seed, new_predictor=self.run.new_predictor)
+
+
+def find_start(
+    model_arguments: ModelArguments, data: DataArguments, run: PretrainingArguments, output_dir: Path
+) -> Start:
+    """Finds what a run begins with, and checks that it fits what was asked for.
+
+    Args:
+        model_arguments: The model.
+        data: The images.
+        run: Names a checkpoint, weights, or neither.
+        output_dir: The run's folder; need not exist.
+
+    Returns:
+        The start; a finished run's has neither checkpoint nor weights.
+
+    Raises:
+        FileNotFoundError: If a checkpoint or weights that were named do not exist.
+        ValueError: If they are damaged, or do not fit the arguments.
+    """
+    finished = is_finished(output_dir, run)
+    checkpoint = None if finished else _find_checkpoint(run, output_dir)
+    if run.model_name_or_path is None:
+        return Start(model_arguments.to_config(), model_arguments, data, run, checkpoint)
+    record = _record(checkpoint, run, output_dir)
+    weights = None
+    if checkpoint is None and not finished:
+        heads = model_arguments.num_attention_heads if "num_attention_heads" in model_arguments.given else None
+        weights = open_starting_weights(run.model_name_or_path, revision=run.model_revision, num_attention_heads=heads)
+    if record is not None:
+        stored, base = record
+    else:
+        assert weights is not None  # no record, no checkpoint
+        base = weights.config
+        stored = {"license": weights.license, "image_mean": weights.image_mean, "image_std": weights.image_std}
+    # what nobody asked for is as in the record, or as the weights come with
+    kept: dict[str, Any] = {
+        name: stored.get(name) for name in ("predictor_warmup_steps", "license") if getattr(run, name) is None
+    }
+    run = dataclasses.replace(run, **kept)
+    moments: dict[str, Any] = {
+        name: list(stored[name])
+        for name in ("image_mean", "image_std")
+        if name not in model_arguments.given and stored.get(name)
+    }
+    data = dataclasses.replace(data, **moments)
+    config = model_arguments.to_config(base)
+    if weights is not None:
+        check_fits(weights, config, new_predictor=run.new_predictor)
+    return Start(config, model_arguments.resolved(config), data, run, checkpoint, weights)
+
+
+def load_starting_encoder(run: PretrainingArguments, config: IJepaConfig) -> IJepaModel | None:
+    """The encoder of a run from weights as it was before the first step, to be scored beside the trained one.
+
+    Args:
+        run: Names the weights.
+        config: The model's configuration.
+
+    Returns:
+        The encoder; `None` for a run that started from nothing, or, said in the log, where the weights have gone.
+    """
+    if run.model_name_or_path is None:
+        return None
+    try:
+        weights = open_starting_weights(run.model_name_or_path, revision=run.model_revision)
+        return start_model(weights, config, run.seed, new_predictor=run.new_predictor)[0].target_encoder
+    except (OSError, ValueError) as error:  # the run is done; one row of its scores is not worth losing the others
+        logger.warning("the weights that the run started from cannot be scored again: %s", error)
+        return None
+
+
+def check_checkpoint(checkpoint: Checkpoint, arguments: dict[str, Any], plan: Plan) -> None:
+    """Refuses a checkpoint from beyond the run's end, and names in the log what it was made with otherwise.
+
+    Args:
+        checkpoint: What the run is to go on from.
+        arguments: Of the run.
+        plan: Of the run.
+
+    Raises:
+        ValueError: If the checkpoint's step is after the run's last.
+    """
+    if checkpoint.step > plan.num_steps:
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint.path)!r} is at step {checkpoint.step}, but this run ends at step "
+            f"{plan.num_steps}; train for longer, or resume from an earlier checkpoint."
+        )
+    differing = differing_arguments(checkpoint.arguments, arguments)
+    if differing:
+        logger.warning("resuming with other arguments than the checkpoint's: %s.", "; ".join(differing))
+
+
+def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
+    name = run.resume_from_checkpoint
+    if name is None or (run.overwrite_output_dir and name == "latest"):
+        return None
+    if name == "hub":
+        return _newest_of_hub_and_folder(run, output_dir)
+    if name != "latest":
+        return read_checkpoint(Path(name))
+    checkpoint = find_latest(output_dir)
+    if checkpoint is None:
+        logger.warning("resume_from_checkpoint=latest: %s holds no checkpoint; starting at step 0.", output_dir)
+    return checkpoint
+
+
+def _newest_of_hub_and_folder(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
+    """The Hub's last checkpoint, unless the folder has one as new: the same command then serves every machine."""
+    assert run.hub_model_id is not None  # PretrainingArguments.check
+    path = fetch_checkpoint(run.hub_model_id, revision=run.hub_revision)
+    remote = None if path is None else read_checkpoint(path)
+    local = None if run.overwrite_output_dir else find_latest(output_dir)
+    if local is not None and (remote is None or local.step >= remote.step):
+        where = "has no checkpoint" if remote is None else f"is at step {remote.step}"
+        logger.warning("resuming from %s; %s %s.", local.path, run.hub_model_id, where)
+        return local
+    if remote is None:
+        logger.warning(
+            "resume_from_checkpoint=hub: %s holds no checkpoint (runs with --hub_strategy checkpoint leave one); "
+            "starting at step 0.",
+            run.hub_model_id,
+        )
+    return remote
+
+
+def _record(
+    checkpoint: Checkpoint | None, run: PretrainingArguments, output_dir: Path
+) -> tuple[dict[str, Any], IJepaConfig] | None:
+    """Arguments and configuration that this run has begun with, if it has begun."""
+    if checkpoint is not None:
+        return checkpoint.arguments, IJepaConfig(**checkpoint.config)
+    stored = None if run.overwrite_output_dir else read_run(output_dir)
+    if stored is None or "config" not in stored:
+        return None
+    return stored["arguments"], IJepaConfig(**stored["config"])

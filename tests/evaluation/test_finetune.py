@@ -1,0 +1,733 @@
+"""Fine-tuning: learning rates, draws of labels, resume to the bit, and a folder that stock transformers reads."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from image_zoo import write_zoo
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+from sklearn.datasets import load_digits as load_scans
+from tiny import scrambled_model, tiny_config, tiny_run
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    IJepaForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from ijepa_hf.arguments import argument_names
+from ijepa_hf.data import ImageRows
+from ijepa_hf.evaluation import finetune as module
+from ijepa_hf.evaluation.finetune import (
+    EpochOrder,
+    FinetuningArguments,
+    FinetuningTrainer,
+    LabelledImages,
+    SmoothedCrossEntropy,
+    build_finetune_parser,
+    choose_labelled,
+    finetune,
+    load_classifier,
+    load_labelled_splits,
+    parameter_groups,
+    parse_finetune_arguments,
+    wilson_interval,
+)
+from ijepa_hf.export import export_model
+from ijepa_hf.image_transforms import decode_image, normalize, resize
+from ijepa_hf.modeling_ijepa import IJepaModel, sincos_position_table
+from ijepa_hf.sources import load_digits
+
+NAMES = [str(digit) for digit in range(10)]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("pretrained") / "run", hidden_dropout_prob=0.1)
+
+
+@pytest.fixture
+def tell(pretrained, tmp_path):
+    """Arguments of a fine-tuning of a second: 48 digits, two epochs of three steps."""
+
+    def arguments(**changes):
+        values = {
+            "model": str(pretrained),
+            "dataset_name": "digits",
+            "output_dir": str(tmp_path / "classifier"),
+            "max_train_samples": 48,
+            "max_eval_samples": 60,
+            "per_device_train_batch_size": 16,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            **changes,
+        }
+        return FinetuningArguments(**values)
+
+    return arguments
+
+
+def finetuned(arguments):
+    finetune(arguments)
+    return Path(arguments.output_dir)
+
+
+def weights(folder):
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def result_of(folder):
+    return json.loads((folder / "finetune.json").read_text())
+
+
+def write_pictures(folder, labels, values=None):
+    """A folder of class folders; pictures of a class are of its own gray."""
+    for number, label in enumerate(labels):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        gray = 10 * (number % 7) + (0 if values is None else values[number])
+        Image.fromarray(np.full((36, 36, 3), gray, np.uint8)).save(folder / str(label) / f"{number:03d}.png")
+
+
+def vision_model(kind, folder=None):
+    """A tiny stock classifier, saved with an image processor where a folder is given."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(1)
+    if kind == "ijepa":
+        model = IJepaForImageClassification.from_pretrained(folder, num_labels=10)
+    elif kind == "vit":
+        model = ViTForImageClassification(ViTConfig(**shape, intermediate_size=64))
+    else:
+        model = Dinov2ForImageClassification(Dinov2Config(**shape, mlp_ratio=2))
+    if folder is not None and kind != "ijepa":
+        model.save_pretrained(folder)
+        processor = {"image_processor_type": "ViTImageProcessor", "image_mean": MEAN, "image_std": STD}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+# -- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_layer_l_of_L_learns_with_decay_to_the_power_of_L_plus_1_minus_l_and_vectors_do_not_decay(tell):
+    model = load_classifier(tell(), NAMES)  # two layers
+    groups = parameter_groups(model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.05)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for name, parameter in model.named_parameters()
+        for group in groups
+        if any(parameter is other for other in group["params"])
+    }
+    expected_rates = {"embeddings": 1 / 8, "layers.0": 1 / 4, "layers.1": 1 / 2, "ijepa.layernorm": 1, "classifier": 1}
+    for name, parameter in model.named_parameters():
+        if name.endswith("position_embeddings"):
+            assert name not in found
+            continue
+        rate = next(rate for part, rate in expected_rates.items() if part in name)
+        assert found[name] == (rate, 0.05 if parameter.ndim > 1 else 0.0), name
+    assert groups[0]["lr"] == 1.0  # the one that Trainer logs
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_other_vision_transformers_have_the_same_rule(kind):
+    model = vision_model(kind)  # three layers
+    rates = {
+        name: group["lr"]
+        for name, parameter in model.named_parameters()
+        for group in parameter_groups(model, 1.0, 0.5, 0.0)
+        if any(parameter is other for other in group["params"])
+    }
+    assert {rates[name] for name in rates if ".embeddings." in name} == {1 / 16}
+    for layer, rate in enumerate((1 / 8, 1 / 4, 1 / 2)):
+        of_layer = {rates[name] for name in rates if f"layer.{layer}." in name or f"layers.{layer}." in name}
+        assert of_layer == {rate}
+    assert rates["classifier.weight"] == 1
+
+
+def test_a_model_that_is_no_stack_of_layers_is_refused_unless_layer_decay_is_off(tell):
+    model = load_classifier(tell(), NAMES)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="layer_decay=0.5: IJepaForImageClassification is no plain stack"):
+        parameter_groups(model, 1.0, 0.5, 0.0)
+    assert {group["lr"] for group in parameter_groups(model, 1.0, 1.0, 0.0)} == {1.0}
+
+
+def test_every_group_warms_up_and_falls_as_a_cosine_of_its_own_rate(tell):
+    trainer = trainer_of(tell(layer_decay=0.5, learning_rate=0.1, warmup_ratio=0.2))
+    trainer.create_optimizer_and_scheduler(10)
+    rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
+    highest = sorted({group["initial_lr"] for group in trainer.optimizer.param_groups})
+    np.testing.assert_allclose(highest, [0.1 / 8, 0.1 / 4, 0.1 / 2, 0.1])
+    assert rates == [0.0]
+    for step in range(1, 11):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        share = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 8))
+        rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
+        np.testing.assert_allclose(rates, [rate * share for rate in highest] if share else [0.0], atol=1e-12)
+
+
+def trainer_of(arguments):
+    splits = load_labelled_splits(arguments, 3)
+    settings = module.read_image_settings(arguments.model, tiny_config())
+    return module._build_trainer(load_classifier(arguments, splits.names), splits, settings, arguments)
+
+
+# -- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_few_label_draws_have_the_number_asked_of_each_class_and_hold_smaller_draws():
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 101)
+    chosen = choose_labelled(labels, 7, None, seed=3)
+    assert np.bincount(labels[chosen]).tolist() == [7, 7, 7]
+    assert len(set(chosen.tolist())) == 21
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert set(choose_labelled(labels, 3, None, seed=3)) < set(chosen)
+    assert chosen.tolist() == choose_labelled(labels, 7, None, seed=3).tolist()
+    assert chosen.tolist() != choose_labelled(labels, 7, None, seed=4).tolist()
+    assert np.bincount(labels[choose_labelled(labels, None, 0.01, seed=0)]).tolist() == [1, 1, 2]  # rounded up
+    assert choose_labelled(labels, None, None, seed=0).tolist() == list(range(181))
+    with pytest.raises(ValueError, match=r"samples_per_class=40, but there are fewer images of 1 \(30\)"):
+        choose_labelled(labels, 40, None, seed=0)
+
+
+def test_a_run_trains_on_the_labels_that_belong_to_its_images(tell):
+    splits = load_labelled_splits(tell(max_train_samples=None, samples_per_class=2), 3)
+    assert np.bincount(splits.train_labels).tolist() == [2] * 10
+    scans = load_scans()
+    truth = {image.tobytes(): label for image, label in zip(scans.images.astype(np.uint8), scans.target, strict=True)}
+    large = {
+        np.asarray(
+            Image.fromarray(np.rint(np.frombuffer(key, np.uint8).reshape(8, 8) * (255 / 16)).astype(np.uint8)).resize(
+                (32, 32), Image.Resampling.BILINEAR
+            ).convert("RGB")
+        ).tobytes(): label
+        for key, label in truth.items()
+    }  # fmt: skip
+    for images, labels in ((splits.train, splits.train_labels), (splits.test, splits.test_labels)):
+        assert [large[np.asarray(images[index]).tobytes()] for index in range(len(images))] == labels.tolist()
+
+
+def test_words_and_whole_numbers_are_classes_too(tell, tmp_path):
+    write_pictures(tmp_path / "pictures", ["a"] * 6)
+    for split in ("train", "test"):
+        rows = [f"pictures/a/{number:03d}.png,{('wren', 'owl')[number % 2]},{7 + number % 3}" for number in range(6)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,label,kind", *rows]) + "\n")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for split in ("train", "test"):
+        text = (tmp_path / f"{split}.csv").read_text().replace("pictures/", "../pictures/")
+        (folder / f"{split}.csv").write_text(text)
+    splits = load_labelled_splits(tell(dataset_name=str(folder)), 3)
+    assert (splits.names, splits.train_labels.tolist()) == (["owl", "wren"], [1, 0, 1, 0, 1, 0])
+    numbers = load_labelled_splits(tell(dataset_name=str(folder), label_column_name="kind"), 3)
+    assert (numbers.names, numbers.test_labels.tolist()) == (["7", "8", "9"], [0, 1, 2, 0, 1, 2])
+
+
+def test_a_label_that_training_has_never_seen_is_refused(tell, tmp_path):
+    for split, labels in (("train", "abab"), ("test", "abc")):
+        columns = {"image": [Image.new("RGB", (8, 8))] * len(labels), "label": list(labels)}
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    (tmp_path / "classifier").mkdir()
+    with pytest.raises(ValueError, match="'test' has labels that the training split does not have: c"):
+        load_labelled_splits(tell(dataset_name=str(tmp_path)), 3)
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_crop_depends_on_seed_epoch_and_image_alone_and_an_evaluation_takes_the_whole_image():
+    rows = ImageRows(load_digits("train").select(range(8)), "image", 3)
+    labels = np.arange(8)
+    crops = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=1)
+    again = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=1)
+    other = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=2)
+    first = crops[0, 3]["pixel_values"]
+    assert first.shape == (3, 32, 32)
+    for _ in range(3):
+        again[1, 5]
+    assert torch.equal(first, again[0, 3]["pixel_values"])
+    assert not torch.equal(first, again[1, 3]["pixel_values"])
+    assert not torch.equal(first, other[0, 3]["pixel_values"])
+    whole = (torch.from_numpy(np.array(rows[3])).permute(2, 0, 1) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / (
+        torch.tensor(STD).view(3, 1, 1)
+    )
+    torch.testing.assert_close(crops[3]["pixel_values"], whole)
+    assert crops[3]["labels"].item() == 3
+
+
+def test_half_of_the_images_are_mirrored_only_where_asked():
+    rows = ImageRows(load_digits("train").select(range(60)), "image", 3)
+    labels = np.zeros(60, np.int64)
+    flipped = LabelledImages(rows, labels, (32, 32), MEAN, STD, horizontal_flip=True)
+    plain = LabelledImages(rows, labels, (32, 32), MEAN, STD)
+    count = 0
+    for index in range(60):
+        whole, drawn = plain[0, index]["pixel_values"], flipped[0, index]["pixel_values"]
+        assert torch.equal(whole, plain[index]["pixel_values"])
+        assert torch.equal(drawn, whole) or torch.equal(drawn, whole.flip(-1))
+        count += not torch.equal(drawn, whole)
+    assert 20 <= count <= 40
+
+
+def test_each_epoch_visits_every_image_once_in_an_order_of_its_own():
+    order = EpochOrder(20, seed=0)
+    first = list(order)
+    order.set_epoch(1)
+    second = list(order)
+    assert sorted(first) == [(0, index) for index in range(20)]
+    assert sorted(second) == [(1, index) for index in range(20)]
+    assert [index for _, index in first] != [index for _, index in second]
+
+
+def test_every_kind_of_picture_reaches_the_model_as_the_package_decodes_it(tell, tmp_path):
+    for label in ("a", "b"):
+        readable = write_zoo(tmp_path / "zoo" / "train" / label)
+        write_zoo(tmp_path / "zoo" / "test" / label)
+    for path in (tmp_path / "zoo").rglob("broken-*"):
+        path.unlink()
+    splits = load_labelled_splits(tell(dataset_name=str(tmp_path / "zoo"), max_train_samples=None), 3)
+    assert len(splits.train) == 2 * len(readable)
+    images = LabelledImages(splits.train, splits.train_labels, (32, 32), MEAN, STD)
+    for index, name in enumerate(readable):  # the first class
+        decoded = decode_image((tmp_path / "zoo" / "train" / "a" / name).read_bytes(), 3)
+        assert torch.equal(images[index]["pixel_values"], normalize(resize(decoded, (32, 32)), MEAN, STD)), name
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(tell, tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            write_pictures(tmp_path / "pictures" / split, [label] * 4)
+    (tmp_path / "pictures" / "train" / "b" / "002.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"train/b/002\.png.*A fine-tuning skips no image"):
+        finetune(tell(dataset_name=str(tmp_path / "pictures")))
+
+
+def test_rectangles_of_five_bands_are_fine_tuned_too(tell, tmp_path):
+    export_model(
+        scrambled_model(num_channels=5, image_size=[16, 32]), tmp_path / "bands", step=1, image_mean=[0.5] * 5,
+        image_std=[0.3] * 5,
+    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("field", "forest"):
+            (tmp_path / "tiles" / split / label).mkdir(parents=True)
+            for number in range(4):
+                tile = generator.random((5, 20, 40)).astype(np.float32)
+                np.save(tmp_path / "tiles" / split / label / f"{number}.npy", tile)
+    folder = finetuned(tell(model=str(tmp_path / "bands"), dataset_name=str(tmp_path / "tiles"), max_train_steps=2))
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "field", 1: "forest"}
+    assert model(torch.zeros(1, 5, 16, 32)).logits.shape == (1, 2)
+
+
+# -- what comes out --------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import json, sys
+sys.modules["ijepa_hf"] = None  # importing it is now an ImportError
+folder, pictures = sys.argv[1], sys.argv[2:]
+import transformers
+from packaging.version import Version
+if Version(transformers.__version__) >= Version("5.18"):
+    classify = transformers.pipeline("image-classification", model=folder)
+else:  # AutoImageProcessor needs torchvision there
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    classify = transformers.pipeline("image-classification", model=folder, image_processor=processor)
+assert type(classify.model) is transformers.IJepaForImageClassification
+try:
+    import ijepa_hf
+except ImportError:
+    print(json.dumps([answer[0]["label"] for answer in classify(pictures)]))
+"""
+
+
+def test_the_pipeline_has_the_accuracy_of_the_report_where_the_package_cannot_be_imported(
+    tell, tmp_path, child_environment
+):
+    told = tell(max_train_samples=300, num_train_epochs=8, min_crop_scale=0.8, learning_rate=3e-3)
+    printed, folder = finetune(told), Path(told.output_dir)
+    result = result_of(folder)
+    digits = load_digits("test")
+    chosen = np.linspace(0, len(digits) - 1, 60).round().astype(int).tolist()
+    for index in chosen:
+        digits[index]["image"].convert("RGB").save(tmp_path / f"{index}.png")
+    pictures = [str(tmp_path / f"{index}.png") for index in chosen]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), *pictures],
+        env=child_environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.strip().splitlines()[-1])
+    right = sum(answer == str(digits[index]["label"]) for answer, index in zip(answers, chosen, strict=True))
+    assert right == result["num_correct"]
+    assert result["accuracy"] == right / 60 == result["evaluations"][-1]["accuracy"]
+    assert right > 12, "it has learned nothing, so that little is tested"
+    assert len(result["evaluations"]) == 8
+    assert f"top-1 {100 * right / 60:.1f} %" in printed
+
+
+def test_the_folder_holds_a_model_a_card_and_numbers_and_no_pickle(tell):
+    folder = finetuned(tell())
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "finetune.json",
+        "finetune_arguments.json", "curves.png",
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["IJepaForImageClassification"]
+    assert config["id2label"] == {str(digit): str(digit) for digit in range(10)}
+    card = ModelCard.load(folder / "README.md").data.to_dict()
+    assert (card["library_name"], card["pipeline_tag"]) == ("transformers", "image-classification")
+    (score,) = card["model-index"][0]["results"]
+    assert score["metrics"] == [{"type": "accuracy", "value": result_of(folder)["accuracy"]}]
+    with Image.open(folder / "figures" / "curves.png") as curves:
+        assert curves.size == (1050, 420)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (313, 360), (1, 7)])
+def test_the_interval_is_wilsons(right, count):
+    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(wilson_interval(right, count), (expected.low, expected.high), atol=1e-12)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_keeps_its_bits_and_another_one_only_its_position_table(tell, pretrained, tmp_path):
+    before = weights(pretrained)
+    frozen = weights(finetuned(tell(freeze_encoder=True)))
+    assert all(torch.equal(frozen[name], before[name]) for name in before)
+    assert set(frozen) - set(before) == {"classifier.weight", "classifier.bias"}
+    trained = weights(finetuned(tell(output_dir=str(tmp_path / "trained"))))
+    kept = [name for name in before if torch.equal(trained[name], before[name])]
+    assert kept == ["ijepa.embeddings.position_embeddings"]
+    assert not torch.equal(frozen["classifier.weight"], trained["classifier.weight"])
+
+
+def test_from_scratch_is_the_network_that_a_pretraining_starts_from(tell, pretrained):
+    model = load_classifier(tell(from_scratch=True), NAMES)
+    before = weights(pretrained)
+    table = model.ijepa.embeddings.position_embeddings
+    assert not table.requires_grad
+    assert torch.equal(table.data, sincos_position_table(32, (8, 8)))
+    kernel = model.ijepa.embeddings.patch_embeddings.projection.weight
+    assert not torch.equal(kernel.data, before["ijepa.embeddings.patch_embeddings.projection.weight"])
+    assert 0.9 < kernel.std().item() * math.sqrt(4 * 4 * 3) < 1.1  # patch_init_std 1/sqrt(inputs), as configured
+    again = load_classifier(tell(from_scratch=True), NAMES).state_dict()
+    other = load_classifier(tell(from_scratch=True, seed=1), NAMES).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(kernel, other["ijepa.embeddings.patch_embeddings.projection.weight"])
+
+
+def test_the_loss_is_smoothed_cross_entropy_averaged_over_the_step_however_it_is_cut():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 4, generator=generator), torch.tensor([0, 1, 2, 3, 0, 1])
+    wanted = torch.nn.functional.one_hot(labels, 4) * 0.9 + 0.1 / 4
+    expected = -(wanted * logits.log_softmax(1)).sum(1).mean()
+    loss = SmoothedCrossEntropy(0.1)
+    torch.testing.assert_close(loss({"logits": logits}, labels), expected)
+    parts = [loss({"logits": logits[part]}, labels[part], num_items_in_batch=6) for part in (slice(4), slice(4, 6))]
+    torch.testing.assert_close(sum(parts), expected)
+
+
+def test_two_micro_batches_train_as_one_batch_does(tell, tmp_path):
+    model = scrambled_model()  # without dropout
+    export_model(model, tmp_path / "plain", step=1, image_mean=MEAN, image_std=STD)
+    flags = {"model": str(tmp_path / "plain"), "learning_rate": 1e-3, "label_smoothing": 0.1}
+    whole = finetuned(tell(**flags))
+    cut = finetuned(
+        tell(**flags, output_dir=str(tmp_path / "cut"), per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    )
+    assert result_of(whole)["steps"] == result_of(cut)["steps"] == 6
+    for one, other in zip(result_of(whole)["losses"], result_of(cut)["losses"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    theirs = weights(cut)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=0)
+
+
+def test_the_number_of_workers_changes_no_bit(tell, tmp_path):
+    one = weights(finetuned(tell(num_train_epochs=1)))
+    two = weights(finetuned(tell(num_train_epochs=1, dataloader_num_workers=2, output_dir=str(tmp_path / "workers"))))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_bf16_and_a_length_in_steps_work(tell):
+    result = result_of(finetuned(tell(mixed_precision="bf16", max_train_steps=2)))
+    assert result["steps"] == 2
+    assert math.isfinite(result["losses"][-1]["loss"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tell, monkeypatch):
+    monkeypatch.setattr(
+        SmoothedCrossEntropy, "__call__", lambda *_, **__: torch.full((1,), math.nan, requires_grad=True).sum()
+    )
+    with pytest.raises(ValueError, match="the loss is nan at step 1; use a lower --learning_rate"):
+        finetuned(tell())
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch, arguments, step):
+    """Runs until a step, and stops there as Ctrl-C would."""
+    stock = FinetuningTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(FinetuningTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(arguments)
+    monkeypatch.setattr(FinetuningTrainer, "training_step", stock)
+
+
+def test_an_interrupted_and_resumed_run_has_the_bits_and_the_report_of_an_uninterrupted_one(
+    tell, tmp_path, monkeypatch
+):
+    flags = {"num_train_epochs": 4, "horizontal_flip": True, "label_smoothing": 0.1}  # and dropout
+    whole = finetuned(tell(**flags, output_dir=str(tmp_path / "whole")))
+    resumed = tell(**flags, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint="latest")
+    interrupt(monkeypatch, resumed, step=4)
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
+        "checkpoint-3",
+        "finetune_arguments.json",
+    ]
+    interrupt(monkeypatch, resumed, step=10)
+    folder = finetuned(resumed)
+    ours, theirs = weights(folder), weights(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    for name in ("losses", "accuracy", "steps"):
+        assert result_of(folder)[name] == result_of(whole)[name], name
+    assert result_of(folder)["resumed_from"] == "checkpoint-9"
+
+
+@pytest.mark.parametrize("kind", ["ijepa", "vit", "dinov2"])
+def test_every_weight_of_a_checkpoint_is_restored(kind, pretrained, tmp_path):
+    model = vision_model(kind, pretrained if kind == "ijepa" else tmp_path / "model")
+    scramble(model)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scramble(model)
+    make_trainer(FinetuningTrainer, model, tmp_path, layer_decay=1.0)._load_from_checkpoint(
+        str(tmp_path / "checkpoint-1")
+    )
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_stock_trainer_still_restores_only_some_of_them(pretrained, tmp_path):
+    """Why `_load_from_checkpoint` is overridden; when this fails, the stock one may have become good enough."""
+    model = vision_model("ijepa", pretrained)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scramble(model)
+    make_trainer(Trainer, model, tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    restored = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, expected[name])]
+    assert 0 < len(restored) < len(expected) / 2
+    assert not any(".layers." in name and "layernorm" not in name for name in restored)
+
+
+def test_a_checkpoint_of_another_model_or_with_weights_missing_is_refused(pretrained, tmp_path):
+    model = vision_model("ijepa", pretrained)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    stored = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    del stored["ijepa.encoder.layer.1.output.dense.bias"]
+    save_file(stored, tmp_path / "checkpoint-1" / "model.safetensors", metadata={"format": "pt"})
+    trainer = make_trainer(FinetuningTrainer, model, tmp_path, layer_decay=1.0)
+    with pytest.raises(
+        ValueError, match=r"no checkpoint of this model: \{'missing_keys': \['ijepa.layers.1.mlp.fc2.bia"
+    ):
+        trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+
+
+def scramble(model):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+def make_trainer(cls, model: nn.Module, folder, **options):
+    return cls(model=model, args=TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none"), **options)
+
+
+class Harm:
+    """Something that writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_that_is_half_written_damaged_or_holds_code_is_skipped(tell, tmp_path, monkeypatch, caplog):
+    arguments = tell(num_train_epochs=4, resume_from_checkpoint="latest")
+    interrupt(monkeypatch, arguments, step=7)
+    newest = tmp_path / "classifier" / "checkpoint-6"
+    assert module._find_checkpoint(newest.parent, arguments) == newest
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors"):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[: len(content) // 2])
+        assert module._find_checkpoint(newest.parent, arguments).name == "checkpoint-3", name
+        (newest / name).write_bytes(content)
+    torch.save({"state": Harm(str(tmp_path / "harm"))}, newest / "optimizer.pt")
+    assert module._find_checkpoint(newest.parent, arguments).name == "checkpoint-3"
+    assert not (tmp_path / "harm").exists()
+    assert "checkpoint-6, which is incomplete or damaged" in caplog.text
+    with pytest.raises(FileNotFoundError, match="checkpoint-6': there is no complete and undamaged checkpoint"):
+        finetune(dataclasses.replace(arguments, resume_from_checkpoint=str(newest)))
+
+
+def test_a_finished_run_is_reported_again_without_work(tell, monkeypatch):
+    folder = finetuned(tell())
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(Trainer, "train", None)
+    assert "load it with:" in finetune(tell())
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+# -- other models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_other_vision_models_are_fine_tuned_as_well(kind, tell, tmp_path):
+    vision_model(kind, tmp_path / kind)
+    folder = finetuned(tell(model=str(tmp_path / kind), num_train_epochs=1))
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.num_labels == 10
+    assert type(model).__name__ in ("ViTForImageClassification", "Dinov2ForImageClassification")
+    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 10)
+
+
+def test_an_encoder_whose_weights_would_stay_random_is_refused(tell, pretrained, tmp_path):
+    model = IJepaModel.from_pretrained(pretrained)
+    folder = tmp_path / "shallow"
+    model.config.save_pretrained(folder)
+    state = {f"ijepa.{name}": tensor for name, tensor in model.state_dict().items() if ".layers.1." not in f".{name}"}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not hold 16 weights of .*encoder \(the first is ijepa\.layers\.1"):
+        load_classifier(tell(model=str(folder)), NAMES)
+
+
+# -- errors before work ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": None}, "dataset_name is not given"),
+        ({"output_dir": None}, "output_dir is not given"),
+        ({"eval_split_name": "validation"}, "no split 'validation'; it has 'train' and 'test'"),
+        ({"label_column_name": "image"}, "label_column_name='image' is no column of classes"),
+        ({"samples_per_class": 30}, "samples_per_class=30, but there are fewer images of 0"),
+        ({"samples_per_class": 2, "label_fraction": 0.1}, "give one"),
+        ({"samples_per_class": 0}, "samples_per_class=0 must be at least 1"),
+        ({"label_fraction": 1.5}, "label_fraction=1.5 must be greater than 0 and at most 1"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 must be greater than 0"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and less than 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
+        ({"mixed_precision": "fp16"}, "mixed_precision='fp16' must be 'no' or 'bf16'"),
+        ({"from_scratch": True, "freeze_encoder": True}, "leave one out"),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "goes on from; give one"),
+        ({"model": "./nowhere"}, "model='./nowhere': there is no such folder"),
+    ],
+)
+def test_a_mistake_is_named_before_any_work(tell, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetuned(tell(**changes))
+    assert not (tmp_path / "classifier").exists()
+
+
+def test_a_set_without_labels_or_with_one_class_is_refused(tell, tmp_path):
+    for split in ("train", "test"):
+        write_pictures(tmp_path / "flat" / split / "deep", ["x", "y"] * 2)
+        write_pictures(tmp_path / "one" / split, ["only"] * 4)
+    with pytest.raises(ValueError, match="the split 'train' has no labels"):
+        finetuned(tell(dataset_name=str(tmp_path / "flat")))
+    columns = {"image": [Image.new("RGB", (8, 8))] * 4, "label": [1, 1, 1, 1]}
+    for split in ("train", "test"):
+        dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        dataset.to_parquet(tmp_path / "same" / f"{split}.parquet")
+        unlabelled = dataset.remove_columns("label").add_column("label", [0, 1, -1, 0])
+        unlabelled.to_parquet(tmp_path / "some" / f"{split}.parquet")
+    with pytest.raises(ValueError, match="labels of one class only"):
+        finetuned(tell(dataset_name=str(tmp_path / "same")))
+    with pytest.raises(ValueError, match="has images without a label"):
+        finetuned(tell(dataset_name=str(tmp_path / "some")))
+
+
+def test_images_of_other_channels_than_the_models_are_refused(tell, tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "tiles" / split / label).mkdir(parents=True)
+            np.save(tmp_path / "tiles" / split / label / "0.npy", np.zeros((5, 20, 24), np.float32))
+    with pytest.raises(ValueError, match="image 0 of the data set: num_channels=3"):
+        finetuned(tell(dataset_name=str(tmp_path / "tiles")))
+
+
+def test_a_folder_that_holds_something_else_is_never_touched(tell, pretrained, tmp_path):
+    before = weights(pretrained)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds no fine-tuning of ijepa-hf"):
+            finetuned(tell(output_dir=str(pretrained), overwrite_output_dir=overwrite))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(pretrained).items())
+
+
+def test_another_fine_tuning_is_refused_naming_what_differs_and_overwritten_only_where_asked(
+    tell, tmp_path, monkeypatch
+):
+    folder = finetuned(tell())
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="another fine-tuning: learning_rate is 0.01 there, 0.005 here"):
+        finetuned(tell(learning_rate=5e-3))
+    with pytest.raises(ValueError, match="overwrite_output_dir would delete model="):
+        finetuned(tell(model=str(folder), overwrite_output_dir=True))
+    finetuned(tell(learning_rate=5e-3, overwrite_output_dir=True))
+    assert result_of(folder)["arguments"]["learning_rate"] == 5e-3
+    assert (folder / "notes.txt").read_text() == "mine"
+    unfinished = tell(output_dir=str(tmp_path / "unfinished"))
+    interrupt(monkeypatch, unfinished, step=1)
+    with pytest.raises(ValueError, match="unfinished. Add --resume_from_checkpoint latest"):
+        finetune(unfinished)
+
+
+# -- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_flags_have_the_names_of_pretraining_where_they_mean_the_same():
+    flags = ["runs/digits", "--dataset_name", "digits", "--output_dir", "x", "--horizontal_flip"]
+    arguments = parse_finetune_arguments(flags)
+    assert (arguments.model, arguments.horizontal_flip, arguments.layer_decay) == ("runs/digits", True, 0.75)
+    own = {
+        "samples_per_class", "label_fraction", "layer_decay", "warmup_ratio", "label_smoothing", "horizontal_flip",
+        "freeze_encoder", "from_scratch",
+    }  # fmt: skip
+    names = {action.dest for action in build_finetune_parser()._actions} - {"help", "model"}
+    assert names - argument_names() == own
+    with pytest.raises(
+        ValueError, match="'--layer_deca' is no flag of ijepa-hf finetune; did you mean '--layer_decay'"
+    ):
+        parse_finetune_arguments([*flags, "--layer_deca", "1"])
