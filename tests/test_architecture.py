@@ -38,7 +38,7 @@ LAYERS = {
     "visualization": 4,
     "hub_process": 0,
     "conversion": 5,
-    "evaluation.finetune": 5,
+    "evaluation.finetune": 6,
     "model_card": 5,
     "plan": 5,
     "streaming": 5,

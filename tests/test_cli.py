@@ -1,12 +1,14 @@
 """The command line: exit codes that mean something, messages on one line, help for everything."""
 
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_flags, tiny_run
 
 from ijepa_hf import cli, training
+from ijepa_hf.conversion import read_official_checkpoint
 from ijepa_hf.sources import load_digits
-from ijepa_hf.training import NonFiniteLossError
+from ijepa_hf.training import NonFiniteLossError, UploadIncompleteError
 
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):
@@ -39,6 +41,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
         ["pretrain", "digitz"],
         ["pretrain", *tiny_flags(tmp_path / "run", image_size=30)],
         ["convert", str(tmp_path / "nowhere.pth.tar"), str(tmp_path / "out")],
+        ["convert", "a", "b.pth.tar", "--to", "official", "--num_attention_heads", "3"],
+        ["push", str(tmp_path / "nowhere"), "me/x"],
+        ["finetune", "somewhere", "--dataset_nam", "digits"],
     ):
         assert cli.main(argv) == 2
         error = capsys.readouterr().err.strip()
@@ -47,14 +52,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert "Traceback" not in error
 
 
-def test_a_non_finite_loss_is_exit_code_3_and_an_interruption_130(tmp_path, monkeypatch, capsys):
+def test_a_non_finite_loss_is_exit_code_3_a_lost_upload_4_and_an_interruption_130(tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise NonFiniteLossError("stopped at step 5")
+
+    def lose(*_):
+        raise UploadIncompleteError("step 6 did not arrive")
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for function, code in ((stop, 3), (interrupt, 130)):
+    for function, code in ((stop, 3), (lose, 4), (interrupt, 130)):
         monkeypatch.setattr(training, "pretrain", function)
         assert cli.main(["pretrain", *tiny_flags(tmp_path / "run")]) == code
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
@@ -74,6 +82,11 @@ def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, c
     assert cli.main(argv) == 0
     assert "CC BY-NC 4.0" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert cli.main(["convert", str(tmp_path / "out"), str(tmp_path / "back.pth.tar"), "--to", "official"]) == 0
+    one, other = (read_official_checkpoint(path) for path in (golden / argv[1], tmp_path / "back.pth.tar"))
+    for part, tensors in one.items():
+        assert tensors.keys() == other[part].keys()
+        assert all(torch.equal(tensor, other[part][name]) for name, tensor in tensors.items())
 
 
 def size_of(figure):
@@ -138,5 +151,7 @@ def test_prepared_images_are_what_pretrain_streams(tmp_path, capsys):
 
 def test_command_flags_are_those_of_the_parsers():
     flags = cli.command_flags()
-    assert "--num_attention_heads" in flags["convert"]
+    assert {"--num_attention_heads", "--to", "--with_optimizer"} <= flags["convert"]
+    assert {"--hub_strategy", "--hub_private_repo", "--hub_revision"} <= flags["push"] & flags["pretrain"]
+    assert {"--dataset_name", "--layer_decay"} <= flags["finetune"]
     assert {"--seed", "--resume_from_checkpoint", "--image_size"} <= flags["pretrain"]

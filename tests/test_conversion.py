@@ -1,6 +1,8 @@
 """Published checkpoints in and out: every bit carried over, and nothing written for a file that is not one."""
 
 import copy
+import functools
+import hashlib
 import io
 import json
 import pickle
@@ -57,9 +59,14 @@ def published_file(path, change=None, *, legacy=False, **options):
     return path
 
 
-def trained_networks(steps, seed=0):
+def trained_networks(steps):
     """The plain networks and their AdamW after a few steps of plain training."""
-    networks = plain_ijepa.make_networks(seed)
+    return copy.deepcopy(train_plain(steps))
+
+
+@functools.cache
+def train_plain(steps):
+    networks = plain_ijepa.make_networks()
     optimizer = plain_ijepa.make_adamw(*networks[:2])
     for step in range(steps):
         plain_step(networks, optimizer, step)
@@ -185,8 +192,6 @@ def test_converted_folder_is_what_stock_transformers_and_this_package_read(offic
 def test_the_report_names_the_file_and_every_tensor_of_both_sides(official, contents, tmp_path):
     convert(official, tmp_path / "out", num_attention_heads=4)
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    import hashlib
-
     data = official.read_bytes()
     assert report["source"] == {"name": official.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     files = {
@@ -285,16 +290,19 @@ def filled(value):
 
 
 REFUSED = {
-    "missing": (drop("encoder", "blocks.1.norm2.bias"), r"context_encoder\.layers\.1\.layernorm_after\.bias is missing"),
+    "missing": (
+        drop("encoder", "blocks.1.norm2.bias"),
+        r"context_encoder\.layers\.1\.layernorm_after\.bias is missing",
+    ),
     "missing network": (lambda saved: saved.pop("predictor"), "lacks predictor; it holds 'encoder', 'target_encoder'"),
     "missing layer": (
-        lambda saved: [saved["target_encoder"].pop(key) for key in list(saved["target_encoder"]) if "blocks.0." in key],
+        lambda saved: [
+            saved["target_encoder"].pop(key) for key in list(saved["target_encoder"]) if "blocks.0." in key
+        ],
         "lacks target_encoder.blocks.0.mlp.fc1.weight",
     ),
     "gap": (
-        lambda saved: saved["predictor"].update(
-            {"module.predictor_blocks.7.norm1.bias": torch.zeros(16)}
-        ),
+        lambda saved: saved["predictor"].update({"module.predictor_blocks.7.norm1.bias": torch.zeros(16)}),
         "predictor_blocks are numbered with gaps: 3 of them, but no 2",
     ),
     "unexpected": (put("encoder", "cls_token", lambda _: torch.zeros(1, 1, 32)), "encoder.'cls_token' is unexpected"),
@@ -323,7 +331,10 @@ REFUSED = {
     "mixed predictor": (other_predictor, r"predictor\.embed\.weight has shape \[16, 64\], expected \[16, 32\]"),
     "mixed grid": (other_grid, r"predictor\.position_embeddings has shape \[1, 16, 16\], expected \[1, 64, 16\]"),
     "mixed depth": (deeper, r"encoder\.'blocks\.2\.norm1\.weight' is unexpected"),
-    "NaN": (put("encoder", "norm.bias", filled(float("nan"))), r"context_encoder\.layernorm\.bias has NaN or infinite"),
+    "NaN": (
+        put("encoder", "norm.bias", filled(float("nan"))),
+        r"context_encoder\.layernorm\.bias has NaN or infinite",
+    ),
     "infinite": (
         put("predictor", "predictor_blocks.1.attn.qkv.weight", filled(float("inf"))),
         r"predictor\.layers\.1\.attention\.v_proj\.weight has NaN or infinite",
@@ -359,7 +370,7 @@ REFUSED = {
         put("target_encoder", "patch_embed.proj.weight", lambda it: it[:, :1].clone()),
         "for images of 1 channels; published code reads 3",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -429,7 +440,15 @@ def broken_files(folder):
         for record in archive.namelist():
             other.writestr(record, archive.read(record))
     yield folder / "deflated.pth.tar", "records are compressed"
-    yield pack(folder / "grown.pth.tar", grown(good)), "cannot be read|larger than the file|not resizable"
+    yield pack(folder / "grown.pth.tar", grown(good)), "cannot be read .* not resizable"
+    longer = old.replace(b"K \x85q", b"J\x80\x96\x98\0\x85q", 1)  # 10 million numbers, where 32 are in the file
+    yield pack(folder / "grown_old.pth.tar", longer), "cannot be read .* wrong byte size"
+    overlapping = folder / "overlapping.pth.tar"
+    overlapping.write_bytes(data)
+    with zipfile.ZipFile(overlapping, "a") as archive:
+        archive.writestr("end", "")
+        archive.filelist += archive.filelist  # twice in the list, once in the file
+    yield overlapping, "its records overlap"
 
 
 def grown(path):
@@ -449,7 +468,7 @@ def grown(path):
 def test_damaged_foreign_and_hostile_files_are_refused_without_running_code_or_writing(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     cases = list(broken_files(tmp_path / "in"))
-    assert len(cases) == 13
+    assert len(cases) == 15
     for path, message in cases:
         refused(path, tmp_path, message)
     assert "code was run" not in capsys.readouterr().out
@@ -463,7 +482,7 @@ def test_any_byte_of_the_pickle_may_be_wrong_and_the_answer_is_still_an_error_or
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     name = next(name for name in records if name.endswith("data.pkl"))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(50):
         pickled = bytearray(records[name])
         place, value = (int(torch.randint(high, (), generator=generator)) for high in (len(pickled), 256))
         pickled[place] = value
@@ -506,9 +525,11 @@ def test_what_the_disk_gives_back_is_compared_and_nothing_is_left_if_it_differs(
 # -- beside the published code ---------------------------------------------------------------------------------------
 
 
-def test_values_are_compared_with_the_code_in_a_checkout_in_another_process(tmp_path, capsys):
+def test_values_are_compared_with_the_code_in_a_checkout_in_another_process(tmp_path, capsys, monkeypatch):
     path = published_file(tmp_path / "small.pth.tar")
-    checkout = plain_ijepa.write_checkout(tmp_path / "code", ("import copy\n", "import copy\nprint('imported')\n"))
+    added = "import os\nprint('imported')\nassert 'MY_TOKEN' not in os.environ\n"
+    checkout = plain_ijepa.write_checkout(tmp_path / "code", ("import copy\n", f"import copy\n{added}"))
+    monkeypatch.setenv("MY_TOKEN", "secret")
     message = convert(path, tmp_path / "out", num_attention_heads=HEADS, published_code=checkout)
     assert "published code computes the same" in message
     compared = json.loads((tmp_path / "out" / "conversion.json").read_text())["published_code"]
@@ -524,7 +545,7 @@ def test_values_are_compared_with_the_code_in_a_checkout_in_another_process(tmp_
         (("functional.gelu(", "functional.relu("), r"other values than ours: encoder by"),
         (("import copy\n", "import os; os._exit(7)\n"), "could not be run .*exit status 7.*it said nothing"),
     ],
-)  # fmt: skip
+)
 def test_other_values_or_code_that_fails_are_errors_and_nothing_is_written(tmp_path, change, match):
     path = published_file(tmp_path / "small.pth.tar")
     checkout = plain_ijepa.write_checkout(tmp_path / "code", change)
@@ -621,18 +642,27 @@ BAD_STATES = {
     "half a step": (lambda saved: entry(saved).update(step=torch.tensor(3.5)), "step is no positive whole number"),
     "NaN step": (lambda saved: entry(saved).update(step=float("nan")), "step is no positive whole number"),
     "amsgrad": (lambda saved: entry(saved).update(max_exp_avg_sq=torch.zeros(3)), "max_exp_avg_sq, where AdamW keeps"),
-    "shape": (lambda saved: entry(saved).update(exp_avg=torch.zeros(3)), r"exp_avg has shape \[3\], the weight \[32, 32\]"),
+    "shape": (
+        lambda saved: entry(saved).update(exp_avg=torch.zeros(3)),
+        r"exp_avg has shape \[3\], the weight \[32, 32\]",
+    ),
     "NaN": (lambda saved: entry(saved)["exp_avg"].fill_(float("nan")), "exp_avg has NaN"),
     "negative": (lambda saved: entry(saved)["exp_avg_sq"].fill_(-1.0), "exp_avg_sq has NaN, infinite or impossible"),
-    "half": (lambda saved: entry(saved).update(exp_avg=entry(saved)["exp_avg"].half()), "exp_avg has dtype torch.float16"),
-    "frozen": (lambda saved: saved["opt"]["state"].update({0: {}}), "encoder.pos_embed has a state, but is never trained"),
+    "half": (
+        lambda saved: entry(saved).update(exp_avg=entry(saved)["exp_avg"].half()),
+        "exp_avg has dtype torch.float16",
+    ),
+    "frozen": (
+        lambda saved: saved["opt"]["state"].update({0: {}}),
+        "encoder.pos_embed has a state, but is never trained",
+    ),
     "too many": (lambda saved: saved["opt"]["state"].update({999: {}}), "state 999 belongs to no tensor"),
     "groups": (lambda saved: saved["opt"]["param_groups"].reverse(), "does not have the published groups"),
     "one group": (lambda saved: saved["opt"]["param_groups"].pop(), "does not have the published groups"),
     "order": (swap, "not in the order in which published code writes them"),
     "epoch": (lambda saved: saved.update(epoch=5), "says epoch=5, but its optimiser is at step 4"),
     "no epoch": (lambda saved: saved.update(epoch=None), "says epoch=None"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
@@ -640,7 +670,7 @@ def test_an_optimiser_state_that_does_not_fit_is_refused_and_nothing_is_written(
     change, match = BAD_STATES[case]
     path = trained_file(tmp_path / "bad.pth.tar", change=change)
     refused(path, tmp_path, match, with_optimizer=True)
-    if case not in ("order",):
+    if case in ("none", "groups", "order"):
         convert(path, tmp_path / "weights", num_attention_heads=HEADS)  # the weights alone are fine
 
 

@@ -67,7 +67,7 @@ def test_image_processor_is_the_runs_own(folder):
 
 
 def test_image_processor_of_a_rectangle_says_height_and_width(model):
-    fields = image_processor_fields(model.config.replace(image_size=[32, 64]), MEAN, STD)
+    fields = image_processor_fields((32, 64), MEAN, STD)
     assert fields["size"] == {"height": 32, "width": 64}
 
 

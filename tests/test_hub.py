@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from ijepa_hf import IJepaForPretraining, hub, hub_process
 from ijepa_hf.checkpointing import DamagedCheckpointError, config_fields, read_checkpoint, save_checkpoint
+from ijepa_hf.cli import main
 from ijepa_hf.export import CODE_FILES, export_model
 from ijepa_hf.hub import HubUploader, fetch_checkpoint, push_folder
 from ijepa_hf.hub_process import TemporaryError, asked_wait, next_wait, retrying
@@ -518,10 +520,11 @@ def test_a_server_that_goes_away_for_good_is_said_with_the_command_that_finishes
     message = uploader.finish(4)
     assert "did not arrive on the Hub (ConnectError at " in message
     assert "me/model has step 2" in message
-    assert message.endswith(f"\n    ijepa-hf push {run_folder} me/model --private --revision dev --with_checkpoint")
+    command = shlex.split(message.splitlines()[-1])
+    assert command[:4] == ["ijepa-hf", "push", str(run_folder), "me/model"]
     assert hidden(run_folder) == []
     fake.start()
-    push_folder(run_folder, REPO, private=True, revision="dev", with_checkpoint=True)
+    assert main(command[1:]) == 0  # as it was printed
     assert checkpoint_step(fake.files(REPO, "dev")) == 4
 
 

@@ -63,8 +63,8 @@ def test_the_hubs_library_reads_the_metadata_and_the_same_scores(run, report):
     assert "self-supervised-learning" in data.tags
     trained = report["scores"][0]
     assert {result.metric_name.split(",")[1]: result.metric_value for result in data.eval_results} == {
-        " 20 nearest neighbours of frozen mean-pooled features": round(100 * trained["knn"], 2),
-        " logistic regression on frozen mean-pooled features": round(100 * trained["linear"], 2),
+        " 20 nearest neighbours of frozen mean-pooled features": round(trained["knn"], 4),
+        " logistic regression on frozen mean-pooled features": round(trained["linear"], 4),
     }
     assert {result.dataset_split for result in data.eval_results} == {"test"}
     assert metadata_load(run / "README.md")["model-index"][0]["name"] == "digits-tiny"
@@ -78,8 +78,8 @@ def test_scores_on_data_of_the_hub_are_written_in_the_hubs_newer_form_too(report
     entries = parse_eval_result_entries(yaml.safe_load(files["pictures.yaml"]))
     trained = report["scores"][0]
     assert [(entry.dataset_id, entry.value) for entry in entries] == [
-        ("me/pictures", round(100 * trained["knn"], 2)),
-        ("me/pictures", round(100 * trained["linear"], 2)),
+        ("me/pictures", round(trained["knn"], 4)),
+        ("me/pictures", round(trained["linear"], 4)),
     ]
     assert "80 images" in entries[0].notes
     assert render_eval_results({**on_hub, "scores": []}) == {}
@@ -140,4 +140,4 @@ def test_the_committed_card_is_what_the_committed_numbers_give(folder):
     text = render_card(committed, ModelArguments(**fields).to_config())
     assert text + "\n" == (folder / "README.md").read_text("utf-8")
     assert (folder / "figures" / "curves.png").is_file()
-    assert ModelCard(text).data.eval_results[0].metric_value == round(100 * committed["scores"][0]["knn"], 2)
+    assert ModelCard(text).data.eval_results[0].metric_value == round(committed["scores"][0]["knn"], 4)

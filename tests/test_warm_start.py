@@ -807,7 +807,9 @@ def test_a_repo_is_downloaded_all_of_one_commit(tmp_path, online):
     assert same(start_model(weights, weights.config, seed=0)[0].state_dict(), source.state_dict())
     assert {revision for _, revision, name in online if name != "config.json"} == {COMMIT}
     assert {name for _, _, name in online} == {
+        "README.md",
         "config.json",
+        "preprocessor_config.json",
         "pretraining/config.json",
         "pretraining/model.safetensors",
     }

@@ -241,7 +241,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--published_code",
-        help="Folder of the published code: it is run in a process of its own, and the outputs of both sides compared.",
+        help="Folder of the published code: it is run in a process of its own, and both outputs compared.",
     )
     return parser
 

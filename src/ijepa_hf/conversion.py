@@ -465,7 +465,6 @@ def _networks_of(contents: Mapping[str, Any], path: Path) -> dict[str, dict[str,
     problems = [f"{name!r} is unexpected" for name in unknown]
     networks: dict[str, dict[str, Tensor]] = {}
     owners: dict[int, str] = {}
-    stored = 0
     for part in PARTS:
         networks[part] = {}
         for key, value in contents[part].items():
@@ -476,9 +475,6 @@ def _networks_of(contents: Mapping[str, Any], path: Path) -> dict[str, dict[str,
                 continue
             networks[part][name] = value.detach()
             owners[value.untyped_storage().data_ptr()] = f"{part}.{name}"
-            stored += value.untyped_storage().nbytes()
-    if stored > path.stat().st_size:
-        problems.append("its tensors are larger than the file")
     if problems:
         raise ValueError(f"checkpoint={str(path)!r} is no published I-JEPA checkpoint:\n  " + _listed(problems))
     return networks
@@ -613,9 +609,9 @@ def _official_optimizer_state(
         problems.append("; ".join(f"{name} is at step {step:g}" for step, name in sorted(steps.items())))
     if problems:
         raise ValueError(f"the optimiser's state in {path} does not fit:\n  " + _listed(problems))
-    step = int(next(iter(steps)))
-    _steps_per_epoch(contents.get("epoch"), step, path)
-    return _OptimizerState(step, tensors, _run_arguments(contents, config))
+    done = int(next(iter(steps)))
+    _steps_per_epoch(contents.get("epoch"), done, path)
+    return _OptimizerState(done, tensors, _run_arguments(contents, config))
 
 
 def _check_numbering(

@@ -50,7 +50,7 @@ def export_model(
     inner = folder / PRETRAINING_SUBFOLDER
     _write_part(inner, "IJepaForPretraining", model.config, state, step)
     _write_part(folder, "IJepaModel", model.config, encoder, step)
-    processor = json.dumps(image_processor_fields(model.config, image_mean, image_std), indent=2)
+    processor = json.dumps(image_processor_fields(model.config.image_shape, image_mean, image_std), indent=2)
     write_atomically(folder / "preprocessor_config.json", lambda path: path.write_text(processor + "\n", "utf-8"))
     write_code_files(folder)
 
@@ -80,19 +80,19 @@ def exported_step(folder: Path) -> int | None:
 
 
 def image_processor_fields(
-    config: IJepaConfig, image_mean: Sequence[float], image_std: Sequence[float]
+    shape: tuple[int, int], image_mean: Sequence[float], image_std: Sequence[float]
 ) -> dict[str, object]:
     """The fields of `preprocessor_config.json`: whole image to the model's size, bilinear, then normalised.
 
     Args:
-        config: Says the size.
+        shape: Height and width, in pixels.
         image_mean: Of each channel, of pixels in [0, 1].
         image_std: Likewise.
 
     Returns:
         What `AutoImageProcessor` reads as a `ViTImageProcessor`.
     """
-    height, width = config.image_shape
+    height, width = shape
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

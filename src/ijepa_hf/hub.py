@@ -195,6 +195,11 @@ class HubUploader:
         self._arrived: int | None = None  # newest step that the repository has
         self._heard = 0.0  # when there is nothing to worry about until, as time.monotonic()
 
+    @property
+    def arrived_step(self) -> int | None:
+        """The newest step that is known to be in the repository."""
+        return self._arrived
+
     def start(self) -> None:
         """Makes the repository and the branch where they are missing, before the run starts.
 
@@ -357,11 +362,11 @@ class HubUploader:
     def _command(self) -> str:
         words = ["ijepa-hf", "push", str(self._output_dir), self._repo_id]
         if self._private:
-            words.append("--private")
+            words.append("--hub_private_repo")
         if self._revision is not None:
-            words += ["--revision", self._revision]
+            words += ["--hub_revision", self._revision]
         if self._with_checkpoint:
-            words.append("--with_checkpoint")
+            words += ["--hub_strategy", "checkpoint"]
         return shlex.join(words)
 
 

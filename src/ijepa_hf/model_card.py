@@ -16,6 +16,7 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
+    metadata_load,
 )
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
@@ -80,12 +81,25 @@ def render_eval_results(report: Mapping[str, Any]) -> dict[str, str]:
         EvalResultEntry(
             dataset_id=dataset,
             task_id=f"{key}_{report['arguments']['eval_split_name']}",
-            value=_percent(report["scores"][0][key]),
+            value=_rounded(report["scores"][0][key]),
             notes=f"{text}; {report['num_eval_images']} images",
         )
         for key, text in _METRICS.items()
     ]
     return {f"{Path(dataset).name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)}
+
+
+def read_license(card: Path | None) -> str | None:
+    """The licence that a model card names, so that whatever is made of the weights can carry it on.
+
+    Args:
+        card: A README.md, or `None` where there is none.
+
+    Returns:
+        Such as "cc-by-nc-4.0"; `None` where none is named.
+    """
+    named = (metadata_load(card) or {}).get("license") if card is not None else None
+    return named if isinstance(named, str) else None
 
 
 def score_table(scores: Sequence[Mapping[str, Any]], row: str) -> list[str]:
@@ -165,7 +179,7 @@ def _metadata(report: Mapping[str, Any], reference: str) -> ModelCardData:
                 dataset_split=arguments["eval_split_name"],
                 metric_type="accuracy",
                 metric_name=text,
-                metric_value=_percent(report["scores"][0][key]),
+                metric_value=_rounded(report["scores"][0][key]),
             )
             for key, text in _METRICS.items()
         ]
@@ -181,8 +195,8 @@ def _metadata(report: Mapping[str, Any], reference: str) -> ModelCardData:
     )
 
 
-def _percent(share: float) -> float:
-    return round(100 * share, 2)
+def _rounded(share: float) -> float:
+    return round(share, 4)
 
 
 def _hours(report: Mapping[str, Any]) -> str | None:

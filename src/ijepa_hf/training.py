@@ -214,6 +214,7 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         ValueError: If an argument is bad, the folder is another run's, or the data do not fit; found before any work.
         FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
         NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
+        UploadIncompleteError: If the finished run did not arrive on the Hub; says what finishes it.
     """
     assert run.output_dir is not None  # parse_arguments
     output_dir = Path(run.output_dir)
@@ -238,8 +239,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         if accelerator.is_main_process:
             print(f"{output_dir} holds this run, finished. Its report:\n")
             print(render_report(output_dir))
-            _finish_upload(uploader, plan.num_steps)
         accelerator.end_training()
+        _finish_upload(uploader, plan.num_steps)
         return output_dir
 
     if checkpoint is not None:
@@ -305,10 +306,10 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
             )  # fmt: skip
         print()
         print(render_report(output_dir))
-        _finish_upload(uploader, plan.num_steps)
     accelerator.wait_for_everyone()
     accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
     accelerator.end_training()
+    _finish_upload(uploader, plan.num_steps)  # last: other ranks need not wait for it
     return output_dir
 
 
@@ -497,9 +498,12 @@ def _start_uploader(run: PretrainingArguments, output_dir: Path) -> HubUploader 
 
 
 def _finish_upload(uploader: HubUploader | None, step: int) -> None:
-    if uploader is not None:
-        print()
-        print(uploader.finish(step))
+    if uploader is None:
+        return
+    text = uploader.finish(step)
+    if uploader.arrived_step != step:
+        raise UploadIncompleteError(text)
+    print(f"\n{text}")
 
 
 # -- building --------------------------------------------------------------------------------------------------------

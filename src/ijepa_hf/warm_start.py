@@ -41,6 +41,7 @@ from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.checkpointing import MANIFEST_FILE, config_fields
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.conversion import model_from_official, read_official_checkpoint
+from ijepa_hf.model_card import read_license
 from ijepa_hf.modeling_ijepa import (
     PRETRAINING_SUBFOLDER,
     IJepaForPretraining,
@@ -498,7 +499,6 @@ def _open_published(source: str, path: Path, heads: int | None) -> StartingWeigh
 def _with_companions(weights: StartingWeights, place: _Place) -> StartingWeights:
     """Adds what the files beside the weights say: the card's licence, the image processor's normalisation."""
     card, processor = place.find("README.md"), place.find(IMAGE_PROCESSOR_NAME)
-    license = (huggingface_hub.metadata_load(card) or {}).get("license") if card is not None else None
     fields = _read_json(place, processor) if processor is not None else {}
     moments: dict[str, Any] = {}
     for name in ("image_mean", "image_std"):
@@ -509,7 +509,7 @@ def _with_companions(weights: StartingWeights, place: _Place) -> StartingWeights
             and len(values) == weights.config.num_channels
         ):
             moments[name] = tuple(map(float, values))
-    return replace(weights, license=license if isinstance(license, str) else None, **moments)
+    return replace(weights, license=read_license(card), **moments)
 
 
 def _open_whole(place: _Place, root: Mapping[str, Any]) -> StartingWeights | None:

@@ -59,7 +59,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("pretrained") / "run", hidden_dropout_prob=0.1)
+    return tiny_run(tmp_path_factory.mktemp("pretrained") / "run", hidden_dropout_prob=0.1, license="cc-by-4.0")
 
 
 @pytest.fixture
@@ -393,9 +393,11 @@ def test_the_folder_holds_a_model_a_card_and_numbers_and_no_pickle(tell):
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["IJepaForImageClassification"]
+    assert "auto_map" not in config  # the code that it names stays with the pretrained model
     assert config["id2label"] == {str(digit): str(digit) for digit in range(10)}
     card = ModelCard.load(folder / "README.md").data.to_dict()
     assert (card["library_name"], card["pipeline_tag"]) == ("transformers", "image-classification")
+    assert card["license"] == "cc-by-4.0"  # of the weights that it was made of
     (score,) = card["model-index"][0]["results"]
     assert score["metrics"] == [{"type": "accuracy", "value": result_of(folder)["accuracy"]}]
     with Image.open(folder / "figures" / "curves.png") as curves:

@@ -49,12 +49,14 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import cached_file
 
 from ijepa_hf.arguments import DataArguments, nearest_name
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import DRAW_ORDER, ImageRows, keyed_generator
-from ijepa_hf.export import BILINEAR, write_atomically
+from ijepa_hf.export import image_processor_fields, write_atomically
 from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
+from ijepa_hf.model_card import read_license
 from ijepa_hf.modeling_ijepa import IJepaModel
 from ijepa_hf.sources import find_image_column, find_label_column, load_split
 
@@ -782,9 +784,11 @@ def finetune(arguments: FinetuningArguments) -> str:
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - start
+    vars(model.config).pop("auto_map", None)  # it names the code of the full model, which is not in this folder
     model.eval().save_pretrained(output_dir)
-    _write_json(output_dir / "preprocessor_config.json", _image_processor_fields(settings))
+    _write_json(output_dir / "preprocessor_config.json", image_processor_fields(*settings))
     result = _result(trainer.state, splits, values, seconds=seconds, resumed_from=checkpoint)
+    result["license"] = None if arguments.from_scratch else _license_of(arguments.model)
     (output_dir / "figures").mkdir(exist_ok=True)
     draw_finetuning_curves(result, output_dir / "figures" / "curves.png")
     card = render_finetuning_card(result)
@@ -793,6 +797,11 @@ def finetune(arguments: FinetuningArguments) -> str:
     for folder in output_dir.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return render_finetuning(output_dir)
+
+
+def _license_of(model: str) -> str | None:
+    card = cached_file(model, "README.md", _raise_exceptions_for_missing_entries=False)
+    return read_license(None if card is None else Path(card))
 
 
 def _check_local(model: str) -> None:
@@ -953,21 +962,6 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
-def _image_processor_fields(settings: ImageSettings) -> dict[str, Any]:
-    """What every supported version reads as a `ViTImageProcessor`: the whole image to the model's size, bilinear."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": settings.shape[0], "width": settings.shape[1]},
-        "resample": BILINEAR,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": settings.mean,
-        "image_std": settings.std,
-    }
-
-
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -1097,6 +1091,7 @@ def render_finetuning_card(result: Mapping[str, Any]) -> str:
     dataset = Path(arguments["dataset_name"]).name
     base = None if Path(arguments["model"]).exists() else arguments["model"]  # a folder is nothing to link to
     data = ModelCardData(
+        license=result["license"],
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["ijepa", "vision"],
