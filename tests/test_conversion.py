@@ -389,6 +389,9 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path):
     refused(path, tmp_path, r"(?s)cls_token' is unexpected.*layernorm\.bias is missing.*mask_token has shape \[5\]")
     path = published_file(tmp_path / "worse.pth.tar", lambda saved: saved.update(encoder={"stray": torch.zeros(3)}))
     refused(path, tmp_path, r"(?s)stray' is unexpected.*context_encoder\.layernorm\.bias is missing$")
+    strays = {f"stray{number}": torch.zeros(1) for number in range(60)}
+    path = published_file(tmp_path / "worst.pth.tar", lambda saved: saved["encoder"].update(strays))
+    refused(path, tmp_path, r"(?s)stray39' is unexpected\n  and 20 more$")
 
 
 class Hostile:

@@ -873,9 +873,12 @@ def _card(config: IJepaConfig, report: Mapping[str, Any], name: str) -> str:
 # I-JEPA, converted from `{report["source"]["name"]}`
 
 The weights of a checkpoint published with [I-JEPA](https://arxiv.org/abs/2301.08243), every bit compared: the target
-encoder at the root, both encoders and the predictor in `pretraining/`. {config.num_hidden_layers} layers of width
-{config.hidden_size}, images of {height}x{width} pixels, patches of {config.patch_shape[0]}x{config.patch_shape[1]},
-ImageNet mean and standard deviation. `{REPORT_FILE}` has the SHA-256 of the file and lists each tensor.
+encoder at the root, both encoders and the predictor in `pretraining/`. `{REPORT_FILE}` has the SHA-256 of the file and
+lists each tensor.
+
+- {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads
+- images of {height}x{width} pixels, patches of {config.patch_shape[0]}x{config.patch_shape[1]}
+- ImageNet mean and standard deviation
 
 The weights keep the licence of the original, CC BY-NC 4.0.
 
