@@ -36,8 +36,9 @@ import torch
 import transformers.models.ijepa.modeling_ijepa
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.conversion import PARTS, convert, convert_to_official, official_names, optimizer_groups, translate
+from ijepa_hf.conversion import convert, convert_to_official
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, sincos_position_table
+from ijepa_hf.official_checkpoint import PARTS, official_names, optimizer_groups, translate
 
 MODELS: dict[str, dict[str, Any]] = {
     "huge14": {"patch_size": 14, "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},

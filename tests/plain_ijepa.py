@@ -7,6 +7,7 @@ published constructors' arguments. What it shares with this package is nothing b
 """
 
 import copy
+import functools
 from pathlib import Path
 
 import torch
@@ -128,6 +129,7 @@ class VisionTransformerPredictor(nn.Module):
 
 SMALL = {"image_size": 32, "patch_size": 4, "width": 32, "depth": 2, "heads": 2}
 SMALL_PREDICTOR = {"width": 16, "depth": 2}
+TRAINING = {"learning_rate": 2e-3, "weight_decay": 0.05, "momentum": 0.9}
 
 
 def make_networks(seed=0, encoder=SMALL, predictor=SMALL_PREDICTOR, device=None):
@@ -204,6 +206,34 @@ def train_step(networks, optimizer, batch, *, learning_rate, weight_decay, momen
     return loss.item()
 
 
+def make_batch(seed):
+    """Four random images for the small model; of each, 24 patches of context and four target blocks of 8 others."""
+    generator = torch.Generator().manual_seed(seed)
+    size = SMALL["image_size"]
+    patches = (size // SMALL["patch_size"]) ** 2
+    images = torch.randn(4, 3, size, size, generator=generator)
+    order = torch.rand(4, patches, generator=generator).argsort(dim=1)
+    return {
+        "pixel_values": images,
+        "context_indices": order[:, :24].contiguous(),
+        "target_indices": order[:, 24:56].unflatten(1, (4, 8)).contiguous(),
+    }
+
+
+@functools.cache
+def _train(steps):
+    networks = make_networks()
+    optimizer = make_adamw(*networks[:2])
+    for step in range(steps):
+        train_step(networks, optimizer, make_batch(step), **TRAINING)
+    return networks, optimizer
+
+
+def trained_networks(steps):
+    """The small networks and their AdamW after a few steps, each on the batch of its number; the caller's own."""
+    return copy.deepcopy(_train(steps))
+
+
 def checkpoint_contents(networks, optimizer=None, *, epoch=1, prefix="module."):
     """What the published code saves."""
     encoder, predictor, target = (
@@ -221,6 +251,31 @@ def checkpoint_contents(networks, optimizer=None, *, epoch=1, prefix="module."):
         "world_size": 2,
         "lr": 0.001,
     }
+
+
+def write_checkpoint(path, change=None, *, steps=0, legacy=False, **options):
+    """A file of the published kind, with its optimizer if it was trained; `change` is called with what goes in."""
+    networks, optimizer = trained_networks(steps)
+    saved = checkpoint_contents(networks, optimizer if steps else None, **options)
+    if change is not None:
+        change(saved)
+    torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def write_run(path, change=None):
+    """A file as a run of four steps, two in each epoch, leaves it."""
+    return write_checkpoint(path, change, steps=4, epoch=2)
+
+
+def same_bits(one, other):
+    """Whether two dictionaries hold the same float32 tensors bit for bit; their names have to be the same."""
+    assert list(one) == list(other)
+    return all(
+        one[name].dtype == other[name].dtype == torch.float32
+        and torch.equal(one[name].reshape(-1).view(torch.int32), other[name].reshape(-1).view(torch.int32))
+        for name in one
+    )
 
 
 def write_checkout(folder, change=("", "")):

@@ -6,7 +6,7 @@ from PIL import Image
 from tiny import tiny_flags, tiny_run
 
 from ijepa_hf import cli, training
-from ijepa_hf.conversion import read_official_checkpoint
+from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.sources import load_digits
 from ijepa_hf.training import NonFiniteLossError, UploadIncompleteError
 

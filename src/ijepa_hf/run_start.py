@@ -145,7 +145,9 @@ def check_checkpoint(checkpoint: Checkpoint, arguments: dict[str, Any], plan: Pl
             f"resume_from_checkpoint={str(checkpoint.path)!r} is at step {checkpoint.step}, but this run ends at step "
             f"{plan.num_steps}; train for longer, or resume from an earlier checkpoint."
         )
-    differing = differing_arguments(checkpoint.arguments, arguments)
+    # a converted checkpoint knows some of its arguments only
+    known = {name: value for name, value in arguments.items() if name in checkpoint.arguments}
+    differing = differing_arguments(checkpoint.arguments, known)
     if differing:
         logger.warning("resuming with other arguments than the checkpoint's: %s.", "; ".join(differing))
 

@@ -40,7 +40,6 @@ from transformers.utils.hub import extract_commit_hash
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.checkpointing import MANIFEST_FILE, config_fields
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.conversion import model_from_official, read_official_checkpoint
 from ijepa_hf.model_card import read_license
 from ijepa_hf.modeling_ijepa import (
     PRETRAINING_SUBFOLDER,
@@ -50,8 +49,8 @@ from ijepa_hf.modeling_ijepa import (
     from_file_name,
     sincos_position_table,
 )
+from ijepa_hf.official_checkpoint import PUBLISHED_LICENSE, model_from_official, read_official_checkpoint
 
-PUBLISHED_LICENSE = "cc-by-nc-4.0"
 PUBLISHED_SUFFIXES = (".pth.tar", ".pth")
 USABLE = (
     "Usable are: a folder or repo written by ijepa-hf; IJepaModel, ViTModel and ViTMAEModel checkpoints in "
