@@ -26,10 +26,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_canary" + "0123456789" * 3  # of the user `me`, who may write
 READ_TOKEN = "hf_reader" + "0123456789" * 3  # of the user `me` too, but may only read
 OTHER_TOKEN = "hf_other" + "0123456789" * 3  # of the user `somebody`
 
+LICENSES = (
+    "apache-2.0",
+    "mit",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "cc0-1.0",
+    "openrail",
+    "other",
+)  # the Hub knows many more
 LARGE_SUFFIXES = (".safetensors", ".png", ".bin")
 PAGE = 5  # entries of a tree in one answer: small, so that several are needed
 NAMES = {TOKEN: "me", READ_TOKEN: "me", OTHER_TOKEN: "somebody"}
@@ -136,6 +147,11 @@ class FakeHub:
         """Injects a fault into the next `times` requests whose path and query hold `match`."""
         with self._lock:
             self._faults.append(Fault(kind, match, method, times, status, headers or {}))
+
+    def clear_faults(self) -> None:
+        """Is well again from the next request on."""
+        with self._lock:
+            self._faults.clear()
 
     def release(self) -> None:
         """Closes the connections that are stalled, and from now on those that would be."""
@@ -340,6 +356,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", self._info),
             ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
             ("GET", r"/api/models/([^/]+/[^/]+)/refs", self._refs),
+            ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", self._commits),
             ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", self._branch),
             ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
@@ -407,10 +424,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self, body: bytes) -> Answer:
         text = json.loads(body)["content"]
-        warnings = [] if text.startswith("---\n") else [{"message": "empty or missing yaml metadata in repo card"}]
-        if "license: [" in text:
-            return _json({"errors": [{"message": '"license" must be a string'}], "warnings": []}, 400)
-        return _json({"errors": [], "warnings": warnings})
+        front = re.match(r"---\n(.*?)\n---(\n|$)", text, re.DOTALL)
+        if front is None:
+            return _json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        named = (yaml.safe_load(front[1]) or {}).get("license")
+        errors = []
+        if named is not None and not isinstance(named, str):
+            errors.append({"message": '"license" must be a string'})
+        elif named is not None and named not in LICENSES:
+            errors.append({"message": f'"license" must be one of [{", ".join(LICENSES)}]'})
+        return _json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _info(self, repo_id: str, revision: str = "main") -> Answer:
         repo = self._repo(repo_id)
@@ -451,6 +474,17 @@ class _Handler(BaseHTTPRequestHandler):
         branches = self._repo(repo_id).branches.items()
         listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
         return _json({"branches": listed, "converts": [], "tags": []})
+
+    def _commits(self, repo_id: str, revision: str) -> Answer:
+        repo, listed = self._repo(repo_id), []
+        commit: Commit | None = self._revision(repo, revision)
+        while commit is not None:
+            listed.append(
+                {"id": commit.sha, "title": commit.message, "message": "", "date": "2026-01-01T00:00:00.000Z",
+                 "authors": [{"user": "me"}]}
+            )  # fmt: skip
+            commit = None if commit.parent is None else repo.commits[commit.parent]
+        return _json(listed)
 
     def _branch(self, repo_id: str, branch: str, body: bytes) -> Answer:
         repo = self._repo(repo_id, write=True)

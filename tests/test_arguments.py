@@ -159,6 +159,8 @@ MISTAKES = [
     (["digits", "--push_to_hub"], "push_to_hub needs the repository's name; add --hub_model_id"),
     (["digits", "--resume_from_checkpoint", "hub"], "resume_from_checkpoint='hub' needs .* --hub_model_id"),
     (["digits", "--hub_strategy", "always"], "hub_strategy='always' must be 'end' or 'checkpoint'"),
+    (["digits", "--hub_strategy", "checkpoint"], "hub_strategy='checkpoint' is about uploading, which is off"),
+    (["digits", "--hub_model_id", "me/x"], "hub_model_id='me/x' is about uploading.*--push_to_hub"),
     (["digits", "--new_predictor"], "new_predictor=True is about weights to start from.*--model_name_or_path"),
     (["digits", "--predictor_warmup_steps", "3"], "predictor_warmup_steps=3 is about weights to start from"),
     (["digits", "--predictor_warmup_steps", "-3"], "predictor_warmup_steps=-3 must be at least 0"),

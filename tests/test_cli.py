@@ -6,9 +6,10 @@ from PIL import Image
 from tiny import tiny_flags, tiny_run
 
 from ijepa_hf import cli, training
+from ijepa_hf.hub import UploadIncompleteError
 from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.sources import load_digits
-from ijepa_hf.training import NonFiniteLossError, UploadIncompleteError
+from ijepa_hf.training import NonFiniteLossError
 
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 import zipfile
 
 import plain_ijepa
@@ -210,6 +211,10 @@ def test_a_published_run_goes_on_in_ours_as_it_would_have_in_the_published_code(
     checkpoint = read_checkpoint(tmp_path / "out" / "checkpoint-4")
     assert checkpoint.arguments["learning_rate"] == 0.001
     assert checkpoint.arguments["global_batch_size"] == 8
+    # what holds for every published file, for the run that goes on
+    assert checkpoint.arguments["license"] == "cc-by-nc-4.0"
+    assert checkpoint.arguments["image_mean"] == [0.485, 0.456, 0.406]
+    assert checkpoint.arguments["image_std"] == [0.229, 0.224, 0.225]
     model, optimizer, before, loss = goes_on(tmp_path / "out", 4)
     assert {float(entry["step"]) for entry in before["state"].values()} == {4.0}
 
@@ -347,10 +352,17 @@ def test_ours_to_published_to_ours_gives_every_bit_back_and_the_plain_code_loads
     torch.testing.assert_close(rows, predictions, atol=1e-5, rtol=0)
 
 
-def test_a_run_of_ours_goes_on_in_the_published_code(tmp_path):
-    run = tiny_run(tmp_path / "run", predictor_num_attention_heads=None, intermediate_size=128)
+@pytest.fixture(scope="module")
+def run_of_six_steps(tmp_path_factory):
+    """A run of ours that has not finished its first epoch: 64 images in batches of 8 are eight steps."""
+    folder = tmp_path_factory.mktemp("ours") / "run"
+    return tiny_run(folder, predictor_num_attention_heads=None, intermediate_size=128)
+
+
+def test_a_run_of_ours_goes_on_in_the_published_code(run_of_six_steps, tmp_path):
+    run = run_of_six_steps
     message = convert_to_official(run, tmp_path / "run.pth.tar", with_optimizer=True)
-    assert "step 6, epoch 0" in message  # 64 images in batches of 8: eight steps an epoch
+    assert "step 6, epoch 0" in message
     saved = torch.load(tmp_path / "run.pth.tar", weights_only=True)
     assert (saved["batch_size"], saved["world_size"], saved["lr"]) == (8, 1, 1e-3)
     assert torch.amp.GradScaler("cpu").state_dict() == saved["scaler"]
@@ -364,6 +376,57 @@ def test_a_run_of_ours_goes_on_in_the_published_code(tmp_path):
     assert not optimizer.state.get(networks[0].pos_embed)
     convert_to_official(run, tmp_path / "weights.pth.tar")
     assert torch.load(tmp_path / "weights.pth.tar", weights_only=True)["lr"] == 1e-3
+
+
+def test_a_run_that_is_not_at_an_epochs_end_goes_out_with_its_epoch_rounded_down_and_comes_back(
+    run_of_six_steps, tmp_path
+):
+    run = run_of_six_steps
+    message = convert_to_official(run, tmp_path / "run.pth.tar", with_optimizer=True)
+    assert "the epoch is rounded down: 6 of the 8 steps" in message
+    assert torch.load(tmp_path / "run.pth.tar", weights_only=True)["epoch"] == 0
+    message = convert(tmp_path / "run.pth.tar", tmp_path / "again", num_attention_heads=2, with_optimizer=True)
+    assert "no epoch is done in the file; step 6 lies in the first" in message
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, again = (load_file(folder / "checkpoint-6" / name) for folder in (run, tmp_path / "again"))
+        assert same_bits(dict(sorted(ours.items())), dict(sorted(again.items())))
+
+
+def test_nothing_is_said_of_a_run_at_the_end_of_an_epoch(run_of_six_steps, tmp_path):
+    folder = with_arguments(run_of_six_steps, tmp_path / "run", num_train_images=24)  # three steps an epoch
+    message = convert_to_official(folder, tmp_path / "run.pth.tar", with_optimizer=True)
+    assert "step 6, epoch 2" in message
+    assert "rounded" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({"learning_rate": 0.0, "base_learning_rate": None}, 0.0),
+        ({"learning_rate": None, "base_learning_rate": 0.32}, 0.01),  # times 8 / 256
+        ({"learning_rate": None, "base_learning_rate": 0.0}, 0.0),
+    ],
+)
+def test_the_learning_rate_of_a_run_is_in_the_file_and_in_its_optimiser_also_where_it_is_zero(
+    run_of_six_steps, tmp_path, changes, rate
+):
+    folder = with_arguments(run_of_six_steps, tmp_path / "run", **changes)
+    convert_to_official(folder, tmp_path / "weights.pth.tar")
+    convert_to_official(folder, tmp_path / "run.pth.tar", with_optimizer=True)
+    saved = torch.load(tmp_path / "run.pth.tar", weights_only=True)
+    rates = [torch.load(tmp_path / "weights.pth.tar", weights_only=True)["lr"], saved["lr"]]
+    assert rates == pytest.approx([rate, rate])
+    assert [group["lr"] for group in saved["opt"]["param_groups"]] == pytest.approx([rate] * 4)
+
+
+def with_arguments(run, folder, **changes):
+    """A copy of a run whose record and checkpoints say other arguments."""
+    shutil.copytree(run, folder)
+    for path in (folder / "run.json", *folder.glob("checkpoint-*/checkpoint.json")):
+        record = json.loads(path.read_text())
+        record["arguments"] |= changes
+        path.write_text(json.dumps(record))
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from ijepa_hf import IJepaForPretraining, hub, hub_process
+from ijepa_hf.arguments import argument_defaults
 from ijepa_hf.checkpointing import DamagedCheckpointError, config_fields, read_checkpoint, save_checkpoint
 from ijepa_hf.cli import main
 from ijepa_hf.export import CODE_FILES, export_model
-from ijepa_hf.hub import HubUploader, fetch_checkpoint, push_folder
+from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
 from ijepa_hf.hub_process import TemporaryError, asked_wait, next_wait, retrying
 
 REPO = "me/model"
@@ -32,6 +33,7 @@ MODEL_FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "pretraining/config.json",
     "pretraining/model.safetensors", *CODE_FILES,
 }  # fmt: skip
+ARGUMENTS = {**argument_defaults(), "dataset_name": "digits", "output_dir": "run", "license": "cc-by-nc-4.0"}
 CHECKPOINT_FILES = {
     f"last-checkpoint/{name}" for name in ("checkpoint.json", "model.safetensors", "optimizer.safetensors")
 }
@@ -55,10 +57,11 @@ def started(tmp_path):
     """Makes uploaders of `tmp_path / "run"`, and stops them at the end."""
     uploaders = []
 
-    def start(strategy="checkpoint", *, repo_id=REPO, private=False, revision=None):
+    def start(strategy="checkpoint", *, repo_id=REPO, private=False, revision=None, start_step=100, **changes):
+        replace = changes.pop("replace", False)
         uploader = HubUploader(tmp_path / "run", repo_id, private=private, revision=revision, strategy=strategy)
         uploaders.append(uploader)
-        uploader.start()
+        uploader.start({**ARGUMENTS, **changes}, start_step, replace=replace)
         return uploader
 
     yield start
@@ -71,7 +74,7 @@ def write_state(folder, step, total_limit=2):
     model = scrambled_model(step)
     optimizer = torch.optim.AdamW([{"params": list(model.predictor.named_parameters())}])
     folder.mkdir(exist_ok=True)
-    (folder / "run.json").write_text('{"arguments": {}}\n')
+    (folder / "run.json").write_text(json.dumps({"arguments": ARGUMENTS}) + "\n")
     save_checkpoint(
         folder, step, model, optimizer, config=config_fields(model.config), arguments={}, total_limit=total_limit
     )
@@ -127,7 +130,7 @@ def is_alive(pid):
 def test_a_runs_folder_is_pushed_byte_for_byte_in_one_commit_and_nothing_else_of_it(fake, run_folder):
     logs = {"metrics.jsonl", "evaluations.jsonl", "unreadable_images.jsonl", "run.json", "report.json", "recipe.yaml"}
     for name in logs - {"metrics.jsonl", "run.json"} | {"README.md", "conversion.json"}:
-        (run_folder / name).write_text(f"of {name}\n")
+        (run_folder / name).write_text("{}" if name == "report.json" else f"of {name}\n")
     for name in ("figures/masks.png", "figures/curves.png", ".eval_results/digits.yaml"):
         (run_folder / name).parent.mkdir(exist_ok=True)
         (run_folder / name).write_text(f"of {name}")
@@ -169,9 +172,9 @@ def test_pushing_the_same_again_changes_nothing_and_a_change_is_one_commit(fake,
 def test_files_of_an_earlier_state_go_in_the_same_commit_and_other_peoples_files_stay(fake, run_folder):
     stale = {
         "last-checkpoint/scaler.pt", "pretraining/model-00001-of-00002.safetensors", "report.json",
-        "model.safetensors.index.json",
+        "model.safetensors.index.json", "figures/pca.png", ".eval_results/digits.yaml",
     }  # fmt: skip
-    others = {"README.md", "LICENSE", "figures/theirs.png", "train.py", ".eval_results/theirs.yaml", "onnx/model.onnx"}
+    others = {"README.md", "LICENSE", "figures/theirs.txt", "train.py", "onnx/model.onnx"}
     fake.create(REPO, files=dict.fromkeys(stale | others, b"old"))
     push_folder(run_folder, REPO, with_checkpoint=True)
     pushed = MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json"}
@@ -447,7 +450,7 @@ def test_with_strategy_end_only_the_finished_model_is_pushed_without_checkpoint(
     uploader.submit(2)
     assert uploader.finish(2).endswith("/me/model")
     assert len(fake.history(REPO)) == 1
-    assert set(fake.files(REPO)) == MODEL_FILES | {"metrics.jsonl", "run.json"}
+    assert set(fake.files(REPO)) == MODEL_FILES | {"metrics.jsonl", "run.json", "README.md"}
 
 
 def test_submitting_returns_at_once_and_the_newest_of_the_waiting_states_wins(fake, run_folder, started):
@@ -476,7 +479,9 @@ def test_a_state_that_is_overwritten_and_pruned_on_its_way_arrives_as_it_was(fak
     assert not (run_folder / "checkpoint-2").exists()
     fake.release()
     wait_until(lambda: len(fake.history(REPO)) == 1)
-    assert fake.files(REPO) == expected
+    files = fake.files(REPO)
+    assert "license: cc-by-nc-4.0" in files.pop("README.md").decode()  # the short card of a run under way
+    assert files == expected
 
 
 def test_an_upload_that_is_given_up_is_a_warning_and_the_next_state_is_tried(fake, run_folder, started, caplog):
@@ -517,7 +522,9 @@ def test_a_server_that_goes_away_for_good_is_said_with_the_command_that_finishes
     wait_until(lambda: len(fake.history(REPO, "dev")) == 1)
     write_state(run_folder, 4)
     fake.fail("die", method="POST", match="/commit/")
-    message = uploader.finish(4)
+    with pytest.raises(UploadIncompleteError) as error:
+        uploader.finish(4)
+    message = str(error.value)
     assert "did not arrive on the Hub (ConnectError at " in message
     assert "me/model has step 2" in message
     command = shlex.split(message.splitlines()[-1])
@@ -533,7 +540,10 @@ def test_finishing_is_given_up_when_nothing_moves(fake, run_folder, started, mon
     uploader = started("end")
     fake.fail("stall", method="POST", match="/commit/")
     begin = time.monotonic()
-    assert "(nothing arrived for 0.5 s). me/model has nothing of this run." in uploader.finish(2)
+    with pytest.raises(
+        UploadIncompleteError, match=r"\(nothing arrived for 0.5 s\). me/model has nothing of this run"
+    ):
+        uploader.finish(2)
     assert time.monotonic() - begin < 5
 
 
@@ -546,7 +556,8 @@ def test_interrupting_the_wait_at_the_end_gives_the_command(fake, run_folder, st
             raise KeyboardInterrupt
 
     monkeypatch.setattr(hub, "_show_progress", interrupt)
-    assert "(interrupted)" in uploader.finish(2)
+    with pytest.raises(UploadIncompleteError, match="(interrupted)"):
+        uploader.finish(2)
 
 
 def test_stopping_takes_no_time_and_leaves_neither_process_nor_files(fake, run_folder, started):
@@ -558,12 +569,108 @@ def test_stopping_takes_no_time_and_leaves_neither_process_nor_files(fake, run_f
     write_state(run_folder, 4)
     uploader.submit(4)
     begin = time.monotonic()
-    uploader.stop()
-    uploader.stop()
+    left = uploader.stop()
+    assert uploader.stop() == left
+    assert "Step 4 is complete in" in left
+    assert "me/model has nothing of this run" in left
+    assert left.splitlines()[-1].strip() == f"ijepa-hf push {run_folder} me/model --hub_strategy checkpoint"
     assert time.monotonic() - begin < 2
     assert not is_alive(pid)
     assert hidden(run_folder) == []
     assert fake.history(REPO) == []
+
+
+def test_a_stop_may_wait_for_the_last_state_and_then_nothing_is_left_to_say(fake, run_folder, started):
+    uploader = started()
+    uploader.submit(2)
+    assert uploader.stop(20) is None
+    assert checkpoint_step(fake.files(REPO)) == 2
+
+
+def test_a_final_upload_that_fails_is_said_also_where_the_state_itself_had_arrived(fake, run_folder, started):
+    uploader = started()
+    uploader.submit(2)
+    wait_until(lambda: len(fake.history(REPO)) == 1)
+    (run_folder / "report.json").write_text("{}")
+    fake.fail(match="/commit/", status=400, times=9)
+    with pytest.raises(UploadIncompleteError, match="has step 2 without its card and report"):
+        uploader.finish(2)
+
+
+def test_another_run_or_a_later_step_in_the_repository_is_not_buried(fake, run_folder, started):
+    push_folder(run_folder, REPO, with_checkpoint=True)
+    with pytest.raises(ValueError, match="it holds another run: seed is 0 there, 1 here. .*--overwrite_output_dir"):
+        started(seed=1)
+    with pytest.raises(
+        ValueError, match="it holds step 2 of this run, which would go on from 1; add --resume_from_ch"
+    ):
+        started(start_step=1)
+    fake.create("me/vit", files={"config.json": b"{}", "model.safetensors": b""})
+    with pytest.raises(ValueError, match="it holds a model that is none of this run"):
+        started(repo_id="me/vit")
+    before = fake.commit(REPO).sha
+    started(start_step=2)
+    started(start_step=0, seed=1, replace=True)
+    fake.create("me/empty", files={"README.md": b"# Soon"})
+    started(repo_id="me/empty")
+    assert fake.commit(REPO).sha == before
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_run(fake, started):
+    with pytest.raises(ValueError, match='cannot be pushed to: "license" must be one of'):
+        started(license="my own")
+    assert fake.repos == {}
+
+
+def test_another_runs_card_goes_with_the_first_push_and_a_persons_stays(fake, run_folder, started):
+    fake.create(REPO, files={"README.md": b"of another run", "run.json": b"{}", "config.json": b"{}"})
+    fake.create("me/second", files={"README.md": b"# A person's"})
+    for repo_id, expected in ((REPO, b"license: cc-by-nc-4.0"), ("me/second", b"# A person's")):
+        uploader = started(repo_id=repo_id, replace=True)
+        uploader.submit(2)
+        assert uploader.stop(20) is None
+        assert expected in fake.files(repo_id)["README.md"]
+
+
+def test_a_card_names_the_repository_that_it_is_pushed_to(fake, run_folder):
+    (run_folder / "report.json").write_text(json.dumps({"arguments": {"output_dir": "runs/mine"}}))
+    card = (
+        'x.from_pretrained("runs/mine"), x.from_pretrained("runs/mine", num_labels=3)\n'
+        "ijepa-hf finetune runs/mine --output_dir runs/mine\nijepa-hf pretrain adapt --model_name_or_path runs/mine\n"
+        "I trained runs/mine; see runs/mine/figures.\n"
+    )
+    (run_folder / "README.md").write_text(card)
+    push_folder(run_folder, "model")
+    assert fake.files(REPO)["README.md"].decode() == (
+        'x.from_pretrained("me/model"), x.from_pretrained("me/model", num_labels=3)\n'
+        "ijepa-hf finetune me/model --output_dir runs/mine\nijepa-hf pretrain adapt --model_name_or_path me/model\n"
+        "I trained runs/mine; see runs/mine/figures.\n"
+    )
+    push_folder(run_folder, REPO, revision="dev")
+    text = fake.files(REPO, "dev")["README.md"].decode()
+    assert 'x.from_pretrained("me/model", revision="dev", num_labels=3)' in text
+    assert "--model_name_or_path me/model --model_revision dev\n" in text
+    assert (run_folder / "README.md").read_text() == card
+
+
+def test_a_classifier_is_not_pushed_over_a_pretrained_model(fake, run_folder, tmp_path):
+    push_folder(run_folder, REPO)
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(run_folder / name, folder / name)
+    before = fake.commit(REPO).sha
+    with pytest.raises(ValueError, match="me/model holds a pretrained model .* push it to another repository"):
+        push_folder(folder, REPO)
+    assert fake.commit(REPO).sha == before
+
+
+def test_a_repository_that_is_yet_to_be_made_has_no_checkpoint_where_that_is_fine(fake, run_folder):
+    with pytest.raises(ValueError, match="HTTP 404"):
+        fetch_checkpoint(REPO)
+    assert fetch_checkpoint(REPO, missing_ok=True) is None
+    push_folder(run_folder, REPO)
+    assert fetch_checkpoint(REPO, revision="dev", missing_ok=True) is None
 
 
 def test_forked_workers_work_beside_an_upload(fake, run_folder, started):
@@ -580,7 +687,9 @@ import os, sys, time
 from pathlib import Path
 from ijepa_hf.hub import HubUploader
 uploader = HubUploader(Path(sys.argv[1]), "me/model", private=False, revision=None, strategy="checkpoint")
-uploader.start()
+from ijepa_hf.arguments import argument_defaults
+arguments = {**argument_defaults(), "dataset_name": "digits", "output_dir": "run", "license": "cc-by-nc-4.0"}
+uploader.start(arguments, 100)
 uploader.submit(4)
 print(uploader._process._process.pid, flush=True)
 if sys.argv[2] == "wait":

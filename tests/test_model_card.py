@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from tiny import tiny_run
 
 from ijepa_hf.arguments import ModelArguments, argument_values
-from ijepa_hf.model_card import render_card, render_eval_results, verdict
+from ijepa_hf.model_card import read_license, render_card, render_eval_results, render_unfinished_card, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +94,32 @@ def test_without_scores_a_log_or_a_licence_the_card_says_so_and_invents_nothing(
     assert "Loss" not in text
     assert "no score was measured" in text
     assert "has not stated a licence" in text
+
+
+def test_a_learning_rate_of_zero_is_a_learning_rate(report):
+    changed = copy.deepcopy(report)
+    changed["arguments"]["learning_rate"] = 0.0
+    assert "| 0.0 after" in render_card(changed, configuration(report))
+    changed["arguments"].update(learning_rate=None, base_learning_rate=0.032)
+    assert "| 0.001 after" in render_card(changed, configuration(report))  # times 8 / 256
+
+
+def test_the_card_of_a_run_under_way_has_its_licence_and_its_step(report):
+    arguments = {**report["arguments"], "license": "cc-by-nc-4.0", "model_name_or_path": "you/ijepa"}
+    text = render_unfinished_card(arguments, 40)
+    assert ModelCard(text).data.license == "cc-by-nc-4.0"
+    assert "starting from `you/ijepa`. This is step 40" in text
+
+
+def test_metadata_that_cannot_be_read_is_an_error_and_no_missing_licence(tmp_path):
+    card = tmp_path / "README.md"
+    assert read_license(None) is None
+    for text, licence in (("# none", None), ("---\nlicense: mit\n---\n", "mit"), ("---\ntags: [a]\n---\n", None)):
+        card.write_text(text)
+        assert read_license(card) == licence
+    card.write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(ValueError, match=r"README.md: its metadata cannot be read, so the licence is not known"):
+        read_license(card)
 
 
 def test_licence_base_model_and_repository_come_from_the_run(report):

@@ -17,6 +17,7 @@ from ijepa_hf.official_checkpoint import (
     model_from_official,
     networks_of,
     official_names,
+    our_names,
     read_contents,
     read_official_checkpoint,
     read_optimizer_state,
@@ -58,6 +59,15 @@ def test_table_names_each_tensor_of_both_sides_exactly_once_and_in_the_published
                     torch.Size([tensor.shape[0] // len(keys), *tensor.shape[1:]]) if len(keys) > 1 else tensor.shape
                 )
     assert used == ours
+
+
+def test_our_names_are_those_in_the_whole_model():
+    assert our_names("target_encoder", "norm.bias") == ["ijepa.layernorm.bias"]
+    assert our_names("encoder", "blocks.7.attn.qkv.weight") == [
+        f"context_encoder.layers.7.attention.{each}_proj.weight" for each in "qkv"
+    ]
+    assert our_names("predictor", "predictor_proj.weight") == ["predictor.project.weight"]
+    assert our_names("predictor", "norm.bias") == []
 
 
 @pytest.mark.parametrize(
@@ -465,6 +475,7 @@ BAD_STATES = {
     "order": (swap, "not in the order in which published code writes them"),
     "epoch": (lambda saved: saved.update(epoch=5), "says epoch=5, but its optimiser is at step 4"),
     "no epoch": (lambda saved: saved.update(epoch=None), "says epoch=None"),
+    "negative epoch": (lambda saved: saved.update(epoch=-1), "says epoch=-1"),
 }
 
 
@@ -478,8 +489,8 @@ def test_an_optimiser_state_that_does_not_fit_is_refused_and_the_weights_alone_a
 
 
 def test_steps_of_an_epoch_are_known_where_they_are_a_whole_number(tmp_path):
-    for steps, expected in ((4, 2), (5, None)):
-        state = read_state(write_checkpoint(tmp_path / "run.pth.tar", steps=steps, epoch=2))
+    for steps, epoch, expected in ((4, 2, 2), (5, 2, None), (3, 0, None)):  # 0: before the first epoch's end
+        state = read_state(write_checkpoint(tmp_path / "run.pth.tar", steps=steps, epoch=epoch))
         assert (state.step, state.steps_per_epoch) == (steps, expected)
 
 

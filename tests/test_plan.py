@@ -65,6 +65,8 @@ def test_a_new_predictor_is_warmed_up_for_a_twentieth_of_the_run_unless_told_oth
     assert steps(None) == 0
     assert steps(None, has_new_predictor=True) == 10
     assert steps(0, has_new_predictor=True) == 0
+    short = PretrainingArguments(learning_rate=1.0, max_train_steps=5)
+    assert make_plan(short, 640, 1, has_new_predictor=True).predictor_warmup_steps == 1  # never none at all
     assert steps(25, has_new_predictor=True) == steps(25) == 25
     with pytest.raises(ValueError, match="predictor_warmup_steps=200 leave nothing of a run of 200 steps"):
         steps(200)

@@ -1,5 +1,6 @@
 """What a run begins with: weights, its own record, a checkpoint here or on the Hub."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from ijepa_hf import IJepaForPretraining, run_start
 from ijepa_hf.arguments import parse_arguments
 from ijepa_hf.checkpointing import config_fields, read_checkpoint
 from ijepa_hf.run_start import find_start, load_starting_encoder
+from ijepa_hf.warm_start import open_starting_weights
 
 # neither recipe nor flags say what the model is
 FREE = dict.fromkeys([*TINY, "predictor_num_attention_heads"])
@@ -161,7 +163,7 @@ def two_places(tmp_path, monkeypatch):
 
     def serve(step):
         path = None if step is None else remote / f"checkpoint-{step}"
-        monkeypatch.setattr(run_start, "fetch_checkpoint", lambda repo_id, revision=None: path)
+        monkeypatch.setattr(run_start, "fetch_checkpoint", lambda repo_id, **_: path)
 
     return run, serve
 
@@ -181,6 +183,40 @@ def test_resuming_from_the_hub_takes_the_newer_of_hub_and_folder_and_says_so(two
     assert "me/x holds no checkpoint" in caplog.text
     serve(4)
     assert start(tmp_path / "new", **flags).checkpoint.step == 4
+
+
+def test_a_checkpoint_from_elsewhere_becomes_the_runs_own_so_that_latest_goes_on_from_it(two_places, tmp_path):
+    run, _ = two_places
+    tiny_run(tmp_path / "new", resume_from_checkpoint=run / "checkpoint-4", max_train_steps=6, checkpointing_steps=100)
+    assert sorted(path.name for path in (tmp_path / "new").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    taken = read_checkpoint(tmp_path / "new" / "checkpoint-4")  # checks every file
+    assert taken.arguments == read_checkpoint(run / "checkpoint-4").arguments
+
+
+def test_the_licence_stays_with_a_run_that_goes_on_elsewhere_without_naming_the_weights(weights, tmp_path):
+    model, data, run = parse_arguments(
+        tiny_flags(tmp_path / "run", context_keep_ratio=0.4, resume_from_checkpoint=weights / "checkpoint-4")
+    )
+    assert find_start(model, data, run, tmp_path / "run").run.license == "cc-by-4.0"
+
+
+def test_weights_of_the_hub_are_those_of_one_commit_however_the_branch_moves_on(weights, tmp_path, monkeypatch):
+    asked = []
+
+    def pinned(name, *, revision=None, num_attention_heads=None):
+        asked.append(revision)
+        found = open_starting_weights(name, num_attention_heads=num_attention_heads)
+        return dataclasses.replace(found, commit="1" * 40)
+
+    monkeypatch.setattr(run_start, "open_starting_weights", pinned)
+    run = tiny_run(tmp_path / "run", **FREE, model_name_or_path=weights, eval_split_name="test")
+    assert asked == [None, "1" * 40]  # at the start, and to score the same weights at the end
+    assert json.loads((run / "run.json").read_text())["arguments"]["model_revision"] == "1" * 40
+    # killed before its first checkpoint, it starts again from the same commit
+    for path in (*run.glob("checkpoint-*"), run / "report.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    start(run, model_name_or_path=weights, resume_from_checkpoint="latest", eval_split_name="test")
+    assert asked[-1] == "1" * 40
 
 
 def test_a_checkpoint_from_beyond_the_end_of_the_run_is_refused(weights, tmp_path):

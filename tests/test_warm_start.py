@@ -742,6 +742,50 @@ def test_offline_what_is_not_in_the_cache_is_an_error_and_never_taken_for_absent
         open_starting_weights("someone/birds")
 
 
+def test_offline_a_card_that_is_not_in_the_cache_is_said_to_be_unknown_and_not_taken_for_absent(
+    tmp_path, cache, caplog
+):
+    two_parts(tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    folder = cache("someone/birds", tmp_path / "run")
+    weights = open_starting_weights("someone/birds")
+    assert (weights.license, weights.license_is_known) == ("cc-by-nc-4.0", True)
+    (folder / "snapshots" / COMMIT / "README.md").unlink()
+    weights = open_starting_weights("someone/birds")
+    assert (weights.license, weights.license_is_known) == (None, False)
+    said = r"The licence of someone/birds is not known: its README\.md is not in the cache.*set --license to it"
+    assert re.search(said, caplog.text)
+    (note,) = start_model(weights, weights.config, seed=0)[1]
+    assert re.match(said, note)
+    caplog.clear()
+    (folder / ".no_exist" / COMMIT).mkdir(parents=True)
+    (folder / ".no_exist" / COMMIT / "README.md").touch()  # the Hub was asked: it has none
+    weights = open_starting_weights("someone/birds")
+    assert (weights.license, weights.license_is_known) == (None, True)
+    assert start_model(weights, weights.config, seed=0)[1] == []
+    assert caplog.text == ""
+
+
+def test_offline_an_image_processor_that_is_not_in_the_cache_is_an_error_that_says_what_to_do(tmp_path, cache):
+    two_parts(tmp_path / "run")
+    folder = cache("someone/birds", tmp_path / "run")
+    assert open_starting_weights("someone/birds").image_mean == (0.5, 0.5, 0.5)
+    (folder / "snapshots" / COMMIT / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"not known how its images are normalised\. Run `hf download someone/birds preproc"
+    ):
+        open_starting_weights("someone/birds")
+    (folder / ".no_exist" / COMMIT).mkdir(parents=True)
+    (folder / ".no_exist" / COMMIT / "preprocessor_config.json").touch()
+    assert open_starting_weights("someone/birds").image_mean is None
+
+
+def test_a_revision_of_what_is_on_this_disk_is_refused_by_the_name_of_its_flag(tmp_path):
+    two_parts(tmp_path)
+    with pytest.raises(ValueError, match="^model_revision='v1' is for Hub repos, and model_name_or_path="):
+        open_starting_weights(str(tmp_path), revision="v1")
+
+
 class Files(http.server.BaseHTTPRequestHandler):
     """Answers as the Hub does for single files: of one public repo, a gated one, and one whose server fails."""
 
@@ -828,7 +872,7 @@ def test_what_the_hub_answers_is_said_in_words(tmp_path, online, monkeypatch):
     two_parts(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="no such folder on this disk, and no such repo on the Hub"):
         open_starting_weights("someone/nothing")
-    with pytest.raises(FileNotFoundError, match="'someone/birds' has no revision='v9'; write a branch"):
+    with pytest.raises(FileNotFoundError, match="'someone/birds' has no model_revision='v9'; write a branch"):
         open_starting_weights("someone/birds", revision="v9")
     with pytest.raises(PermissionError, match="'someone/gated' is gated: accept its terms"):
         open_starting_weights("someone/gated")

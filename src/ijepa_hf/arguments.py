@@ -239,7 +239,7 @@ class PretrainingArguments:
     new_predictor: bool = _help("Start with an untrained predictor even where the weights have one.", False)
     predictor_warmup_steps: int | None = _help(
         "Optimiser steps at the start that train the predictor alone, before the schedules begin; if not given, a "
-        "twentieth of the run where the weights to start from have no predictor, else 0.",
+        "twentieth of the run where the predictor is new and the encoders are not, else 0.",
         None,
     )
     learning_rate: float | None = _help("Highest learning rate.", None)
@@ -335,6 +335,16 @@ class PretrainingArguments:
                 )
 
     def _check_hub(self) -> None:
+        if not self.push_to_hub:
+            resumes = self.resume_from_checkpoint == "hub"
+            unused = ["hub_private_repo", *([] if resumes else ["hub_model_id", "hub_revision"])]
+            given = [name for name in unused if getattr(self, name)]
+            given += ["hub_strategy"] if self.hub_strategy == "checkpoint" else []
+            if given:
+                raise ValueError(
+                    f"{given[0]}={getattr(self, given[0])!r} is about uploading, which is off; add --push_to_hub, or "
+                    "leave it out."
+                )
         if self.hub_strategy not in HUB_STRATEGIES:
             raise ValueError(f"hub_strategy={self.hub_strategy!r} must be 'end' or 'checkpoint'.")
         for name, asks in (

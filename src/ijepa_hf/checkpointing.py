@@ -97,17 +97,30 @@ def save_checkpoint(
     files = {name: _fingerprint(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
     manifest = {"step": step, "files": files, "config": dict(config), "arguments": dict(arguments), "stream": stream}
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
-    for entry in (*partial.iterdir(), partial):
-        flush_to_disk(entry)
-    replaced = output_dir / f".checkpoint-{step}.replaced"
-    if final.exists():  # moved aside first, so that no moment is without a whole one
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    flush_to_disk(output_dir)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _move_into_place(partial, final)
     others = [folder for _, folder in _folders(output_dir) if folder != final]
     for folder in others[: max(0, len(others) - (total_limit - 1))]:
         shutil.rmtree(folder)
+    return final
+
+
+def adopt_checkpoint(checkpoint: Checkpoint, output_dir: Path) -> Path:
+    """Takes over a checkpoint from elsewhere, so that a run that goes on from it can be resumed from its own folder.
+
+    Args:
+        checkpoint: From `read_checkpoint`.
+        output_dir: The run's folder.
+
+    Returns:
+        The folder `checkpoint-<step>` in it.
+    """
+    final = output_dir / f"checkpoint-{checkpoint.step}"
+    partial = output_dir / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for source in checkpoint.path.iterdir():
+        shutil.copyfile(source, partial / source.name)  # a file of the Hub's cache is a link: its content is copied
+    _move_into_place(partial, final)
     return final
 
 
@@ -218,6 +231,18 @@ def config_fields(config: Any) -> dict[str, Any]:
     return {
         name: value for name, value in json.loads(json.dumps(config.to_dict(), default=str)).items() if name in names
     }
+
+
+def _move_into_place(partial: Path, final: Path) -> None:
+    """Renames a finished folder, when it is on disk."""
+    for entry in (*partial.iterdir(), partial):
+        flush_to_disk(entry)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # moved aside first, so that no moment is without a whole one
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    flush_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _own(cls: type) -> set[str]:

@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.arguments import parse_arguments
-    from ijepa_hf.training import NonFiniteLossError, UploadIncompleteError, pretrain
+    from ijepa_hf.hub import UploadIncompleteError
+    from ijepa_hf.training import NonFiniteLossError, pretrain
 
     try:
         pretrain(*parse_arguments(argv))

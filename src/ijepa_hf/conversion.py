@@ -47,10 +47,10 @@ from ijepa_hf.official_checkpoint import (
     networks_of,
     official_names,
     optimizer_groups,
+    our_names,
     read_contents,
     read_optimizer_state,
     read_scalars,
-    translate,
     unpickle,
 )
 from ijepa_hf.published_code import check_checkout, compare_with_published_code
@@ -172,7 +172,11 @@ def _write_folder(
 
 
 def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: OptimizerState) -> Path:
-    """The checkpoint that a run goes on from, through the writer of all checkpoints."""
+    """The checkpoint that a run goes on from, through the writer of all checkpoints.
+
+    Its arguments say what no published file does and all have in common, so that the run keeps it: the licence, and
+    how images are normalised.
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)  # only carries names and state: the groups are those of the run to come
     for name, parameter in trained:
@@ -183,7 +187,12 @@ def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: Optimizer
         model,
         optimizer,
         config=config_fields(model.config),
-        arguments=state.arguments,
+        arguments={
+            **state.arguments,
+            "license": PUBLISHED_LICENSE,
+            "image_mean": list(IMAGENET_MEAN),
+            "image_std": list(IMAGENET_STD),
+        },
         total_limit=1,
     )
 
@@ -226,14 +235,13 @@ def _describe(
     """The report, but for what is only known when everything was written."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     pairs = []
-    for part, (ours, names) in PARTS.items():
+    for part in PARTS:
         for name, tensor in networks[part].items():
-            keys = [f"{ours}.{key}" for key in translate(name, names) or ()]
             pairs.append(
                 {
                     "published": f"{part}.{NAME_PREFIX}{name}",
                     "shape": list(tensor.shape),
-                    "ours": {key: shapes[key] for key in keys},
+                    "ours": {key: shapes[key] for key in our_names(part, name)},
                 }
             )
     with path.open("rb") as file:
@@ -275,7 +283,9 @@ def _converted_message(config: IJepaConfig, source: Path, target: Path, report: 
     step = report["optimizer_step"]
     if step is not None:
         lines.append(f"training goes on with:  --resume_from_checkpoint {target / f'checkpoint-{step}'}")
-        if report["steps_per_epoch"] is None:
+        if report["entries"]["epoch"] == 0:
+            lines.append(f"note: no epoch is done in the file; step {step} lies in the first")
+        elif report["steps_per_epoch"] is None:
             lines.append(
                 f"note: step {step} is no multiple of the {report['entries']['epoch']} epochs in the file; published "
                 "training skips steps whose scaled gradient overflows, and does not count them"
@@ -466,8 +476,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _join(tensors: Mapping[str, Tensor], part: str, name: str, slot: str = "") -> Tensor:
     """The published tensor of a name: ours, or three of ours one below the other."""
-    ours, names = PARTS[part]
-    pieces = [tensors[f"{ours}.{key}{slot}"] for key in translate(name, names) or ()]
+    pieces = [tensors[f"{key}{slot}"] for key in our_names(part, name)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -480,14 +489,28 @@ def _entries_of(folder: Path, checkpoint: Checkpoint | None) -> dict[str, int | 
     arguments = run.get("arguments", {}) if checkpoint is None else checkpoint.arguments
     step = exported_step(folder) if checkpoint is None else checkpoint.step
     entries: dict[str, int | float | None] = dict.fromkeys(SCALARS)
-    batch, images = arguments.get("global_batch_size"), arguments.get("num_train_images")
-    if batch and images and step is not None:
-        entries["epoch"] = step // (images // batch)
+    batch, steps_per_epoch = arguments.get("global_batch_size"), _epoch_length(arguments)
+    if steps_per_epoch is not None and step is not None:
+        entries["epoch"] = step // steps_per_epoch
     if batch:
         rank_batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
         entries |= {"batch_size": rank_batch, "world_size": batch // rank_batch}
-        entries["lr"] = arguments["learning_rate"] or arguments["base_learning_rate"] * batch / 256
+        entries["lr"] = _learning_rate(arguments)
     return entries
+
+
+def _epoch_length(arguments: Mapping[str, Any]) -> int | None:
+    """Optimiser steps of an epoch of a run; `None` where its arguments do not say."""
+    batch, images = arguments.get("global_batch_size"), arguments.get("num_train_images")
+    return images // batch if batch and images else None
+
+
+def _learning_rate(arguments: Mapping[str, Any]) -> float | None:
+    """The highest of a run, which 0 can be; `None` where its arguments do not say."""
+    rate, base, batch = (arguments.get(name) for name in ("learning_rate", "base_learning_rate", "global_batch_size"))
+    if rate is not None:
+        return float(rate)
+    return None if base is None or batch is None else base * batch / 256
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -507,7 +530,8 @@ def _official_optimizer(checkpoint: Checkpoint, networks: Networks) -> dict[str,
     tensors = _read_tensors(checkpoint.path / OPTIMIZER_FILE)
     arguments = checkpoint.arguments
     blank = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]  # every field that torch knows
-    blank["lr"] = arguments.get("learning_rate") or blank["lr"]
+    rate = _learning_rate(arguments)
+    blank["lr"] = blank["lr"] if rate is None else rate
     blank["betas"] = (arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999))
     blank["eps"] = arguments.get("adam_epsilon", 1e-8)
     blank["weight_decay"] = arguments.get("weight_decay", blank["weight_decay"])
@@ -523,8 +547,7 @@ def _official_optimizer(checkpoint: Checkpoint, networks: Networks) -> dict[str,
 
 
 def _joined_state(tensors: Mapping[str, Tensor], part: str, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    ours, names = PARTS[part]
-    keys = [f"{ours}.{key}" for key in translate(name, names) or ()]
+    keys = our_names(part, name)
     lacking = [f"{key}/{slot}" for key in keys for slot in ADAMW_SLOTS if f"{key}/{slot}" not in tensors]
     if lacking:
         raise ValueError(f"{checkpoint.path / OPTIMIZER_FILE} lacks {', '.join(lacking)}; nothing was written.")
@@ -570,6 +593,12 @@ def _official_message(
         lines.append("without optimiser state: published code loads the weights, and starts at epoch 0")
     else:
         lines.append(f"optimiser state of step {checkpoint.step}, epoch {entries['epoch']}")
+        steps_per_epoch = _epoch_length(checkpoint.arguments)
+        if steps_per_epoch is not None and checkpoint.step % steps_per_epoch:
+            lines.append(
+                f"note: the epoch is rounded down: {checkpoint.step % steps_per_epoch} of the {steps_per_epoch} steps "
+                "of the one that it is in are done, and published code starts that one again"
+            )
     if PUBLISHED_HEADS.get(config.hidden_size) != config.num_attention_heads:
         lines.append(
             f"the file does not say that there are {config.num_attention_heads} heads: whoever loads it must know"

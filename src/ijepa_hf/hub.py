@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ijepa_hf import hub_process
 from ijepa_hf.arguments import HUB_STRATEGIES
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
+from ijepa_hf.model_card import render_unfinished_card
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.run_folder import (
     EVAL_RESULTS_FOLDER,
@@ -39,6 +40,8 @@ from ijepa_hf.run_folder import (
     REPORT_FILE,
     RUN_FILE,
     UNREADABLE_FILE,
+    differing_arguments,
+    read_run,
 )
 
 LAST_CHECKPOINT = "last-checkpoint"  # transformers' Trainer uses this name too
@@ -50,6 +53,9 @@ START_WAITS = RETRY_WAITS[:2]  # before a run starts
 REQUEST_TIMEOUT = 60.0  # seconds that a connection may be silent
 NO_NEWS_LIMIT = 7200.0  # seconds in which no file arrived and no request failed, after which `finish` gives up
 
+_CARD_FILE = "README.md"
+_FINETUNE_FILE = "finetune.json"
+_STATE_FILES = (RUN_FILE, f"{LAST_CHECKPOINT}/checkpoint.json", REPORT_FILE)  # say whose a repository is, how far on
 _GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, UNREADABLE_FILE)
 _CONVERSION_FILE = "conversion.json"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -66,12 +72,13 @@ _MODEL_PATTERNS = (
     "README.md", "finetune.json", "*_results.json", "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
 )  # fmt: skip
 # What is deleted in the repository where the pushed folder has none: it would be of another state of the model.
-# Cards, figures, scores and code stay, others may have added to them.
+# Cards and code stay, others may have added to them.
 _OWNED_WEIGHTS = (WEIGHTS_FILE, _SHARDS, _INDEX_FILE)
 _OWNED_BY_RUN = (
     *_OWNED_WEIGHTS, RUN_FILE, REPORT_FILE, RECIPE_FILE, _CONVERSION_FILE, *_GROWING_FILES,
     f"{PRETRAINING_SUBFOLDER}/*", f"{LAST_CHECKPOINT}/*",
 )  # fmt: skip
+_SCORES_AND_FIGURES = (f"{EVAL_RESULTS_FOLDER}/*.yaml", "figures/*.png")  # likewise, where a run pushes
 # What is fetched: the checkpoint, and the log that `run_folder.prepare_output_dir` takes over.
 _FETCHED = (f"{LAST_CHECKPOINT}/*", *_GROWING_FILES, RUN_FILE)
 
@@ -111,30 +118,44 @@ def push_folder(
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.")
     checkpoint = _newest_checkpoint(folder) if with_checkpoint else None
-    staged = _Staged.of(folder, "by-hand", checkpoint)
-    try:
-        with _HubProcess(quiet=True) as process, _progress_bar() as bar:
+    _Staged.of(folder, "by-hand", checkpoint, repo_id, revision).remove()  # is it whole? before anything is asked
+    with _HubProcess(quiet=True) as process, _progress_bar() as bar:
 
-            def show(event: dict[str, Any]) -> None:
-                if event["event"] == "retry":
-                    logger.warning("%s; trying again in %g s", event["reason"], event["seconds"])
-                _show_progress(bar, event)
+        def show(event: dict[str, Any]) -> None:
+            if event["event"] == "retry":
+                logger.warning("%s; trying again in %g s", event["reason"], event["seconds"])
+            _show_progress(bar, event)
 
-            job = _push_job(staged, repo_id, private=private, revision=revision, message=commit_message)
-            outcome = process.run(job, show)
-    finally:
-        staged.remove()
+        job = {"job": "prepare", "repo_id": repo_id, "private": private, "revision": revision, "texts": ()}
+        prepared = process.run({**job, "waits": RETRY_WAITS}, show)
+        _check_same_kind(folder, prepared)
+        staged = _Staged.of(folder, "by-hand", checkpoint, prepared["repo_id"], revision)
+        try:
+            outcome = process.run(
+                _push_job(
+                    staged,
+                    prepared["repo_id"],
+                    private=private,
+                    revision=revision,
+                    message=commit_message,
+                    is_prepared=True,
+                ),
+                show,
+            )
+        finally:
+            staged.remove()
     if outcome["deleted"]:
         logger.info("deleted in %s, not being of this state: %s", repo_id, ", ".join(outcome["deleted"]))
     return outcome["url"]
 
 
-def fetch_checkpoint(repo_id: str, *, revision: str | None = None) -> Path | None:
+def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: bool = False) -> Path | None:
     """Downloads the checkpoint that a run pushed, and its log, into the Hugging Face cache.
 
     Args:
         repo_id: The repository.
         revision: Branch, tag or commit; the newest of `main` if not given.
+        missing_ok: Whether a repository or revision that does not exist is one without a checkpoint.
 
     Returns:
         The checkpoint's folder, for `checkpointing.read_checkpoint`, which checks it; the log lies in the folder
@@ -144,11 +165,15 @@ def fetch_checkpoint(repo_id: str, *, revision: str | None = None) -> Path | Non
         ValueError: If there is no such repository or revision, or the user may not read it, or offline mode is on.
         ConnectionError: If the Hub cannot be reached. What the cache holds is not used then: it may be older.
     """
-    job = {"job": "fetch", "repo_id": repo_id, "revision": revision, "waits": RETRY_WAITS,
+    job = {"job": "fetch", "repo_id": repo_id, "revision": revision, "waits": RETRY_WAITS, "missing_ok": missing_ok,
            "needed": [f"{LAST_CHECKPOINT}/*"], "patterns": _FETCHED}  # fmt: skip
     with _HubProcess() as process:
-        path = process.run(job, lambda event: None)["path"]
+        path = process.run(job, _ignore)["path"]
     return None if path is None else Path(path) / LAST_CHECKPOINT
+
+
+class UploadIncompleteError(OSError):
+    """A finished run is on disk, but not all of it arrived on the Hub."""
 
 
 # -- beside the training ---------------------------------------------------------------------------------------------
@@ -163,6 +188,13 @@ class _Upload:
     sent: int = 0  # bytes
     total: int = 0
     outcome: dict[str, Any] | None = None  # the event that ended it
+
+    @property
+    def failure(self) -> str | None:
+        """Why it did not arrive, so far as is known."""
+        if self.outcome is None:
+            return "the run ended before it"
+        return None if self.outcome["event"] == "done" else self.outcome["reason"]
 
 
 class HubUploader:
@@ -192,27 +224,34 @@ class HubUploader:
         self._listener: threading.Thread | None = None
         self._running: _Upload | None = None
         self._pending: _Upload | None = None
+        self._full_name: str | None = None  # with its owner, when the Hub has said it
+        self._submitted: _Upload | None = None  # the newest
         self._arrived: int | None = None  # newest step that the repository has
         self._heard = 0.0  # when there is nothing to worry about until, as time.monotonic()
 
-    @property
-    def arrived_step(self) -> int | None:
-        """The newest step that is known to be in the repository."""
-        return self._arrived
+    def start(self, arguments: Mapping[str, Any], start_step: int, *, replace: bool = False) -> None:
+        """Makes the repository and the branch where they are missing, and looks at what they hold.
 
-    def start(self) -> None:
-        """Makes the repository and the branch where they are missing, before the run starts.
+        Args:
+            arguments: Of the run, as `run.json` keeps them.
+            start_step: That it goes on from.
+            replace: Whether another run, or later steps of this one, may be replaced.
 
         Raises:
-            ValueError: If the user has to change something: no token, no permission, a bad name, offline mode. A
-                server that cannot be reached is a warning.
+            ValueError: If the user has to change something: no token, no permission, a bad name or licence, offline
+                mode, or a repository that holds something else. A server that cannot be reached is a warning.
         """
         for left_over in self._output_dir.glob(".push-*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
         self._process = process = _HubProcess(quiet=True)
+        card = render_unfinished_card(arguments, start_step)
         job = {"job": "prepare", "repo_id": self._repo_id, "private": self._private, "revision": self._revision}
         try:
-            process.run({**job, "waits": START_WAITS}, lambda event: None)
+            process.run({"job": "validate", "repo_id": self._repo_id, "card": card, "waits": START_WAITS}, _ignore)
+            prepared = process.run({**job, "texts": _STATE_FILES, "waits": START_WAITS}, _ignore)
+            self._full_name = prepared["repo_id"]
+            if not replace:
+                _check_holds_no_other(prepared, arguments, start_step)
         except ValueError as error:
             self.stop()
             raise ValueError(f"hub_model_id={self._repo_id!r} cannot be pushed to: {error}") from None
@@ -244,12 +283,15 @@ class HubUploader:
             step: Of the export, and with strategy `checkpoint` of `checkpoint-<step>`.
 
         Returns:
-            For the user: the URL, or what did not arrive and the command that finishes it.
+            For the user: where it is.
+
+        Raises:
+            UploadIncompleteError: If it did not arrive; says what the repository has, and what finishes it.
         """
         try:
             upload = self._add(step, f"{step}-final")
             outcome = self._wait_for(upload)
-            reason = outcome.get("reason")
+            reason = upload.failure
         except KeyboardInterrupt:
             reason = "interrupted"
         except Exception as error:  # the run is complete; its upload can be done again
@@ -258,18 +300,25 @@ class HubUploader:
             self.stop()
         if reason is None:
             return f"Step {step} is on the Hub: {outcome['url']}"
-        state = "nothing of this run" if self._arrived is None else f"step {self._arrived}"
-        return (
-            f"Step {step} is complete in {self._output_dir}, but did not arrive on the Hub ({reason}). "
-            f"{self._repo_id} has {state}. This finishes the upload:\n    {self._command()}"
-        )
+        raise UploadIncompleteError(self._left_over(step, reason))
 
-    def stop(self) -> None:
-        """Ends whatever is under way, at once, and removes what was gathered for it. The repository stays whole."""
+    def stop(self, wait: float = 0.0) -> str | None:
+        """Ends whatever is under way and removes what was gathered for it. The repository stays whole.
+
+        Args:
+            wait: Seconds that it may still take.
+
+        Returns:
+            What did not arrive and the command that finishes it, or `None` if all that was submitted is there.
+        """
+        deadline = time.monotonic() + wait
         with self._changed:
+            while self._process is not None and self._running is not None and time.monotonic() < deadline:
+                self._changed.wait(timeout=0.5)
             process, self._process = self._process, None
             uploads = [upload for upload in (self._running, self._pending) if upload is not None]
             self._running = self._pending = None
+            newest = self._submitted
         if process is not None:
             process.kill()
             if self._listener is not None:
@@ -277,11 +326,25 @@ class HubUploader:
             process.close()
         for upload in uploads:
             upload.staged.remove()
+        if newest is None or newest.failure is None:
+            return None
+        return self._left_over(newest.step, newest.failure)
+
+    def _left_over(self, step: int, reason: str) -> str:
+        has = "nothing of this run" if self._arrived is None else f"step {self._arrived}"
+        if self._arrived == step:
+            has += " without its card and report"
+        return (
+            f"Step {step} is complete in {self._output_dir}, but did not arrive on the Hub ({reason}). "
+            f"{self._repo_id} has {has}. This finishes the upload:\n    {self._command()}"
+        )
 
     def _add(self, step: int, label: str) -> _Upload:
         checkpoint = self._output_dir / f"checkpoint-{step}" if self._with_checkpoint else None
-        upload = _Upload(step, _Staged.of(self._output_dir, label, checkpoint))
+        name = self._full_name or self._repo_id
+        upload = _Upload(step, _Staged.of(self._output_dir, label, checkpoint, name, self._revision))
         with self._changed:
+            self._submitted = upload
             replaced, self._pending = self._pending, upload
             if self._process is None:  # it was killed, or ended by itself
                 self._listen_to(_HubProcess(quiet=True))
@@ -371,7 +434,13 @@ class HubUploader:
 
 
 def _push_job(
-    staged: "_Staged", repo_id: str, *, private: bool, revision: str | None, message: str | None = None
+    staged: "_Staged",
+    repo_id: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str | None = None,
+    is_prepared: bool = False,
 ) -> dict[str, Any]:
     step = exported_step(staged.path) if (staged.path / RUN_FILE).is_file() else None
     default = "Upload model" if step is None else f"Step {step}"
@@ -379,6 +448,8 @@ def _push_job(
         "job": "push",
         "folder": str(staged.path.absolute()),
         "owned": staged.owned,
+        "card_is_stand_in": staged.card_is_stand_in,
+        "is_prepared": is_prepared,
         "message": message or default,
         "repo_id": repo_id,
         "private": private,
@@ -407,25 +478,30 @@ class _Staged:
     Args:
         path: A folder laid out as the repository is to be.
         owned: Patterns of what is deleted in the repository where it is not in the folder.
+        card_is_stand_in: Whether the card is the short one of a run under way, which replaces no other.
     """
 
     path: Path
     owned: Sequence[str]
+    card_is_stand_in: bool = False
 
     @classmethod
-    def of(cls, folder: Path, label: str, checkpoint: Path | None) -> "_Staged":
+    def of(cls, folder: Path, label: str, checkpoint: Path | None, repo_id: str, revision: str | None) -> "_Staged":
         """Gathers a folder's model and, where one is named, a checkpoint.
 
         Args:
             folder: The folder.
             label: For the hidden folder's name.
             checkpoint: The checkpoint's folder.
+            repo_id: Of the repository, which the card is to name.
+            revision: Likewise.
 
         Raises:
             ValueError: If the model is not whole, or the checkpoint is of another step.
             FileNotFoundError: If the checkpoint is missing.
         """
-        in_two_parts = any((folder / name).exists() for name in (PRETRAINING_SUBFOLDER, RUN_FILE, _CONVERSION_FILE))
+        in_two_parts = _is_in_two_parts(folder)
+        owned = [*(_OWNED_BY_RUN if in_two_parts else _OWNED_WEIGHTS)]
         target = _make_folder(folder, label)
         try:
             for pattern in _RUN_PATTERNS if in_two_parts else _MODEL_PATTERNS:
@@ -439,14 +515,98 @@ class _Staged:
             if checkpoint is not None:
                 for source in checkpoint.iterdir():
                     _gather(source, target / LAST_CHECKPOINT / source.name)
+            is_run, has_card = (target / RUN_FILE).is_file(), (target / _CARD_FILE).is_file()
+            if is_run:
+                owned += _SCORES_AND_FIGURES
+            if is_run and not has_card:
+                _write_stand_in(target)
+            elif has_card:
+                _name_repository(target, folder, repo_id, revision)
         except BaseException:
             shutil.rmtree(target)
             raise
-        return cls(target, _OWNED_BY_RUN if in_two_parts else _OWNED_WEIGHTS)
+        return cls(target, owned, is_run and not has_card)
 
     def remove(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _is_in_two_parts(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (PRETRAINING_SUBFOLDER, RUN_FILE, _CONVERSION_FILE))
+
+
+def _write_stand_in(staged: Path) -> None:
+    """The card of a run that has not ended, so that weights are never published without their licence."""
+    record = read_run(staged)
+    assert record is not None  # it is there
+    card = render_unfinished_card(record["arguments"], exported_step(staged) or 0)
+    (staged / _CARD_FILE).write_text(card, "utf-8")
+
+
+def _name_repository(staged: Path, folder: Path, repo_id: str, revision: str | None) -> None:
+    """Lets the card's examples load from the repository instead of a folder; people's own words stay."""
+    card = staged / _CARD_FILE
+    old = re.escape(_reference_of(staged, folder))
+    at_branch = f', revision="{revision}"' if revision else ""
+    flag = f" --model_revision {revision}" if revision else ""
+    text = card.read_text("utf-8")
+    for pattern, new in (
+        (rf'from_pretrained\("{old}"', f'from_pretrained("{repo_id}"{at_branch}'),
+        (rf'model="{old}"', f'model="{repo_id}"{at_branch}'),
+        (rf"ijepa-hf finetune {old}(?!\S)", f"ijepa-hf finetune {repo_id}{flag}"),
+        (rf"--model_name_or_path {old}(?!\S)", f"--model_name_or_path {repo_id}{flag}"),
+    ):
+        text = re.sub(pattern, new.replace("\\", r"\\"), text)
+    card.write_text(text, "utf-8")
+
+
+def _reference_of(staged: Path, folder: Path) -> str:
+    """What the card calls the folder."""
+    for name in (REPORT_FILE, _FINETUNE_FILE):
+        if (staged / name).is_file():
+            arguments = json.loads((staged / name).read_text("utf-8")).get("arguments", {})
+            reference = arguments.get("hub_model_id") or arguments.get("output_dir")
+            if reference:
+                return reference
+    return folder.resolve().name
+
+
+def _check_same_kind(folder: Path, prepared: Mapping[str, Any]) -> None:
+    held = [name for name in (f"{PRETRAINING_SUBFOLDER}/config.json", RUN_FILE) if name in prepared["files"]]
+    if held and not _is_in_two_parts(folder):
+        raise ValueError(
+            f"{prepared['repo_id']} holds a pretrained model ({held[0]}), which {str(folder)!r} is not; push it to "
+            "another repository."
+        )
+
+
+def _check_holds_no_other(prepared: Mapping[str, Any], arguments: Mapping[str, Any], start_step: int) -> None:
+    """Refuses a repository with something that a run's first upload would bury in its history."""
+    texts, replace = prepared["texts"], "or add --overwrite_output_dir to replace it"
+    if RUN_FILE not in texts:
+        if any(name in prepared["files"] for name in ("config.json", WEIGHTS_FILE)):
+            raise ValueError(f"it holds a model that is none of this run; name another repository, {replace}")
+        return
+    try:
+        stored = json.loads(texts[RUN_FILE])["arguments"]
+        steps = [json.loads(texts[name])["step"] for name in _STATE_FILES[1:] if name in texts]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its {RUN_FILE} cannot be read ({error!r}); name another repository, {replace}") from None
+    differing = differing_arguments(stored, arguments)
+    if differing:
+        raise ValueError(
+            f"it holds another run: {'; '.join(differing)}. Name another repository or --hub_revision, {replace}"
+        )
+    if max(steps, default=0) > start_step:
+        raise ValueError(
+            f"it holds step {max(steps)} of this run, which would go on from {start_step}; add "
+            f"--resume_from_checkpoint hub, {replace}"
+        )
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """For jobs whose way there is of no interest."""
 
 
 def _make_folder(folder: Path, label: str) -> Path:

@@ -2,9 +2,11 @@
 
 `hub.py` starts this file as a script, gives it jobs and reads what happens, both as lines of JSON:
 
-    {"job": "prepare", ...}  makes the repository and the branch where they are missing; may they be written to?
-    {"job": "push", ...}     makes the repository hold what a folder holds, in one commit
-    {"job": "fetch", ...}    downloads a part of the repository into the cache
+    {"job": "validate", ...}  would the Hub take this model card?
+    {"job": "prepare", ...}   makes the repository and the branch where they are missing; may they be written to, and
+                              what do they hold?
+    {"job": "push", ...}      prepares the repository if need be, and makes it hold what a folder holds, in one commit
+    {"job": "fetch", ...}     downloads a part of the repository into the cache
 
     {"event": "sent", "bytes": 1000, "total": 2000}
     {"event": "retry", "reason": "HTTP 503 ...", "seconds": 4.0}
@@ -36,16 +38,27 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     get_session,
     get_token,
     set_client_factory,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after this
 SMALL_FILE = 1_000_000  # bytes; smaller files are sent together, larger ones one by one
+CARD = "README.md"
+RUN_CARD_OWNER = "run.json"  # beside it, a card is a run's; alone, a person has written it
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -249,7 +262,6 @@ class Worker:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._prepared: dict[tuple[str, str | None], dict[str, Any]] = {}
 
     def do(self, job: Mapping[str, Any]) -> None:
         """Does a job and reports how it ended; raises nothing.
@@ -263,7 +275,7 @@ class Worker:
             if token is None and job["job"] != "fetch":
                 raise UserError("there is no token: log in with `hf auth login`, or set HF_TOKEN")
             api = HfApi(token=token if token is not None else False, library_name="ijepa-hf")
-            action = {"prepare": self._prepare, "push": self._push, "fetch": _fetch}[job["job"]]
+            action = {"validate": _validate, "prepare": _prepare, "push": _push, "fetch": _fetch}[job["job"]]
             report = self._redacted(token)
             result = retrying(lambda watch: action(api, job, watch), job, report)
             report({"event": "done", **result})
@@ -279,53 +291,86 @@ class Worker:
 
         return report
 
-    def _prepare(self, api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
-        asked, revision = job["repo_id"], job["revision"]
-        if (asked, revision) not in self._prepared:
-            repo_id = _full_name(api, asked)
-            api.create_repo(repo_id, private=True if job["private"] else None, exist_ok=True)
-            if job["private"] and not api.repo_info(repo_id).private:
-                raise UserError(
-                    f"{repo_id!r} exists and everybody can read it, but it was to be private; make it private in its "
-                    "settings on the Hub, or use another name"
-                )
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # creating what exists is answered kindly, so ask for what only those who may write get; sends nothing
-            trial = CommitOperationAdd("README.md", b"# A model\n")
-            api.preupload_lfs_files(repo_id, [trial], revision=revision)
-            self._prepared[asked, revision] = {"repo_id": repo_id, "url": _url(api, repo_id, revision)}
-        return self._prepared[asked, revision]
 
-    def _push(self, api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
-        """One try; whatever it finds done already, also by a try whose answer was lost, it does not do again."""
-        repo_id, revision = self._prepare(api, job, report)["repo_id"], job["revision"]
-        folder = Path(job["folder"])
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        head = api.repo_info(repo_id, revision=revision).sha
-        there = _list_files(api, repo_id, head)
-        changed = [name for name, path in files.items() if not _is_same(path, there.get(name))]
-        stale = [name for name in there if name not in files and _matches(name, job["owned"])]
-        if changed or stale:
-            additions = [CommitOperationAdd(name, files[name]) for name in changed]
-            _send(api, repo_id, revision, additions, report)
-            head = api.create_commit(
-                repo_id,
-                [*additions, *map(CommitOperationDelete, stale)],
-                commit_message=job["message"],
-                revision=revision,
-                parent_commit=head,  # so that what was compared with is what is changed
-            ).oid
-            kept_out = sorted(set(files) - set(_list_files(api, repo_id, head)))
-            if kept_out:
-                raise UserError(f"{repo_id!r} keeps out {', '.join(kept_out)}; look at its .gitignore")
-        return {"url": _url(api, repo_id, revision), "commit": head, "deleted": stale}
+def _validate(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
+    try:
+        ModelCard(job["card"]).validate(repo_type="model")
+    except ValueError as error:  # the answer, or what the library found by itself
+        raise UserError(_messages(str(error))) from None
+    return {}
+
+
+def _messages(answer: str) -> str:
+    """The sentences of an answer with errors; the answer itself where it has another form."""
+    try:
+        return "; ".join(error["message"] for error in json.loads(answer)["errors"])
+    except (ValueError, KeyError, TypeError):
+        return answer
+
+
+def _prepare(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
+    repo_id, revision = _full_name(api, job["repo_id"]), job["revision"]
+    api.create_repo(repo_id, private=True if job["private"] else None, exist_ok=True)
+    if job["private"] and not api.repo_info(repo_id).private:
+        raise UserError(
+            f"{repo_id!r} exists and everybody can read it, but it was to be private; make it private in its settings "
+            "on the Hub, or use another name"
+        )
+    if revision is not None:
+        _make_branch(api, repo_id, revision)
+    # creating what exists is answered kindly, so ask for what only those who may write get; sends nothing
+    api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD, b"# A model\n")], revision=revision)
+    head = _head(api, repo_id, revision)
+    files = sorted(_list_files(api, repo_id, head))
+    texts = {name: _read(api, repo_id, head, name) for name in job["texts"] if name in files}
+    return {"repo_id": repo_id, "files": files, "texts": texts}
+
+
+def _make_branch(api: HfApi, repo_id: str, revision: str) -> None:
+    """Makes a branch that is missing, from the first commit: a copy of `main` would be the state of something else."""
+    try:
+        api.repo_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        first = api.list_repo_commits(repo_id)[-1].commit_id
+        api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
+
+
+def _push(api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """One try; whatever it finds done already, also by a try whose answer was lost, it does not do again."""
+    repo_id = job["repo_id"] if job["is_prepared"] else _prepare(api, {**job, "texts": ()}, report)["repo_id"]
+    revision, folder = job["revision"], Path(job["folder"])
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    head = _head(api, repo_id, revision)
+    there = _list_files(api, repo_id, head)
+    if job["card_is_stand_in"] and CARD in there and RUN_CARD_OWNER not in there:
+        del files[CARD]  # a person's
+    changed = [name for name, path in files.items() if not _is_same(path, there.get(name))]
+    stale = [name for name in there if name not in files and _matches(name, job["owned"])]
+    if changed or stale:
+        additions = [CommitOperationAdd(name, files[name]) for name in changed]
+        _send(api, repo_id, revision, additions, report)
+        head = api.create_commit(
+            repo_id,
+            [*additions, *map(CommitOperationDelete, stale)],
+            commit_message=job["message"],
+            revision=revision,
+            parent_commit=head,  # so that what was compared with is what is changed
+        ).oid
+        kept_out = sorted(set(files) - set(_list_files(api, repo_id, head)))
+        if kept_out:
+            raise UserError(f"{repo_id!r} keeps out {', '.join(kept_out)}; look at its .gitignore")
+    return {"url": _url(api, repo_id, revision), "commit": head, "deleted": stale}
 
 
 def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
     repo_id = _full_name(api, job["repo_id"])
-    # one commit for both, whatever is pushed meanwhile; for a server that is down the cache does not stand in
-    commit = api.repo_info(repo_id, revision=job["revision"]).sha
+    try:
+        # one commit for both, whatever is pushed meanwhile; for a server that is down the cache does not stand in
+        commit = _head(api, repo_id, job["revision"])
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        if job["missing_ok"] and not isinstance(error, GatedRepoError):
+            return {"path": None}
+        raise
     if not any(_matches(name, job["needed"]) for name in _list_files(api, repo_id, commit)):
         return {"path": None}
     path = snapshot_download(repo_id, revision=commit, allow_patterns=list(job["patterns"]), token=api.token)
@@ -335,6 +380,17 @@ def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
 def _full_name(api: HfApi, repo_id: str) -> str:
     """The repository's name with its owner's; the user's own where none is given."""
     return repo_id if "/" in repo_id or api.token is False else f"{api.whoami()['name']}/{repo_id}"
+
+
+def _head(api: HfApi, repo_id: str, revision: str | None) -> str:
+    """The newest commit of a revision."""
+    commit = api.repo_info(repo_id, revision=revision).sha
+    assert commit is not None  # it is asked for
+    return commit
+
+
+def _read(api: HfApi, repo_id: str, commit: str, name: str) -> str:
+    return Path(api.hf_hub_download(repo_id, name, revision=commit)).read_text("utf-8", errors="replace")
 
 
 def _url(api: HfApi, repo_id: str, revision: str | None) -> str:

@@ -65,6 +65,34 @@ def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
     return str(card)
 
 
+def render_unfinished_card(arguments: Mapping[str, Any], step: int) -> str:
+    """The card of a run that is under way, so that what is uploaded before the end has its licence and its name.
+
+    Args:
+        arguments: Of the run, as in `run.json`.
+        step: Optimiser steps done.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+    """
+    reference = arguments.get("hub_model_id") or arguments["output_dir"]
+    source = arguments.get("model_name_or_path")
+    started = f", starting from `{source}`" if source else ""
+    metadata = ModelCardData(
+        license=arguments.get("license"),
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=TAGS,
+    )
+    return str(
+        ModelCard(
+            f"---\n{metadata.to_yaml()}\n---\n\n# {Path(reference).name}\n\n"
+            f"An I-JEPA image encoder, being pretrained on `{arguments['dataset_name']}` with ijepa-hf{started}. This "
+            f"is step {step}; the card is written when the training has ended.\n"
+        )
+    )
+
+
 def render_eval_results(report: Mapping[str, Any]) -> dict[str, str]:
     """The scores in the form that the Hub reads from `.eval_results/*.yaml`.
 
@@ -97,8 +125,19 @@ def read_license(card: Path | None) -> str | None:
 
     Returns:
         Such as "cc-by-nc-4.0"; `None` where none is named.
+
+    Raises:
+        ValueError: If the metadata of the card cannot be read.
     """
-    named = (metadata_load(card) or {}).get("license") if card is not None else None
+    if card is None:
+        return None
+    try:
+        named = (metadata_load(card) or {}).get("license")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{card}: the metadata in front cannot be read, so its licence is not known: {reason}"
+        ) from None
     return named if isinstance(named, str) else None
 
 

@@ -117,6 +117,21 @@ def translate(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...
     return tuple(ours.replace("*", layer[1] if layer else "") for ours in names[pattern])
 
 
+def our_names(part: str, name: str) -> list[str]:
+    """Where a published tensor goes in our model.
+
+    Args:
+        part: Of the file: `encoder`, `predictor` or `target_encoder`.
+        name: In that part, without the `module.` prefix.
+
+    Returns:
+        Full names, such as `context_encoder.layernorm.bias`: one, three where the tensor is cut, none where the table
+        has none.
+    """
+    ours, names = PARTS[part]
+    return [f"{ours}.{key}" for key in translate(name, names) or ()]
+
+
 def official_names(config: IJepaConfig) -> dict[str, list[str]]:
     """The names in a published file of this architecture, in its order: that of the modules and of the optimiser.
 
@@ -356,10 +371,9 @@ def model_from_official(networks: Networks, *, num_attention_heads: int | None =
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
     problems: list[str] = []
-    for part, (ours, names) in PARTS.items():
+    for part in PARTS:
         for name, tensor in networks[part].items():
-            translated = translate(name, names)
-            keys = [f"{ours}.{key}" for key in translated or ()]
+            keys = our_names(part, name)
             if not keys or not expected.keys() >= set(keys):
                 problems.append(f"{part}.{name!r} is unexpected")
             else:
@@ -502,7 +516,7 @@ class OptimizerState:
 
     Args:
         step: Optimiser steps done, the same for every tensor.
-        steps_per_epoch: Optimiser steps of an epoch; `None` where they are no whole number.
+        steps_per_epoch: Optimiser steps of an epoch; `None` where they are no whole number, or no epoch is done.
         tensors: Of each trained parameter, `step`, `exp_avg` and `exp_avg_sq`.
         arguments: What the file says of the run, under our names.
     """
@@ -549,8 +563,7 @@ def read_optimizer_state(
         problems += [f"{part}.{name}: {problem}" for problem in found]
         if not found:
             steps[float(entry["step"])] = f"{part}.{name}"
-            ours, names = PARTS[part]
-            keys = [f"{ours}.{key}" for key in translate(name, names) or ()]
+            keys = our_names(part, name)
             cut = {slot: _cut(entry[slot], len(keys)) for slot in ("exp_avg", "exp_avg_sq")}
             for place, key in enumerate(keys):
                 step = torch.tensor(float(entry["step"]))
@@ -614,17 +627,18 @@ def _state_problems(entry: Any, weight: Tensor, owners: dict[int, str]) -> Itera
 
 
 def _steps_per_epoch(epoch: Any, step: int, path: Path) -> int | None:
-    """Optimiser steps of an epoch, or `None` where they are no whole number.
+    """Optimiser steps of an epoch, or `None` where they are no whole number, or no epoch is done.
 
-    `epoch` in a file is the number of epochs that are done (the number in the file's *name* is one higher). Under a
-    gradient scaler some steps may have been skipped, which the optimiser does not count.
+    `epoch` in a file is the number of epochs that are done (the number in the file's *name* is one higher). A file
+    that `convert_to_official` made of a run before its first epoch's end has 0. Under a gradient scaler some steps
+    may have been skipped, which the optimiser does not count.
     """
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch <= step:
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch <= step:
         raise ValueError(
             f"{path} says epoch={epoch!r}, but its optimiser is at step {step}; an epoch has at least one step, so "
             "the two do not belong together."
         )
-    return step // epoch if step % epoch == 0 else None
+    return step // epoch if epoch and step % epoch == 0 else None
 
 
 def _run_arguments(contents: Mapping[str, Any], config: IJepaConfig) -> dict[str, Any]:

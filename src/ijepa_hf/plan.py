@@ -61,7 +61,8 @@ def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int, *, ha
     num_steps = run.max_train_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
     predictor_warmup = run.predictor_warmup_steps
     if predictor_warmup is None:
-        predictor_warmup = int(PREDICTOR_WARMUP_SHARE * num_steps) if has_new_predictor else 0
+        share = max(1, int(PREDICTOR_WARMUP_SHARE * num_steps))
+        predictor_warmup = min(share, num_steps - 1) if has_new_predictor else 0
     if predictor_warmup >= num_steps:
         raise ValueError(
             f"predictor_warmup_steps={predictor_warmup} leave nothing of a run of {num_steps} steps; use "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_hf.arguments import PretrainingArguments, argument_defaults, as_recipe
-from ijepa_hf.checkpointing import Checkpoint, delete_checkpoints_after
+from ijepa_hf.checkpointing import Checkpoint, adopt_checkpoint, delete_checkpoints_after
 from ijepa_hf.export import CODE_FILES, exported_step, write_atomically
 
 RUN_FILE = "run.json"
@@ -77,12 +77,7 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
             f"output_dir={str(output_dir)!r} is not empty and holds no run of ijepa-hf; choose another --output_dir."
         )
     if run.overwrite_output_dir:
-        checkpoint = run.resume_from_checkpoint
-        if checkpoint not in (None, "latest") and output_dir.resolve() in Path(checkpoint).resolve().parents:
-            raise ValueError(
-                f"overwrite_output_dir would delete resume_from_checkpoint={checkpoint!r}; choose another "
-                "--output_dir."
-            )
+        _check_nothing_needed_is_deleted(output_dir, run)
         return
     stored = read_run(output_dir)
     assert stored is not None  # the file is there
@@ -92,11 +87,45 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
             f"output_dir={str(output_dir)!r} holds another run: {'; '.join(differing)}. Choose another --output_dir, "
             "or add --overwrite_output_dir to delete that run."
         )
+    check_begun(output_dir, run)
+
+
+def check_begun(output_dir: Path, run: PretrainingArguments) -> None:
+    """Refuses what can be refused before weights are looked for.
+
+    Args:
+        output_dir: The folder; need not exist.
+        run: Says whether to overwrite or resume, and what weights to start from.
+
+    Raises:
+        ValueError: If it holds a run from other weights, or one that is not finished and was not asked to go on.
+    """
+    stored = None if run.overwrite_output_dir else read_run(output_dir)
+    if stored is None:
+        return
+    before = stored["arguments"].get("model_name_or_path")
+    if before != run.model_name_or_path:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds another run: model_name_or_path is {before!r} there, "
+            f"{run.model_name_or_path!r} here. Choose another --output_dir, or add --overwrite_output_dir to delete "
+            "that run."
+        )
     if run.resume_from_checkpoint is None and not is_finished(output_dir, run):
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds this run, unfinished. Add --resume_from_checkpoint latest to "
             "continue it, or --overwrite_output_dir to start again."
         )
+
+
+def _check_nothing_needed_is_deleted(output_dir: Path, run: PretrainingArguments) -> None:
+    needed = {"model_name_or_path": run.model_name_or_path}
+    if run.resume_from_checkpoint not in ("latest", "hub"):
+        needed["resume_from_checkpoint"] = run.resume_from_checkpoint
+    for name, value in needed.items():
+        if value is not None and Path(value).exists():
+            path = Path(value).resolve()
+            if output_dir.resolve() in (path, *path.parents):
+                raise ValueError(f"overwrite_output_dir would delete {name}={value!r}; choose another --output_dir.")
 
 
 def read_run(output_dir: Path) -> dict[str, Any] | None:
@@ -152,7 +181,7 @@ def prepare_output_dir(
         arguments: What `run.json` is to hold, and `recipe.yaml`, which starts the same run again.
         config: The model's configuration, for `run.json`.
         run: Says whether to overwrite.
-        checkpoint: What the run goes on from; one of another folder brings that run's log with it.
+        checkpoint: What the run goes on from; one of another folder is taken over, with that run's log.
     """
     start_step = 0 if checkpoint is None else checkpoint.step
     kept = {
@@ -165,6 +194,8 @@ def prepare_output_dir(
     _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments, "config": config}, indent=2) + "\n")
     _write_text(output_dir / RECIPE_FILE, as_recipe(arguments))
     delete_checkpoints_after(output_dir, start_step)
+    if checkpoint is not None and checkpoint.path.resolve().parent != output_dir.resolve():
+        adopt_checkpoint(checkpoint, output_dir)
     for name, rows in kept.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         if lines or name == METRICS_FILE:

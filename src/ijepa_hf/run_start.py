@@ -17,7 +17,7 @@ from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.hub import fetch_checkpoint
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, new_model
 from ijepa_hf.plan import Plan
-from ijepa_hf.run_folder import differing_arguments, is_finished, read_run
+from ijepa_hf.run_folder import check_begun, differing_arguments, is_finished, read_run
 from ijepa_hf.warm_start import StartingWeights, check_fits, open_starting_weights, start_model
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Start:
         config: The model's configuration.
         model_arguments: With the configuration's values where they come from weights.
         data: With the normalisation of the weights, where none was asked for.
-        run: With `predictor_warmup_steps` as the run's record has it, and the licence of the weights.
+        run: With `predictor_warmup_steps`, the licence and the commit of the weights as the run's record has them.
         checkpoint: What it goes on from, if anything.
         weights: What it starts from, if it starts now and from weights.
     """
@@ -77,15 +77,23 @@ def find_start(
         FileNotFoundError: If a checkpoint or weights that were named do not exist.
         ValueError: If they are damaged, or do not fit the arguments.
     """
+    check_begun(output_dir, run)
     finished = is_finished(output_dir, run)
     checkpoint = None if finished else _find_checkpoint(run, output_dir)
     if run.model_name_or_path is None:
+        if checkpoint is not None and run.license is None:
+            run = dataclasses.replace(run, license=checkpoint.arguments.get("license"))
         return Start(model_arguments.to_config(), model_arguments, data, run, checkpoint)
     record = _record(checkpoint, run, output_dir)
+    if record is not None:  # the weights are those that it began with, whatever the branch holds now
+        run = dataclasses.replace(run, model_revision=record[0].get("model_revision"))
     weights = None
     if checkpoint is None and not finished:
         heads = model_arguments.num_attention_heads if "num_attention_heads" in model_arguments.given else None
-        weights = open_starting_weights(run.model_name_or_path, revision=run.model_revision, num_attention_heads=heads)
+        weights = open_starting_weights(
+            str(run.model_name_or_path), revision=run.model_revision, num_attention_heads=heads
+        )
+        run = dataclasses.replace(run, model_revision=weights.commit)
     if record is not None:
         stored, base = record
     else:
@@ -122,7 +130,9 @@ def load_starting_encoder(run: PretrainingArguments, config: IJepaConfig) -> IJe
     if run.model_name_or_path is None:
         return None
     try:
-        weights = open_starting_weights(run.model_name_or_path, revision=run.model_revision)
+        weights = open_starting_weights(
+            run.model_name_or_path, revision=run.model_revision, num_attention_heads=config.num_attention_heads
+        )
         return start_model(weights, config, run.seed, new_predictor=run.new_predictor)[0].target_encoder
     except (OSError, ValueError) as error:  # the run is done; one row of its scores is not worth losing the others
         logger.warning("the weights that the run started from cannot be scored again: %s", error)
@@ -169,7 +179,8 @@ def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint 
 def _newest_of_hub_and_folder(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
     """The Hub's last checkpoint, unless the folder has one as new: the same command then serves every machine."""
     assert run.hub_model_id is not None  # PretrainingArguments.check
-    path = fetch_checkpoint(run.hub_model_id, revision=run.hub_revision)
+    # a run that uploads makes its repository, so the first start finds none
+    path = fetch_checkpoint(run.hub_model_id, revision=run.hub_revision, missing_ok=run.push_to_hub)
     remote = None if path is None else read_checkpoint(path)
     local = None if run.overwrite_output_dir else find_latest(output_dir)
     if local is not None and (remote is None or local.step >= remote.step):

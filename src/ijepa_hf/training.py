@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ijepa_hf.data import (
     keyed_generator,
 )
 from ijepa_hf.export import export_model, exported_step
-from ijepa_hf.hub import HubUploader
+from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.loading import (
     TooManyUnreadableError,
@@ -76,6 +77,7 @@ from ijepa_hf.visualization import draw_masks_figure
 MASK_FIGURE_IMAGES = 6
 MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
 HIGH_REDRAW_RATE = 0.4
+LAST_UPLOAD_SECONDS = 60.0  # that a run which stops by itself waits for the upload of its last good state
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +86,6 @@ _DRAW_DROPOUT = 4  # beside the streams of data.py
 
 class NonFiniteLossError(ArithmeticError):
     """Loss or gradient became NaN or infinite; the run stopped before it could spoil the weights."""
-
-
-class UploadIncompleteError(OSError):
-    """The training is finished and on disk, but not all of it arrived on the Hub."""
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
@@ -234,13 +232,15 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         run = dataclasses.replace(run, predictor_warmup_steps=plan.predictor_warmup_steps)
     arguments = describe_arguments(start.model_arguments, data, run, plan, images.num_images)
     check_output_dir(output_dir, arguments, run)
-    uploader = _start_uploader(run, output_dir) if accelerator.is_main_process else None
+    pushes = run.push_to_hub and accelerator.is_main_process
     if is_finished(output_dir, run):
         if accelerator.is_main_process:
             print(f"{output_dir} holds this run, finished. Its report:\n")
             print(render_report(output_dir))
         accelerator.end_training()
-        _finish_upload(uploader, plan.num_steps)
+        if pushes:
+            with _uploading(run, output_dir, arguments, plan.num_steps) as uploader:
+                print(f"\n{uploader.finish(plan.num_steps)}")
         return output_dir
 
     if checkpoint is not None:
@@ -261,56 +261,63 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, config_fields(config))
     crops, make_batch = _make_readers(images, config, data, run, plan)
-    _check_ranks_agree(accelerator, start_step)
+    _check_ranks_agree(accelerator, start_step, run.model_revision)
     # data that cannot be used at all are found before anything is written
     first_batch = images.first_batch(crops, make_batch, size=min(MASK_FIGURE_IMAGES, layout.batch_size), seed=run.seed)
-    if accelerator.is_main_process:
-        prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
-        _draw_first_masks(first_batch, config, output_dir)
-        _announce(accelerator, model, images, run, plan, start_step)
-        for note in notes:
-            logger.warning("%s", note)
-    accelerator.wait_for_everyone()
-    state = _RunState(
-        accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments, evaluation,
-        stream=images.stream_state(layouts),
-        unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
-        uploader=uploader,
-    )  # fmt: skip
-    loader = images.loader(
-        crops,
-        make_batch,
-        layouts,
-        seed=run.seed,
-        shuffle_buffer_size=data.shuffle_buffer_size,
-        num_steps=plan.num_steps,
-        start_step=start_step,
-        rank=accelerator.process_index,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    try:
-        _run_steps(state, loader, start_step)
-    except BaseException:
-        if uploader is not None:
-            uploader.stop()
-        raise
-    finally:
-        close_loader(loader)
-    if accelerator.is_main_process:
-        with threadpool_limits(run.num_cpu_threads):  # scikit-learn's threads too: on small matrices they only compete
-            write_report(
-                model, output_dir, evaluation, arguments,
-                step=plan.num_steps,
-                machine=describe_machine(accelerator.device, accelerator.num_processes),
-                starting_encoder=load_starting_encoder(run, config) if evaluation is not None else None,
-            )  # fmt: skip
-        print()
-        print(render_report(output_dir))
-    accelerator.wait_for_everyone()
-    accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
-    accelerator.end_training()
-    _finish_upload(uploader, plan.num_steps)  # last: other ranks need not wait for it
+    with _uploading(run, output_dir, arguments, start_step) if pushes else contextlib.nullcontext() as uploader:
+        if accelerator.is_main_process:
+            prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
+            _draw_first_masks(first_batch, config, output_dir)
+            _announce(accelerator, model, images, run, plan, start_step)
+            for note in notes:
+                logger.warning("%s", note)
+        accelerator.wait_for_everyone()
+        state = _RunState(
+            accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments, evaluation,
+            stream=images.stream_state(layouts),
+            unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
+            uploader=uploader,
+        )  # fmt: skip
+        loader = images.loader(
+            crops,
+            make_batch,
+            layouts,
+            seed=run.seed,
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            num_steps=plan.num_steps,
+            start_step=start_step,
+            rank=accelerator.process_index,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(close_loader, loader)
+            _run_steps(state, loader, start_step)
+        if accelerator.is_main_process:
+            _report(state)
+        accelerator.wait_for_everyone()
+        accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
+        accelerator.end_training()
+        if uploader is not None:  # last: other ranks need not wait for it
+            print(f"\n{uploader.finish(plan.num_steps)}")
     return output_dir
+
+
+def _report(state: "_RunState") -> None:
+    starting_encoder = None
+    if state.evaluation is not None:
+        starting_encoder = load_starting_encoder(state.run, state.config)
+    with threadpool_limits(state.run.num_cpu_threads):  # scikit-learn's too: on small matrices they only compete
+        write_report(
+            state.model,
+            state.output_dir,
+            state.evaluation,
+            state.arguments,
+            step=state.plan.num_steps,
+            machine=describe_machine(state.accelerator.device, state.accelerator.num_processes),
+            starting_encoder=starting_encoder,
+        )
+    print()
+    print(render_report(state.output_dir))
 
 
 @dataclass
@@ -481,10 +488,11 @@ def _stop_message(step: int, error: NonFiniteLossError, values: StepValues, outp
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def _start_uploader(run: PretrainingArguments, output_dir: Path) -> HubUploader | None:
-    """Makes sure, before any work, that the repository is there and may be written to."""
-    if not run.push_to_hub:
-        return None
+@contextlib.contextmanager
+def _uploading(
+    run: PretrainingArguments, output_dir: Path, arguments: dict[str, Any], start_step: int
+) -> Iterator[HubUploader]:
+    """Uploads beside what happens inside, after a look at the repository; says what an end before the end leaves."""
     assert run.hub_model_id is not None  # PretrainingArguments.check
     uploader = HubUploader(
         output_dir,
@@ -493,17 +501,16 @@ def _start_uploader(run: PretrainingArguments, output_dir: Path) -> HubUploader 
         revision=run.hub_revision,
         strategy=run.hub_strategy,
     )
-    uploader.start()
-    return uploader
-
-
-def _finish_upload(uploader: HubUploader | None, step: int) -> None:
-    if uploader is None:
-        return
-    text = uploader.finish(step)
-    if uploader.arrived_step != step:
-        raise UploadIncompleteError(text)
-    print(f"\n{text}")
+    uploader.start(arguments, start_step, replace=run.overwrite_output_dir)
+    try:
+        yield uploader
+    except UploadIncompleteError:
+        raise
+    except BaseException as error:
+        left = uploader.stop(0.0 if isinstance(error, KeyboardInterrupt) else LAST_UPLOAD_SECONDS)
+        if left is not None:
+            logger.warning("%s", left)
+        raise
 
 
 # -- building --------------------------------------------------------------------------------------------------------
@@ -584,12 +591,17 @@ def _draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> No
     )
 
 
-def _check_ranks_agree(accelerator: Accelerator, start_step: int) -> None:
-    steps = accelerator.gather(torch.tensor([start_step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
+def _check_ranks_agree(accelerator: Accelerator, start_step: int, revision: str | None) -> None:
+    found = set(gather_object([(start_step, revision)]))
+    if len({step for step, _ in found}) > 1:
         raise ValueError(
-            f"the processes found checkpoints of different steps ({steps}): output_dir must be on a disk that "
-            "all share."
+            f"the processes found checkpoints of different steps ({sorted(step for step, _ in found)}): output_dir "
+            "must be on a disk that all share."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            "the processes found different commits of model_name_or_path "
+            f"({', '.join(str(commit) for _, commit in found)}); name one with --model_revision."
         )
 
 

@@ -13,6 +13,7 @@ each tensor of the source is taken bit for bit (in float32), or is one of those 
 """
 
 import json
+import logging
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,8 @@ USABLE = (
     "transformers' format, with or without their heads; and published I-JEPA .pth.tar files."
 )
 
+logger = logging.getLogger(__name__)
+
 _WHOLE, _PUBLISHED = "I-JEPA encoders and predictor", "published I-JEPA checkpoint"
 _CLASS_TOKEN, _TABLE = "embeddings.cls_token", "embeddings.position_embeddings"
 _KERNELS = "embeddings.patch_embeddings.projection.weight"
@@ -93,6 +96,7 @@ _PREDICTOR_FIELDS = {  # field -> the same in the predictor's own configuration,
 }
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PUBLISHED_EPS = 1e-6
+_CARD_NAME = "README.md"
 _MOST_PROBLEMS = 10  # listed in one error
 
 
@@ -162,10 +166,11 @@ class StartingWeights:
         has_predictor: Whether there is a trained predictor.
         commit: The commit of the Hub repo, for the record; `None` for what is local.
         dtypes: Of the tensors on disk, e.g. `("bfloat16",)`.
-        license: What their card says, such as "cc-by-nc-4.0".
+        license: What their card says, such as "cc-by-nc-4.0"; `None` where it names none or cannot be read.
         image_mean: Of each channel, of pixels in [0, 1], as they are used to; `None` where they come without an image
             processor that says so.
         image_std: Likewise.
+        license_is_known: Whether it is known what their card says; not where the cache, offline, does not hold it.
     """
 
     source: str
@@ -177,6 +182,7 @@ class StartingWeights:
     license: str | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    license_is_known: bool = True
     _stored: tuple[_Stored, ...] = field(default=(), repr=False)
     _dropped: Mapping[str, int] = field(default_factory=dict, repr=False)  # what -> number of tensors
     # of a published file: its tensors, mapped from it where its format allows that
@@ -200,7 +206,8 @@ def open_starting_weights(
         The weights, for `check_fits` and `start_model`.
 
     Raises:
-        FileNotFoundError: If there is no such folder, file, repo or revision, or a file of the weights is missing.
+        FileNotFoundError: If there is no such folder, file, repo or revision, or a file of the weights is missing; or,
+            offline, if the cache holds no image processor and it is not known that there is none.
         PermissionError: If the repo is gated.
         ConnectionError: If the Hub cannot be reached and the cache lacks a file.
         ValueError: If it is of a kind that cannot be used, is damaged, or its tensors are not exactly those that its
@@ -213,7 +220,7 @@ def open_starting_weights(
         raise FileNotFoundError(f"{_named(name_or_path)}: there is no such folder or file.")
     if revision is not None and path.exists():
         raise ValueError(
-            f"revision={revision!r} is for Hub repos, and {_named(name_or_path)} is on this disk; omit it."
+            f"model_revision={revision!r} is for Hub repos, and {_named(name_or_path)} is on this disk; omit it."
         )
     if path.is_file():
         if not is_published:
@@ -387,7 +394,7 @@ def _explain(place: _Place, error: Exception) -> NoReturn:
         ) from error
     if isinstance(error, hub.RevisionNotFoundError):
         raise FileNotFoundError(
-            f"{name} has no revision={place.revision!r}; write a branch, tag or commit."
+            f"{name} has no model_revision={place.revision!r}; write a branch, tag or commit."
         ) from error
     if isinstance(error, hub.HFValidationError):
         raise FileNotFoundError(
@@ -496,8 +503,21 @@ def _open_published(source: str, path: Path, heads: int | None) -> StartingWeigh
 
 
 def _with_companions(weights: StartingWeights, place: _Place) -> StartingWeights:
-    """Adds what the files beside the weights say: the card's licence, the image processor's normalisation."""
-    card, processor = place.find("README.md"), place.find(IMAGE_PROCESSOR_NAME)
+    """Adds what the files beside the weights say: the card's licence, the image processor's normalisation.
+
+    Offline, a file that is merely not in the cache must not pass for one that does not exist.
+    """
+    card, processor = place.find(_CARD_NAME), place.find(IMAGE_PROCESSOR_NAME)
+    if processor is None and not place.is_known_to_lack(IMAGE_PROCESSOR_NAME):
+        raise FileNotFoundError(
+            f"{_named(place.name)}: the cache does not hold its {IMAGE_PROCESSOR_NAME}, and HF_HUB_OFFLINE is set, so "
+            "it is not known how its images are normalised. Run `hf download "
+            f"{place.name} {IMAGE_PROCESSOR_NAME} {_CARD_NAME}` where the Hub can be reached; or give the repo's "
+            "folder in the cache, with --image_mean and --image_std."
+        )
+    license_is_known = card is not None or place.is_known_to_lack(_CARD_NAME)
+    if not license_is_known:
+        logger.warning(_unknown_license_note(place.name))
     fields = _read_json(place, processor) if processor is not None else {}
     moments: dict[str, Any] = {}
     for name in ("image_mean", "image_std"):
@@ -508,7 +528,7 @@ def _with_companions(weights: StartingWeights, place: _Place) -> StartingWeights
             and len(values) == weights.config.num_channels
         ):
             moments[name] = tuple(map(float, values))
-    return replace(weights, license=read_license(card), **moments)
+    return replace(weights, license=read_license(card), license_is_known=license_is_known, **moments)
 
 
 def _open_whole(place: _Place, root: Mapping[str, Any]) -> StartingWeights | None:
@@ -780,7 +800,7 @@ def _table_notes(
 
 
 def _other_notes(weights: StartingWeights, config: IJepaConfig) -> list[str]:
-    notes = []
+    notes = [] if weights.license_is_known else [_unknown_license_note(weights.source)]
     old, new = weights.config.num_channels, config.num_channels
     if old != new:
         notes.append(
@@ -795,6 +815,13 @@ def _other_notes(weights: StartingWeights, config: IJepaConfig) -> list[str]:
             f"{_PUBLISHED_EPS:g})."
         )
     return notes
+
+
+def _unknown_license_note(source: str) -> str:
+    return (
+        f"The licence of {source} is not known: its {_CARD_NAME} is not in the cache, and HF_HUB_OFFLINE is set. Look "
+        "it up on the Hub, and set --license to it."
+    )
 
 
 def _new_predictor_note(weights: StartingWeights, config: IJepaConfig, seed: int) -> str:

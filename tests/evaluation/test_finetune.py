@@ -5,12 +5,15 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from fakehub import FakeHub
 from huggingface_hub import ModelCard
 from image_zoo import write_zoo
 from PIL import Image
@@ -410,6 +413,130 @@ def test_the_interval_is_wilsons(right, count):
     np.testing.assert_allclose(wilson_interval(right, count), (expected.low, expected.high), atol=1e-12)
 
 
+# -- models of the Hub -----------------------------------------------------------------------------------------------
+
+REPO = "me/birds"
+
+
+@pytest.fixture
+def fake(pretrained, tmp_path, monkeypatch):
+    """A Hub with a model whose licence is cc-by-nc-4.0 at the tag v1, and mit with other weights on main."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between retries
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with FakeHub() as fake:
+        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
+        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        names = ("config.json", "model.safetensors", "preprocessor_config.json")
+        fake.create(REPO, files={name: (pretrained / name).read_bytes() for name in names})
+        fake.change(REPO, {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+        fake.repos[REPO].branches["v1"] = fake.commit(REPO).sha
+        export_model(scrambled_model(7), tmp_path / "other", step=1, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        fake.change(REPO, {name: (tmp_path / "other" / name).read_bytes() for name in names})
+        fake.change(REPO, {"README.md": b"---\nlicense: mit\n---\n"})
+        yield fake
+
+
+def license_on(folder):
+    return ModelCard.load(folder / "README.md").data.license
+
+
+def test_a_revision_of_the_hub_is_fine_tuned_with_its_own_weights_images_and_licence_and_recorded(
+    tell, fake, pretrained, tmp_path
+):
+    told = tell(model=REPO, model_revision="v1", freeze_encoder=True, num_train_epochs=1)
+    folder = finetuned(told)
+    before, after = weights(pretrained), weights(folder)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    moments = [
+        json.loads((place / "preprocessor_config.json").read_text())["image_std"] for place in (folder, pretrained)
+    ]
+    assert moments[0] == moments[1] != [0.25] * 3
+    assert license_on(folder) == "cc-by-nc-4.0"
+    commit = fake.commit(REPO, "v1").sha
+    result = result_of(folder)
+    assert (result["arguments"]["model_revision"], result["model_commit"]) == ("v1", commit)
+    assert f"`{REPO}` (commit `{commit}`), fine-tuned" in (folder / "README.md").read_text()
+    assert (
+        license_on(finetuned(dataclasses.replace(told, model_revision=None, output_dir=str(tmp_path / "main"))))
+        == "mit"
+    )
+    with pytest.raises(ValueError, match="model_revision is 'v1' there, 'main' here"):
+        finetune(dataclasses.replace(told, model_revision="main"))
+    with pytest.raises(OSError, match="v9 is not a valid git identifier"):
+        finetune(dataclasses.replace(told, model_revision="v9", output_dir=str(tmp_path / "v9")))
+
+
+def test_all_files_are_of_one_commit_although_the_branch_moves_in_between(tell, fake, pretrained, monkeypatch):
+    begun = fake.commit(REPO).sha
+    names = ("config.json", "model.safetensors", "preprocessor_config.json")
+    stock = module.load_labelled_splits
+
+    def load_while_the_branch_moves(*args):  # after the configuration was read, before the weights are
+        fake.change(REPO, {name: (pretrained / name).read_bytes() for name in names})
+        return stock(*args)
+
+    monkeypatch.setattr(module, "load_labelled_splits", load_while_the_branch_moves)
+    folder = finetuned(tell(model=REPO, freeze_encoder=True, num_train_epochs=1))
+    assert fake.commit(REPO).sha != begun == result_of(folder)["model_commit"]
+    expected = scrambled_model(7).ijepa.layernorm.weight.detach()  # of the commit that it began with
+    assert torch.equal(weights(folder)["ijepa.layernorm.weight"], expected)
+
+
+@pytest.mark.parametrize("kind", ["status", "drop", "cut"])
+def test_a_card_that_the_hub_does_not_give_is_said_loudly_before_the_training_and_on_the_new_card(
+    kind, tell, fake, caplog, monkeypatch
+):
+    fake.fail(kind, match="README.md", method="GET" if kind == "cut" else None, times=1000)
+    said = []
+    stock = FinetuningTrainer.train
+    monkeypatch.setattr(
+        FinetuningTrainer, "train", lambda *args, **kwargs: (said.append(caplog.text), stock(*args, **kwargs))[1]
+    )
+    told = tell(model=REPO, num_train_epochs=1)
+    printed = finetune(told)
+    folder = Path(told.output_dir)
+    assert f"the licence of {REPO} is NOT KNOWN: its README.md could not be read" in said[0]
+    assert f"set `license` at the top of {folder / 'README.md'} by hand" in said[0]
+    assert license_on(folder) is None
+    assert f"Licence: that of `{REPO}` could not be read" in (folder / "README.md").read_text()
+    assert f"licence: that of `{REPO}` could not be read" in printed
+    assert result_of(folder)["accuracy"] >= 0
+
+
+def test_offline_a_card_that_is_not_in_the_cache_is_not_taken_for_absent(tell, fake, monkeypatch, caplog):
+    told = tell(model=REPO)
+    card = module._find_card(REPO, None)
+    load_classifier(told, NAMES)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    asked = len(fake.requests)
+    assert module._license_of(told) == {"license": "mit", "license_is_known": True}
+    card.unlink()
+    assert module._license_of(told) == {"license": None, "license_is_known": False}
+    assert "is NOT KNOWN" in caplog.text
+    assert len(fake.requests) == asked
+
+
+def test_a_card_that_is_known_to_be_absent_is_no_matter(tell, fake, pretrained, monkeypatch, caplog):
+    fake.create("me/bare", files={"config.json": (pretrained / "config.json").read_bytes()})
+    told, nothing = tell(model="me/bare"), {"license": None, "license_is_known": True}
+    huggingface_hub.hf_hub_download("me/bare", "config.json")
+    assert module._license_of(told) == nothing
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert module._license_of(told) == nothing  # the cache remembers that there is none
+    assert module._license_of(tell(from_scratch=True, model="me/never-seen")) == nothing  # takes no weights
+    assert caplog.text == ""
+
+
+def test_a_card_whose_metadata_cannot_be_read_stops_before_the_training(tell, fake, tmp_path):
+    fake.change(REPO, {"README.md": b"---\nlicense: [mit\n---\n"})
+    with pytest.raises(ValueError, match=r"README\.md: the metadata in front cannot be read"):
+        finetune(tell(model=REPO))
+    assert not (tmp_path / "classifier").exists()
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -655,6 +782,7 @@ def test_an_encoder_whose_weights_would_stay_random_is_refused(tell, pretrained,
         ({"from_scratch": True, "freeze_encoder": True}, "leave one out"),
         ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "goes on from; give one"),
         ({"model": "./nowhere"}, "model='./nowhere': there is no such folder"),
+        ({"model_revision": "v1"}, "model_revision='v1' is for Hub repos, and model='.*' is on this disk; omit it"),
     ],
 )
 def test_a_mistake_is_named_before_any_work(tell, tmp_path, changes, message):

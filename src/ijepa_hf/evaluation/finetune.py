@@ -30,10 +30,12 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple, cast
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import errors as hub
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from sklearn.metrics import accuracy_score
@@ -49,7 +51,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from ijepa_hf.arguments import DataArguments, nearest_name
 from ijepa_hf.configuration_ijepa import IJepaConfig
@@ -70,6 +73,7 @@ _Z_95 = 1.959963984540054  # standard normal quantile of 0.975
 _LOGGED_SHARE = 0.02  # of the run between two logged losses
 _MAX_GRAD_NORM = 1.0
 _CHECKPOINTS = 2
+_CARD_NAME = "README.md"
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 _STRINGS = ("string", "large_string")
 # What may differ between a run and its continuation.
@@ -105,6 +109,7 @@ class FinetuningFlags:
     output_dir: str | None = _flag("Folder of the classifier.")
     overwrite_output_dir: bool = _flag("Delete what another fine-tuning left in output_dir.", False)
     resume_from_checkpoint: str | None = _flag("A checkpoint folder, or `latest` of output_dir.")
+    model_revision: str | None = _flag("Branch, tag or commit of MODEL on the Hub.")
     from_scratch: bool = _flag(
         "Start from new weights instead of the model's: the same network without pretraining, to compare with.", False
     )
@@ -460,7 +465,7 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
     fixed in pretraining too. With `freeze_encoder` nothing but the head trains.
 
     Args:
-        arguments: Which model, whether from scratch, whether frozen, the seed.
+        arguments: Which model, of which revision, whether from scratch, whether frozen, the seed.
         names: Of the classes.
 
     Returns:
@@ -471,7 +476,7 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
         ValueError: If weights are missing from its file, other than the head's, or it has no head of its own.
     """
     labels = {number: str(name) for number, name in enumerate(names)}
-    config = AutoConfig.from_pretrained(arguments.model)
+    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
     config.num_labels = len(names)
     config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}
     config.problem_type, config.dtype = "single_label_classification", torch.float32
@@ -483,6 +488,7 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
             model, info = AutoModelForImageClassification.from_pretrained(
                 arguments.model,
                 config=config,
+                revision=arguments.model_revision,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -592,12 +598,13 @@ class ImageSettings(NamedTuple):
     std: list[float]
 
 
-def read_image_settings(source: str, config: Any) -> ImageSettings:
+def read_image_settings(source: str, config: Any, *, revision: str | None = None) -> ImageSettings:
     """Reads what a model's images are like from its configuration and its image processor's file.
 
     Args:
         source: Hub id or folder.
         config: The model's.
+        revision: Branch, tag or commit on the Hub.
 
     Returns:
         The settings; the size is the processor's centre crop where it has one, else the model's.
@@ -605,7 +612,7 @@ def read_image_settings(source: str, config: Any) -> ImageSettings:
     Raises:
         OSError: If there is no image processor.
     """
-    fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    fields, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
     size = config.image_size
     if fields.get("do_center_crop") and isinstance(fields.get("crop_size"), Mapping):
         size = [fields["crop_size"]["height"], fields["crop_size"]["width"]]
@@ -757,7 +764,8 @@ def finetune(arguments: FinetuningArguments) -> str:
     Raises:
         FileNotFoundError: If the data set or a local model does not exist.
         OSError: If the model cannot be loaded.
-        ValueError: If a value is bad, the data cannot be used, or `output_dir` holds something else.
+        ValueError: If a value is bad, the data cannot be used, the model's card is damaged, or `output_dir` holds
+            something else.
     """
     arguments.check()
     output_dir = Path(cast(str, arguments.output_dir))
@@ -769,9 +777,13 @@ def finetune(arguments: FinetuningArguments) -> str:
     checkpoint = _find_checkpoint(output_dir, arguments)
     if arguments.num_cpu_threads is not None:
         torch.set_num_threads(arguments.num_cpu_threads)
-    _check_local(arguments.model)
-    config = AutoConfig.from_pretrained(arguments.model)
-    settings = read_image_settings(arguments.model, config)
+    _check_model_name(arguments.model, arguments.model_revision)
+    commit = _commit_of(arguments.model, arguments.model_revision)
+    if commit is not None:  # all that follows is of one commit; the record keeps what was asked for
+        arguments = dataclasses.replace(arguments, model_revision=commit)
+    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    source = {"model_commit": commit, **_license_of(arguments)}
+    settings = read_image_settings(arguments.model, config, revision=arguments.model_revision)
     splits = load_labelled_splits(arguments, len(settings.mean))
     model = load_classifier(arguments, splits.names)
     _check_shape(model, settings, arguments.model)
@@ -787,8 +799,7 @@ def finetune(arguments: FinetuningArguments) -> str:
     vars(model.config).pop("auto_map", None)  # it names the code of the full model, which is not in this folder
     model.eval().save_pretrained(output_dir)
     _write_json(output_dir / "preprocessor_config.json", image_processor_fields(*settings))
-    result = _result(trainer.state, splits, values, seconds=seconds, resumed_from=checkpoint)
-    result["license"] = None if arguments.from_scratch else _license_of(arguments.model)
+    result = source | _result(trainer.state, splits, values, seconds=seconds, resumed_from=checkpoint)
     (output_dir / "figures").mkdir(exist_ok=True)
     draw_finetuning_curves(result, output_dir / "figures" / "curves.png")
     card = render_finetuning_card(result)
@@ -799,12 +810,54 @@ def finetune(arguments: FinetuningArguments) -> str:
     return render_finetuning(output_dir)
 
 
-def _license_of(model: str) -> str | None:
-    card = cached_file(model, "README.md", _raise_exceptions_for_missing_entries=False)
-    return read_license(None if card is None else Path(card))
+def _commit_of(model: str, revision: str | None) -> str | None:
+    """The commit that a revision on the Hub is now; `None` for a folder."""
+    if Path(model).is_dir():
+        return None
+    path = cached_file(model, CONFIG_NAME, revision=revision)
+    return None if path is None else extract_commit_hash(str(path), None)
 
 
-def _check_local(model: str) -> None:
+def _license_of(arguments: FinetuningArguments) -> dict[str, Any]:
+    """The licence that goes with the weights, and whether it is known; read before the work, which it could lose."""
+    if arguments.from_scratch:  # takes no weights
+        return {"license": None, "license_is_known": True}
+    try:
+        license_ = read_license(_find_card(arguments.model, arguments.model_revision))
+    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's own
+        logger.warning(
+            "the licence of %s is NOT KNOWN: its %s could not be read (%s). The card of this fine-tuning will name "
+            "none: look it up on the Hub, and set `license` at the top of %s by hand.",
+            arguments.model,
+            _CARD_NAME,
+            " ".join(str(error).split()) or type(error).__name__,
+            Path(cast(str, arguments.output_dir)) / _CARD_NAME,
+        )
+        return {"license": None, "license_is_known": False}
+    return {"license": license_, "license_is_known": True}
+
+
+def _find_card(model: str, revision: str | None) -> Path | None:
+    """The model's card; `None` where it is known that there is none, an error where it cannot be found out."""
+    if Path(model).is_dir():
+        path = Path(model) / _CARD_NAME
+        return path if path.is_file() else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(model, _CARD_NAME, revision=revision))
+    except hub.LocalEntryNotFoundError:  # the Hub could not be asked now, but may have been before
+        cached = huggingface_hub.try_to_load_from_cache(model, _CARD_NAME, revision=revision)
+        if cached is not huggingface_hub._CACHED_NO_EXIST:
+            raise
+    except hub.EntryNotFoundError:
+        pass
+    return None
+
+
+def _check_model_name(model: str, revision: str | None) -> None:
+    if revision is not None and Path(model).expanduser().exists():
+        raise ValueError(
+            f"model_revision={revision!r} is for Hub repos, and model={model!r} is on this disk; omit it."
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         path = Path(model).expanduser()
         if not (path / "config.json").is_file():
@@ -1049,6 +1102,7 @@ def render_finetuning(output_dir: Path) -> str:
         [
             f"{_summary(result)}",
             f"the last epoch's, after {result['steps']} steps; nothing was chosen on these images",
+            *(f"licence: {line}" for line in _unknown_license_lines(result)),
             "",
             f"pictures: {output_dir / 'figures' / 'curves.png'}",
             "",
@@ -1068,6 +1122,15 @@ def _summary(result: Mapping[str, Any]) -> str:
         f"{result['num_eval_images']} held-out images, from {start}{head}, with {result['num_train_images']} labelled "
         f"images of {len(result['classes'])} classes"
     )
+
+
+def _unknown_license_lines(result: Mapping[str, Any]) -> list[str]:
+    if result.get("license_is_known", True):
+        return []
+    model = result["arguments"]["model"]
+    return [
+        f"that of `{model}` could not be read; look it up, and set `license` at the top of the card ({_CARD_NAME})"
+    ]
 
 
 def _loading_lines(name: str) -> list[str]:
@@ -1109,6 +1172,8 @@ def render_finetuning_card(result: Mapping[str, Any]) -> str:
         ],
     )
     start = "A network with new weights" if arguments["from_scratch"] else f"`{base or Path(arguments['model']).name}`"
+    if not arguments["from_scratch"] and result.get("model_commit") is not None:
+        start += f" (commit `{result['model_commit']}`)"
     settings = "\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None)
     lines = [
         "---",
@@ -1122,6 +1187,7 @@ def render_finetuning_card(result: Mapping[str, Any]) -> str:
         f"{_summary(result)[0].upper()}{_summary(result)[1:]}. It is the last epoch's; nothing was chosen on the "
         "held-out images. The interval is that of the images alone, not of other seeds.",
         "",
+        *(f"Licence: {line}.\n" for line in _unknown_license_lines(result)),
         "```python",
         *_loading_lines(arguments["output_dir"]),
         "```",
