@@ -294,7 +294,9 @@ def test_a_fault_that_passes_is_waited_for_and_leaves_one_commit(
 ):
     fake.fail(kind, method=method, match=match, status=status or 0, times=2)
     push_folder(run_folder, REPO, with_checkpoint=True)
-    assert fake.files(REPO) == local(run_folder, MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json"})
+    files = fake.files(REPO)
+    assert b"being pretrained" in files.pop("README.md")
+    assert files == local(run_folder, MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json"})
     assert [commit.message for commit in fake.history(REPO)] == ["Step 2"]
     several_at_once = "/large/" in match  # files are sent side by side, so one try can meet both faults
     assert caplog.text.count("trying again in 0.01 s") in ((1, 2) if several_at_once else (2,))
@@ -820,7 +822,9 @@ def test_the_token_is_in_nothing_that_is_said_or_written(fake, run_folder, start
     wait_until(lambda: "step 2 was not uploaded" in caplog.text)
     assert "Traceback" in caplog.text  # which is logged for whoever looks
     fake.fail("status", match="/commit/", status=400, headers=echo)
-    said.append(uploader.finish(2))
+    with pytest.raises(UploadIncompleteError) as error:
+        uploader.finish(2)
+    said.append(repr(error.value) + repr(error.value.__cause__))
     push_folder(run_folder, REPO, with_checkpoint=True)
     output = capfd.readouterr()
     said += [caplog.text, output.out, output.err]
