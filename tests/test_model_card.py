@@ -118,7 +118,9 @@ def test_metadata_that_cannot_be_read_is_an_error_and_no_missing_licence(tmp_pat
         card.write_text(text)
         assert read_license(card) == licence
     card.write_text("---\nlicense: [mit\n---\n")
-    with pytest.raises(ValueError, match=r"README.md: its metadata cannot be read, so the licence is not known"):
+    with pytest.raises(
+        ValueError, match=r"README.md: the metadata in front cannot be read, so its licence is not known"
+    ):
         read_license(card)
 
 

@@ -425,6 +425,8 @@ def fake(pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between retries
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # shared by the process, with the address of the Hub of the first test that used it; not in every version
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     with FakeHub() as fake:
         monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
         template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

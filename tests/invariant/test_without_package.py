@@ -113,7 +113,7 @@ def test_the_full_model_runs_from_the_code_in_the_folder_with_the_same_bits(run,
 
 def test_nothing_in_the_folder_needs_pickle_and_only_the_full_model_names_code(run):
     files = [path for path in run.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors", ".md", ".png", ".py"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors", ".md", ".png", ".py", ".yaml"}
     assert {path.name for path in files if path.suffix == ".py"} == set(CODE_FILES)
     for path in files:
         if path.name == "config.json":
