@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fakehub import OTHER_TOKEN, READ_TOKEN, TOKEN, FakeHub
 from safetensors import safe_open
 from tiny import scrambled_model
@@ -27,13 +28,14 @@ from ijepa_hf.cli import main
 from ijepa_hf.export import CODE_FILES, export_model
 from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
 from ijepa_hf.hub_process import TemporaryError, asked_wait, next_wait, retrying
+from ijepa_hf.model_card import loading_lines
 
 REPO = "me/model"
+ARGUMENTS = {**argument_defaults(), "output_dir": "run", "dataset_name": "digits", "license": "mit"}
 MODEL_FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "pretraining/config.json",
     "pretraining/model.safetensors", *CODE_FILES,
 }  # fmt: skip
-ARGUMENTS = {**argument_defaults(), "dataset_name": "digits", "output_dir": "run", "license": "cc-by-nc-4.0"}
 CHECKPOINT_FILES = {
     f"last-checkpoint/{name}" for name in ("checkpoint.json", "model.safetensors", "optimizer.safetensors")
 }
@@ -57,11 +59,10 @@ def started(tmp_path):
     """Makes uploaders of `tmp_path / "run"`, and stops them at the end."""
     uploaders = []
 
-    def start(strategy="checkpoint", *, repo_id=REPO, private=False, revision=None, start_step=100, **changes):
-        replace = changes.pop("replace", False)
+    def start(strategy="checkpoint", *, repo_id=REPO, private=False, revision=None, step=0, replace=False, **changes):
         uploader = HubUploader(tmp_path / "run", repo_id, private=private, revision=revision, strategy=strategy)
         uploaders.append(uploader)
-        uploader.start({**ARGUMENTS, **changes}, start_step, replace=replace)
+        uploader.start({**ARGUMENTS, **changes}, step, replace=replace)
         return uploader
 
     yield start
@@ -74,7 +75,7 @@ def write_state(folder, step, total_limit=2):
     model = scrambled_model(step)
     optimizer = torch.optim.AdamW([{"params": list(model.predictor.named_parameters())}])
     folder.mkdir(exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"arguments": ARGUMENTS}) + "\n")
+    (folder / "run.json").write_text(json.dumps({"arguments": ARGUMENTS}))
     save_checkpoint(
         folder, step, model, optimizer, config=config_fields(model.config), arguments={}, total_limit=total_limit
     )
@@ -91,6 +92,21 @@ def run_folder(tmp_path):
 
 def hidden(folder):
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def without_card(files):
+    return {name: content for name, content in files.items() if name != "README.md"}
+
+
+def front_matter(card):
+    return yaml.safe_load(card.decode().split("---\n")[1])
+
+
+def state_there(step, *, report=False, **changes):
+    """What the repository has of a run that another machine had begun, small."""
+    files = {"run.json": {"arguments": {**ARGUMENTS, **changes}}}
+    files["report.json" if report else "last-checkpoint/checkpoint.json"] = {"step": step}
+    return {"model.safetensors": b"there", **{name: json.dumps(record).encode() for name, record in files.items()}}
 
 
 def local(folder, names):
@@ -115,6 +131,12 @@ def wait_until(condition, seconds=20.0):
         time.sleep(0.02)
 
 
+def processes_left():
+    """The commands of the processes that this one has started and that still run."""
+    listed = subprocess.run(["ps", "-o", "stat=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return [line for line in listed.stdout.splitlines() if "hub_process" in line and not line.startswith("Z")]
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
@@ -130,7 +152,7 @@ def is_alive(pid):
 def test_a_runs_folder_is_pushed_byte_for_byte_in_one_commit_and_nothing_else_of_it(fake, run_folder):
     logs = {"metrics.jsonl", "evaluations.jsonl", "unreadable_images.jsonl", "run.json", "report.json", "recipe.yaml"}
     for name in logs - {"metrics.jsonl", "run.json"} | {"README.md", "conversion.json"}:
-        (run_folder / name).write_text("{}" if name == "report.json" else f"of {name}\n")
+        (run_folder / name).write_text(f"of {name}\n")
     for name in ("figures/masks.png", "figures/curves.png", ".eval_results/digits.yaml"):
         (run_folder / name).parent.mkdir(exist_ok=True)
         (run_folder / name).write_text(f"of {name}")
@@ -172,14 +194,16 @@ def test_pushing_the_same_again_changes_nothing_and_a_change_is_one_commit(fake,
 def test_files_of_an_earlier_state_go_in_the_same_commit_and_other_peoples_files_stay(fake, run_folder):
     stale = {
         "last-checkpoint/scaler.pt", "pretraining/model-00001-of-00002.safetensors", "report.json",
-        "model.safetensors.index.json", "figures/pca.png", ".eval_results/digits.yaml",
+        "model.safetensors.index.json", ".eval_results/old.yaml", "figures/curves.png",
     }  # fmt: skip
-    others = {"README.md", "LICENSE", "figures/theirs.txt", "train.py", "onnx/model.onnx"}
-    fake.create(REPO, files=dict.fromkeys(stale | others, b"old"))
+    others = {"LICENSE", "figures/theirs.txt", "train.py", "onnx/model.onnx"}
+    fake.create(REPO, files=dict.fromkeys(stale | others | {"README.md"}, b"old"))
     push_folder(run_folder, REPO, with_checkpoint=True)
-    pushed = MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json"}
+    pushed = MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json", "README.md"}
     assert set(fake.files(REPO)) == pushed | others
     assert len(fake.history(REPO)) == 2
+    fake.change(REPO, {"figures/theirs.png": b"theirs", ".eval_results/theirs.yaml": b"theirs"})
+    others |= {"figures/theirs.png", ".eval_results/theirs.yaml"}  # which are about this run now
     push_folder(run_folder, REPO)  # without a checkpoint: one of another push would be of another state
     assert set(fake.files(REPO)) == (pushed | others) - CHECKPOINT_FILES
 
@@ -272,6 +296,138 @@ def test_a_repository_is_private_where_asked_and_a_public_one_is_refused_then(fa
             fetch_checkpoint(REPO)
 
 
+def test_a_new_branch_has_nothing_of_main(fake, run_folder):
+    fake.create(REPO, files={**state_there(40, learning_rate=9.0), "README.md": b"of main", "LICENSE": b"of main"})
+    push_folder(run_folder, REPO, revision="dev")
+    assert set(fake.files(REPO, "dev")) == MODEL_FILES | {"metrics.jsonl", "run.json", "README.md"}
+    assert fake.files(REPO)["README.md"] == b"of main"
+
+
+def test_a_model_of_another_kind_is_not_laid_over_pretraining(fake, run_folder, tmp_path):
+    push_folder(run_folder, REPO)
+    before = fake.commit(REPO)
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    shutil.copyfile(run_folder / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"'me/model' holds a pretrained model \(pretraining/config.json\), .* another"
+    ):
+        push_folder(folder, REPO)
+    assert fake.commit(REPO) == before
+    assert hidden(folder) == []
+    assert push_folder(folder, "me/classifier") == f"{fake.endpoint}/me/classifier"
+
+
+# -- cards -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_card_yet_has_one_with_its_licence_and_step_until_it_writes_its_own(fake, run_folder, started):
+    uploader = started()
+    for step in (2, 14):
+        write_state(run_folder, step)
+        uploader.submit(step)
+        wait_until(lambda: fake.history(REPO) and fake.history(REPO)[0].message == f"Step {step}")  # noqa: B023
+        card = fake.files(REPO)["README.md"]
+        assert front_matter(card)["license"] == "mit"
+        assert f"This is step {step};" in card.decode()
+        assert "# model\n" in card.decode()
+    fake.change(REPO, {"README.md": card + b"\nIt likes cats.\n"})
+    push_folder(run_folder, REPO)
+    assert b"It likes cats." in fake.files(REPO)["README.md"]
+    (run_folder / "README.md").write_text("# Mine\n")
+    uploader.finish(14)
+    assert fake.files(REPO)["README.md"] == b"# Mine\n"
+
+
+def test_a_card_in_a_repository_without_a_model_stays_until_the_run_writes_its_own(fake, run_folder, started):
+    kept = {"README.md": b"# Soon here\n", "figures/plan.png": b"a drawing", ".eval_results/theirs.yaml": b"theirs"}
+    fake.create(REPO, files=kept)
+    uploader = started()
+    for step in (2, 4):
+        write_state(run_folder, step)
+        uploader.submit(step)
+        wait_until(lambda: fake.history(REPO)[0].message == f"Step {step}")  # noqa: B023
+        assert {name: fake.files(REPO)[name] for name in kept} == kept
+
+
+def test_nothing_about_another_run_stays_beside_the_weights_of_this_one(fake, run_folder, started):
+    about = dict.fromkeys((".eval_results/old.yaml", "figures/curves.png", "figures/masks.png"), b"old")
+    for there in (state_there(40, learning_rate=9.0), state_there(40, report=True), {"pytorch_model.bin": b"old"}):
+        fake.create(REPO, files={**there, **about, "README.md": b"of the old", "LICENSE": b"old"})
+        uploader = started(replace=True)
+        uploader.submit(2)
+        assert uploader.stop(20) is None
+        files = fake.files(REPO)
+        assert not about.keys() & files.keys()
+        assert "This is step 2;" in files["README.md"].decode()
+        assert files["LICENSE"] == b"old"
+        assert "report.json" not in files
+
+
+CARD = """---
+license: mit
+---
+
+# tiny
+
+{loading}
+classify = pipeline("image-classification", model="runs/tiny")
+head = AutoModelForImageClassification.from_pretrained("runs/tiny", num_labels=10)
+
+ijepa-hf finetune runs/tiny --dataset_name digits
+ijepa-hf pretrain adapt --model_name_or_path runs/tiny --dataset_name digits
+
+I trained runs/tiny, and runs/tiny-2, on my laptop: see "runs/tiny",
+from_pretrained("runs/tiny-2") and finetune runs/tiny-2.
+
+# tiny
+output_dir: runs/tiny
+"""
+
+
+def addressed(card, old, new, revision=None):
+    """The card as it should be, by plain replacement of all that is to change."""
+    argument, flag = (f', revision="{revision}"', f"--model_revision {revision} ") if revision else ("", "")
+    for call in ("from_pretrained(", "model="):
+        card = card.replace(f'{call}"{old}"', f'{call}"{new}"{argument}')
+    for words in ("ijepa-hf finetune", "--model_name_or_path"):
+        card = card.replace(f"{words} {old} ", f"{words} {new} {flag}")
+    return card.replace(f"\n\n# {old.split('/')[-1]}\n\n", f"\n\n# {new.split('/')[-1]}\n\n", 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "old"), [("report.json", "runs/tiny"), ("finetune.json", "x/tiny"), (None, "tiny")]
+)
+def test_a_card_loads_the_repository_and_the_branch_and_all_else_in_it_stays(fake, run_folder, tmp_path, record, old):
+    folder = tmp_path / "tiny"
+    if record == "finetune.json":
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(run_folder / name, folder / name)
+    else:  # None: a converted model, whose card has the folder's name
+        shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("checkpoint-*", "run.json"))
+    if record is not None:
+        (folder / record).write_text(json.dumps({"arguments": {"output_dir": old}}))
+    card = CARD.format(loading="\n".join(loading_lines("runs/tiny"))).replace("runs/tiny", old)
+    (folder / "README.md").write_text(card)
+    push_folder(folder, "model")
+    expected = addressed(card, old, REPO)
+    assert expected.count(REPO) == 6
+    assert fake.files(REPO)["README.md"].decode() == expected
+    assert (folder / "README.md").read_text() == card
+    if record == "report.json":
+        push_folder(folder, "model", revision="dev")
+        assert fake.files(REPO, "dev")["README.md"].decode() == addressed(card, old, REPO, "dev")
+
+
+def test_a_card_that_names_its_repository_is_pushed_as_it_is(fake, run_folder):
+    (run_folder / "report.json").write_text(json.dumps({"step": 2, "arguments": {**ARGUMENTS, "hub_model_id": REPO}}))
+    (run_folder / "README.md").write_bytes(b'# model\r\n\r\nAutoModel.from_pretrained("me/model")\n')
+    push_folder(run_folder, REPO)
+    assert fake.files(REPO)["README.md"] == (run_folder / "README.md").read_bytes()
+
+
 # -- a Hub that is not well ------------------------------------------------------------------------------------------
 
 FAULTS = [
@@ -294,9 +450,8 @@ def test_a_fault_that_passes_is_waited_for_and_leaves_one_commit(
 ):
     fake.fail(kind, method=method, match=match, status=status or 0, times=2)
     push_folder(run_folder, REPO, with_checkpoint=True)
-    files = fake.files(REPO)
-    assert b"being pretrained" in files.pop("README.md")
-    assert files == local(run_folder, MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json"})
+    expected = local(run_folder, MODEL_FILES | CHECKPOINT_FILES | {"metrics.jsonl", "run.json"})
+    assert without_card(fake.files(REPO)) == expected
     assert [commit.message for commit in fake.history(REPO)] == ["Step 2"]
     several_at_once = "/large/" in match  # files are sent side by side, so one try can meet both faults
     assert caplog.text.count("trying again in 0.01 s") in ((1, 2) if several_at_once else (2,))
@@ -481,9 +636,7 @@ def test_a_state_that_is_overwritten_and_pruned_on_its_way_arrives_as_it_was(fak
     assert not (run_folder / "checkpoint-2").exists()
     fake.release()
     wait_until(lambda: len(fake.history(REPO)) == 1)
-    files = fake.files(REPO)
-    assert "license: cc-by-nc-4.0" in files.pop("README.md").decode()  # the short card of a run under way
-    assert files == expected
+    assert without_card(fake.files(REPO)) == expected
 
 
 def test_an_upload_that_is_given_up_is_a_warning_and_the_next_state_is_tried(fake, run_folder, started, caplog):
@@ -524,11 +677,11 @@ def test_a_server_that_goes_away_for_good_is_said_with_the_command_that_finishes
     wait_until(lambda: len(fake.history(REPO, "dev")) == 1)
     write_state(run_folder, 4)
     fake.fail("die", method="POST", match="/commit/")
-    with pytest.raises(UploadIncompleteError) as error:
+    with pytest.raises(UploadIncompleteError) as raised:
         uploader.finish(4)
-    message = str(error.value)
+    message = str(raised.value)
     assert "did not arrive on the Hub (ConnectError at " in message
-    assert "me/model has step 2" in message
+    assert "me/model has step 2. This finishes" in message
     command = shlex.split(message.splitlines()[-1])
     assert command[:4] == ["ijepa-hf", "push", str(run_folder), "me/model"]
     assert hidden(run_folder) == []
@@ -537,13 +690,97 @@ def test_a_server_that_goes_away_for_good_is_said_with_the_command_that_finishes
     assert checkpoint_step(fake.files(REPO, "dev")) == 4
 
 
+def test_a_final_upload_that_fails_is_an_error_also_where_the_step_itself_has_arrived(
+    fake, run_folder, started, tmp_path
+):
+    uploader = started()
+    uploader.submit(2)
+    wait_until(lambda: len(fake.history(REPO)) == 1)
+    (run_folder / "report.json").write_text('{"step": 2}')
+    fake.fail("status", method="POST", match="/commit/", status=400, times=99)
+    with pytest.raises(UploadIncompleteError, match=r"HTTP 400 .*me/model has step 2 without its card and report\. "):
+        uploader.finish(2)
+    fake.clear_faults()
+    started(step=2).finish(2)  # of the finished run, again
+    (run_folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    fake.fail("status", method="POST", match="/commit/", status=400, times=99)
+    with pytest.raises(UploadIncompleteError, match=r"me/model has step 2\. "):
+        started(step=2).finish(2)
+
+
+def test_a_run_that_stops_by_itself_waits_for_what_is_under_way_and_pending(fake, run_folder, started, caplog):
+    uploader = started()
+    fake.fail("status", method="POST", match="/commit/", status=503, headers={"Retry-After": "1"})
+    uploader.submit(2)
+    wait_until(lambda: fake.count("POST", "/commit/"))
+    write_state(run_folder, 4)
+    uploader.submit(4)
+    assert uploader.stop(20) is None
+    assert [commit.message for commit in fake.history(REPO)] == ["Step 4", "Step 2"]
+    assert "waiting up to 20 s for step 4" in caplog.text
+    assert hidden(run_folder) == []
+    assert processes_left() == []
+
+
+def test_stopping_waits_no_longer_than_it_was_told_and_says_what_is_missing(fake, run_folder, started):
+    uploader = started(private=True, revision="dev")
+    fake.fail("stall", method="POST", match="/commit/", times=9)
+    uploader.submit(2)
+    begin = time.monotonic()
+    said = uploader.stop(0.4)
+    assert 0.4 <= time.monotonic() - begin < 3
+    assert "Step 2 did not arrive" in said
+    fake.release()
+    fake.clear_faults()
+    assert main(shlex.split(said.splitlines()[-1])[1:]) == 0  # as it was printed
+    assert checkpoint_step(fake.files(REPO, "dev")) == 2
+
+
+def test_stopping_says_why_a_state_that_was_given_up_is_missing_unless_a_newer_one_arrived(
+    fake, run_folder, started, caplog
+):
+    uploader = started()
+    assert started("end").stop(20) is None  # nothing was submitted
+    fake.fail("status", method="POST", match="/commit/", status=400)
+    uploader.submit(2)
+    wait_until(lambda: "step 2 was not uploaded" in caplog.text)
+    write_state(run_folder, 4)
+    uploader.submit(4)
+    wait_until(lambda: len(fake.history(REPO)) == 1)
+    uploader.submit(6)  # which there is not
+    said = uploader.stop(20)
+    assert "Step 6 did not arrive on the Hub (" in said
+    assert "checkpoint-6" in said
+    assert "me/model has step 4. " in said
+    again = started(step=4)
+    fake.fail("status", method="POST", match="/commit/", status=400)
+    write_state(run_folder, 8)
+    again.submit(8)
+    wait_until(lambda: "step 8 was not uploaded" in caplog.text)
+    assert "Step 8 did not arrive on the Hub (HTTP 400 at POST" in again.stop()
+
+
+def test_interrupting_the_wait_of_stopping_ends_it(fake, run_folder, started, monkeypatch):
+    uploader = started()
+    fake.fail("stall", method="POST", match="/commit/")
+    uploader.submit(2)
+    wait_until(lambda: fake.count("POST", "/commit/"))
+
+    def interrupt(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uploader._changed, "wait", interrupt)
+    assert "Step 2 did not arrive" in uploader.stop(60)
+    assert processes_left() == []
+
+
 def test_finishing_is_given_up_when_nothing_moves(fake, run_folder, started, monkeypatch):
     monkeypatch.setattr(hub, "NO_NEWS_LIMIT", 0.5)
     uploader = started("end")
     fake.fail("stall", method="POST", match="/commit/")
     begin = time.monotonic()
     with pytest.raises(
-        UploadIncompleteError, match=r"\(nothing arrived for 0.5 s\). me/model has nothing of this run"
+        UploadIncompleteError, match=r"\(nothing arrived for 0.5 s\)\. me/model has nothing of this run\."
     ):
         uploader.finish(2)
     assert time.monotonic() - begin < 5
@@ -558,7 +795,7 @@ def test_interrupting_the_wait_at_the_end_gives_the_command(fake, run_folder, st
             raise KeyboardInterrupt
 
     monkeypatch.setattr(hub, "_show_progress", interrupt)
-    with pytest.raises(UploadIncompleteError, match="(interrupted)"):
+    with pytest.raises(UploadIncompleteError, match=r"\(interrupted\)"):
         uploader.finish(2)
 
 
@@ -571,108 +808,16 @@ def test_stopping_takes_no_time_and_leaves_neither_process_nor_files(fake, run_f
     write_state(run_folder, 4)
     uploader.submit(4)
     begin = time.monotonic()
-    left = uploader.stop()
-    assert uploader.stop() == left
-    assert "Step 4 is complete in" in left
-    assert "me/model has nothing of this run" in left
-    assert left.splitlines()[-1].strip() == f"ijepa-hf push {run_folder} me/model --hub_strategy checkpoint"
+    said = uploader.stop()
+    assert uploader.stop() == said
     assert time.monotonic() - begin < 2
+    assert "Step 4 did not arrive on the Hub (it was under way when the run stopped). me/model has nothing" in said
+    assert shlex.split(said.splitlines()[-1]) == [
+        "ijepa-hf", "push", str(run_folder), REPO, "--hub_strategy", "checkpoint",
+    ]  # fmt: skip
     assert not is_alive(pid)
     assert hidden(run_folder) == []
     assert fake.history(REPO) == []
-
-
-def test_a_stop_may_wait_for_the_last_state_and_then_nothing_is_left_to_say(fake, run_folder, started):
-    uploader = started()
-    uploader.submit(2)
-    assert uploader.stop(20) is None
-    assert checkpoint_step(fake.files(REPO)) == 2
-
-
-def test_a_final_upload_that_fails_is_said_also_where_the_state_itself_had_arrived(fake, run_folder, started):
-    uploader = started()
-    uploader.submit(2)
-    wait_until(lambda: len(fake.history(REPO)) == 1)
-    (run_folder / "report.json").write_text("{}")
-    fake.fail(match="/commit/", status=400, times=9)
-    with pytest.raises(UploadIncompleteError, match="has step 2 without its card and report"):
-        uploader.finish(2)
-
-
-def test_another_run_or_a_later_step_in_the_repository_is_not_buried(fake, run_folder, started):
-    push_folder(run_folder, REPO, with_checkpoint=True)
-    with pytest.raises(ValueError, match="it holds another run: seed is 0 there, 1 here. .*--overwrite_output_dir"):
-        started(seed=1)
-    with pytest.raises(
-        ValueError, match="it holds step 2 of this run, which would go on from 1; add --resume_from_ch"
-    ):
-        started(start_step=1)
-    fake.create("me/vit", files={"config.json": b"{}", "model.safetensors": b""})
-    with pytest.raises(ValueError, match="it holds a model that is none of this run"):
-        started(repo_id="me/vit")
-    before = fake.commit(REPO).sha
-    started(start_step=2)
-    started(start_step=0, seed=1, replace=True)
-    fake.create("me/empty", files={"README.md": b"# Soon"})
-    started(repo_id="me/empty")
-    assert fake.commit(REPO).sha == before
-
-
-def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_run(fake, started):
-    with pytest.raises(ValueError, match='cannot be pushed to: "license" must be one of'):
-        started(license="my own")
-    assert fake.repos == {}
-
-
-def test_another_runs_card_goes_with_the_first_push_and_a_persons_stays(fake, run_folder, started):
-    fake.create(REPO, files={"README.md": b"of another run", "run.json": b"{}", "config.json": b"{}"})
-    fake.create("me/second", files={"README.md": b"# A person's"})
-    for repo_id, expected in ((REPO, b"license: cc-by-nc-4.0"), ("me/second", b"# A person's")):
-        uploader = started(repo_id=repo_id, replace=True)
-        uploader.submit(2)
-        assert uploader.stop(20) is None
-        assert expected in fake.files(repo_id)["README.md"]
-
-
-def test_a_card_names_the_repository_that_it_is_pushed_to(fake, run_folder):
-    (run_folder / "report.json").write_text(json.dumps({"arguments": {"output_dir": "runs/mine"}}))
-    card = (
-        'x.from_pretrained("runs/mine"), x.from_pretrained("runs/mine", num_labels=3)\n'
-        "ijepa-hf finetune runs/mine --output_dir runs/mine\nijepa-hf pretrain adapt --model_name_or_path runs/mine\n"
-        "I trained runs/mine; see runs/mine/figures.\n"
-    )
-    (run_folder / "README.md").write_text(card)
-    push_folder(run_folder, "model")
-    assert fake.files(REPO)["README.md"].decode() == (
-        'x.from_pretrained("me/model"), x.from_pretrained("me/model", num_labels=3)\n'
-        "ijepa-hf finetune me/model --output_dir runs/mine\nijepa-hf pretrain adapt --model_name_or_path me/model\n"
-        "I trained runs/mine; see runs/mine/figures.\n"
-    )
-    push_folder(run_folder, REPO, revision="dev")
-    text = fake.files(REPO, "dev")["README.md"].decode()
-    assert 'x.from_pretrained("me/model", revision="dev", num_labels=3)' in text
-    assert "--model_name_or_path me/model --model_revision dev\n" in text
-    assert (run_folder / "README.md").read_text() == card
-
-
-def test_a_classifier_is_not_pushed_over_a_pretrained_model(fake, run_folder, tmp_path):
-    push_folder(run_folder, REPO)
-    folder = tmp_path / "classifier"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(run_folder / name, folder / name)
-    before = fake.commit(REPO).sha
-    with pytest.raises(ValueError, match="me/model holds a pretrained model .* push it to another repository"):
-        push_folder(folder, REPO)
-    assert fake.commit(REPO).sha == before
-
-
-def test_a_repository_that_is_yet_to_be_made_has_no_checkpoint_where_that_is_fine(fake, run_folder):
-    with pytest.raises(ValueError, match="HTTP 404"):
-        fetch_checkpoint(REPO)
-    assert fetch_checkpoint(REPO, missing_ok=True) is None
-    push_folder(run_folder, REPO)
-    assert fetch_checkpoint(REPO, revision="dev", missing_ok=True) is None
 
 
 def test_forked_workers_work_beside_an_upload(fake, run_folder, started):
@@ -685,13 +830,11 @@ def test_forked_workers_work_beside_an_upload(fake, run_folder, started):
 
 
 PROGRAM = """
-import os, sys, time
+import json, os, sys, time
 from pathlib import Path
 from ijepa_hf.hub import HubUploader
 uploader = HubUploader(Path(sys.argv[1]), "me/model", private=False, revision=None, strategy="checkpoint")
-from ijepa_hf.arguments import argument_defaults
-arguments = {**argument_defaults(), "dataset_name": "digits", "output_dir": "run", "license": "cc-by-nc-4.0"}
-uploader.start(arguments, 100)
+uploader.start(json.loads(Path(sys.argv[1], "run.json").read_text())["arguments"], 2)
 uploader.submit(4)
 print(uploader._process._process.pid, flush=True)
 if sys.argv[2] == "wait":
@@ -722,7 +865,7 @@ def test_a_process_that_is_killed_while_uploading_leaves_the_previous_revision(f
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
     assert read_checkpoint(tmp_path / "again" / "last-checkpoint").step == 2
     assert hidden(run_folder) == [".push-4.partial"]
-    assert started().finish(4).startswith("Step 4 is on the Hub")
+    assert started(step=2).finish(4).startswith("Step 4 is on the Hub")
     assert hidden(run_folder) == []
 
 
@@ -765,6 +908,67 @@ def test_what_the_user_has_to_change_is_an_error_before_the_run(
         started(repo_id=repo_id)
     assert fake.count("POST", "/api/repos/create") <= 1
     assert set(fake.repos) == {"me/existing", "somebody/existing"}
+    assert processes_left() == []
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (state_there(2, learning_rate=9.0),
+         r"holds another run \(learning_rate is 9.0 there, None here\)\. Choose another --hub_model_id"),
+        ({"run.json": b"{", "model.safetensors": b"x"}, r"holds another run, whose run\.json cannot be read"),
+        ({"README.md": b"x", "onnx/model.onnx": b"x"}, r"weights of a model .* left there \(onnx/model\.onnx\)"),
+        (state_there(40), "is at step 40 of this run already, .* step 20. Add --resume_from_checkpoint hub"),
+        (state_there(40, report=True), "is at step 40 .* no checkpoint to go on from: .* --overwrite_output_dir"),
+    ],
+)  # fmt: skip
+def test_a_repository_that_is_not_this_runs_or_is_further_is_not_overwritten(fake, started, there, message):
+    fake.create(REPO, files=there)
+    with pytest.raises(ValueError, match=f"^hub_model_id='me/model' .*{message}"):
+        started(step=20)
+    assert processes_left() == []
+
+
+def test_a_run_goes_on_in_its_repository_and_another_one_on_a_branch_of_its_own(fake, run_folder, started):
+    fake.create(REPO, files=state_there(20, license="apache-2.0", hub_strategy="end"))  # which change no weight
+    uploader = started(step=20)
+    fake.fail("status", method="POST", match="/commit/", status=400)
+    with pytest.raises(UploadIncompleteError, match=r"me/model has step 20\. "):
+        uploader.finish(2)
+    started(step=0, revision="new", seed=7)
+    push_folder(run_folder, REPO, revision="old")
+    with pytest.raises(ValueError, match="^hub_model_id='me/model', branch 'old', holds another run"):
+        started(revision="old", seed=7)
+
+
+def test_what_could_not_be_looked_at_before_the_run_is_not_overwritten_later(fake, run_folder, started, caplog):
+    fake.create(REPO, files=state_there(3))
+    before = fake.commit(REPO)
+    fake.stop()
+    uploader = started()
+    fake.start()
+    uploader.submit(2)
+    wait_until(lambda: "is at step 3 of this run already" in caplog.text)
+    assert fake.commit(REPO) == before
+    assert not uploader.stop(20).startswith("Step 2 did not arrive on the Hub (it was under way")
+    write_state(run_folder, 4)
+    fake.stop()
+    uploader = started()
+    fake.start()
+    uploader.submit(4)  # is further than what is there
+    assert uploader.stop(20) is None
+    assert fake.history(REPO)[0].message == "Step 4"
+
+
+def test_a_licence_that_the_hub_does_not_know_is_an_error_before_the_run(fake, started):
+    with pytest.raises(
+        ValueError, match=r"^license='free': the Hub does not take .*\"license\" must be one of \[apache"
+    ):
+        started(license="free")
+    assert fake.repos == {}
+    assert processes_left() == []
+    started(license="other")
+    started(license=None)
 
 
 def test_a_private_run_does_not_start_into_a_public_repository(fake, started):
@@ -822,9 +1026,9 @@ def test_the_token_is_in_nothing_that_is_said_or_written(fake, run_folder, start
     wait_until(lambda: "step 2 was not uploaded" in caplog.text)
     assert "Traceback" in caplog.text  # which is logged for whoever looks
     fake.fail("status", match="/commit/", status=400, headers=echo)
-    with pytest.raises(UploadIncompleteError) as error:
+    with pytest.raises(UploadIncompleteError) as raised:
         uploader.finish(2)
-    said.append(repr(error.value) + repr(error.value.__cause__))
+    said.append(str(raised.value))
     push_folder(run_folder, REPO, with_checkpoint=True)
     output = capfd.readouterr()
     said += [caplog.text, output.out, output.err]
@@ -868,6 +1072,16 @@ def test_a_repository_without_checkpoint_has_none_and_a_missing_one_is_an_error(
         fetch_checkpoint("me/nothing")
     with pytest.raises(ValueError, match="HTTP 404: there is .* no such revision"):
         fetch_checkpoint(REPO, revision="dev")
+
+
+def test_a_repository_or_branch_that_may_be_missing_has_no_checkpoint(fake, run_folder, monkeypatch):
+    push_folder(run_folder, REPO, with_checkpoint=True)
+    assert fetch_checkpoint("me/nothing", missing_ok=True) is None
+    assert fetch_checkpoint(REPO, revision="dev", missing_ok=True) is None
+    assert read_checkpoint(fetch_checkpoint(REPO, missing_ok=True)).step == 2
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ValueError, match="HTTP 401"):
+        fetch_checkpoint("me/nothing", missing_ok=True)
 
 
 def test_a_public_checkpoint_needs_no_token(fake, run_folder, monkeypatch):

@@ -4,6 +4,8 @@ A push makes the repository hold what the folder holds, in one commit, so no rev
 half of another, and one that is cut short changes nothing. What is pushed is first gathered in a hidden folder
 (`.push-<step>.partial`), weights as hard links, so that the run may overwrite and prune while they travel.
 
+A look at the repository comes first: it may hold another run, a later step of this one, or another kind of model.
+
 The requests are made by a process of its own, see `hub_process.py`.
 """
 
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from ijepa_hf import hub_process
 from ijepa_hf.arguments import HUB_STRATEGIES
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
+from ijepa_hf.hub_process import CARD
 from ijepa_hf.model_card import render_unfinished_card
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.run_folder import (
@@ -53,36 +56,43 @@ START_WAITS = RETRY_WAITS[:2]  # before a run starts
 REQUEST_TIMEOUT = 60.0  # seconds that a connection may be silent
 NO_NEWS_LIMIT = 7200.0  # seconds in which no file arrived and no request failed, after which `finish` gives up
 
-_CARD_FILE = "README.md"
-_FINETUNE_FILE = "finetune.json"
-_STATE_FILES = (RUN_FILE, f"{LAST_CHECKPOINT}/checkpoint.json", REPORT_FILE)  # say whose a repository is, how far on
 _GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, UNREADABLE_FILE)
 _CONVERSION_FILE = "conversion.json"
+_FINETUNING_FILE = "finetune.json"
+_CHECKPOINT_RECORD = f"{LAST_CHECKPOINT}/checkpoint.json"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 # What is taken of a folder, as patterns of `Path.glob`. First of a run's or a converted one ...
 _RUN_PATTERNS = (
-    "config.json", WEIGHTS_FILE, "preprocessor_config.json", "README.md", RUN_FILE, REPORT_FILE, RECIPE_FILE,
+    "config.json", WEIGHTS_FILE, "preprocessor_config.json", CARD, RUN_FILE, REPORT_FILE, RECIPE_FILE,
     _CONVERSION_FILE, *_GROWING_FILES, *CODE_FILES, "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
     *(f"{PRETRAINING_SUBFOLDER}/{name}" for name in ("*.json", "*.safetensors", "*.py")),
 )  # fmt: skip
 # ... then of any other model in transformers' format, such as a fine-tuned one.
 _MODEL_PATTERNS = (
     "config.json", WEIGHTS_FILE, _SHARDS, _INDEX_FILE, "preprocessor_config.json", "processor_config.json",
-    "README.md", "finetune.json", "*_results.json", "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
+    CARD, _FINETUNING_FILE, "*_results.json", "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
 )  # fmt: skip
 # What is deleted in the repository where the pushed folder has none: it would be of another state of the model.
-# Cards and code stay, others may have added to them.
 _OWNED_WEIGHTS = (WEIGHTS_FILE, _SHARDS, _INDEX_FILE)
 _OWNED_BY_RUN = (
     *_OWNED_WEIGHTS, RUN_FILE, REPORT_FILE, RECIPE_FILE, _CONVERSION_FILE, *_GROWING_FILES,
     f"{PRETRAINING_SUBFOLDER}/*", f"{LAST_CHECKPOINT}/*",
 )  # fmt: skip
-_SCORES_AND_FIGURES = (f"{EVAL_RESULTS_FOLDER}/*.yaml", "figures/*.png")  # likewise, where a run pushes
+# Deleted too where they are about another run, or about the end of one that is not at its end; else they stay, others
+# may have added to them.
+_ABOUT_THE_MODEL = (CARD, f"{EVAL_RESULTS_FOLDER}/*", "figures/*.png")
+# What says whose a repository is, and how far.
+_TELLING = (RUN_FILE, REPORT_FILE, _CHECKPOINT_RECORD)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 # What is fetched: the checkpoint, and the log that `run_folder.prepare_output_dir` takes over.
 _FETCHED = (f"{LAST_CHECKPOINT}/*", *_GROWING_FILES, RUN_FILE)
 
 logger = logging.getLogger(__name__)
+
+
+class UploadIncompleteError(OSError):
+    """The training is finished and on disk, but not all of it arrived on the Hub; says what finishes it."""
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -112,38 +122,31 @@ def push_folder(
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If the folder holds no whole model, or the user has to change something (token, permission, name).
+        ValueError: If the folder holds no whole model, the repository holds pretraining and the folder another kind
+            of model, or the user has to change something (token, permission, name).
         ConnectionError: If the Hub cannot be reached, or fails again and again.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.")
     checkpoint = _newest_checkpoint(folder) if with_checkpoint else None
-    _Staged.of(folder, "by-hand", checkpoint, repo_id, revision).remove()  # is it whole? before anything is asked
-    with _HubProcess(quiet=True) as process, _progress_bar() as bar:
+    staged = _Staged.of(folder, "by-hand", checkpoint)
+    try:
+        with _HubProcess(quiet=True) as process, _progress_bar() as bar:
 
-        def show(event: dict[str, Any]) -> None:
-            if event["event"] == "retry":
-                logger.warning("%s; trying again in %g s", event["reason"], event["seconds"])
-            _show_progress(bar, event)
+            def show(event: dict[str, Any]) -> None:
+                if event["event"] == "retry":
+                    logger.warning("%s; trying again in %g s", event["reason"], event["seconds"])
+                _show_progress(bar, event)
 
-        job = {"job": "prepare", "repo_id": repo_id, "private": private, "revision": revision, "texts": ()}
-        prepared = process.run({**job, "waits": RETRY_WAITS}, show)
-        _check_same_kind(folder, prepared)
-        staged = _Staged.of(folder, "by-hand", checkpoint, prepared["repo_id"], revision)
-        try:
-            outcome = process.run(
-                _push_job(
-                    staged,
-                    prepared["repo_id"],
-                    private=private,
-                    revision=revision,
-                    message=commit_message,
-                    is_prepared=True,
-                ),
-                show,
-            )
-        finally:
-            staged.remove()
+            prepare = _prepare_job(repo_id, private=private, revision=revision, waits=RETRY_WAITS)
+            held = _Held.of(process.run(prepare, show))
+            staged.check_kind(held)
+            other = None if staged.arguments is None else held.other_than(staged.arguments)
+            if other is not None:
+                logger.warning("%s holds %s; this replaces it, the commits before keep it.", held.repo_id, other)
+            outcome = process.run(_push_job(staged, held, revision=revision, message=commit_message), show)
+    finally:
+        staged.remove()
     if outcome["deleted"]:
         logger.info("deleted in %s, not being of this state: %s", repo_id, ", ".join(outcome["deleted"]))
     return outcome["url"]
@@ -155,7 +158,7 @@ def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: b
     Args:
         repo_id: The repository.
         revision: Branch, tag or commit; the newest of `main` if not given.
-        missing_ok: Whether a repository or revision that does not exist is one without a checkpoint.
+        missing_ok: A repository or branch that does not exist has no checkpoint, and is no error.
 
     Returns:
         The checkpoint's folder, for `checkpointing.read_checkpoint`, which checks it; the log lies in the folder
@@ -165,15 +168,11 @@ def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: b
         ValueError: If there is no such repository or revision, or the user may not read it, or offline mode is on.
         ConnectionError: If the Hub cannot be reached. What the cache holds is not used then: it may be older.
     """
-    job = {"job": "fetch", "repo_id": repo_id, "revision": revision, "waits": RETRY_WAITS, "missing_ok": missing_ok,
-           "needed": [f"{LAST_CHECKPOINT}/*"], "patterns": _FETCHED}  # fmt: skip
+    job = {"job": "fetch", "repo_id": repo_id, "revision": revision, "waits": RETRY_WAITS,
+           "missing_ok": missing_ok, "needed": [f"{LAST_CHECKPOINT}/*"], "patterns": _FETCHED}  # fmt: skip
     with _HubProcess() as process:
-        path = process.run(job, _ignore)["path"]
+        path = process.run(job, lambda event: None)["path"]
     return None if path is None else Path(path) / LAST_CHECKPOINT
-
-
-class UploadIncompleteError(OSError):
-    """A finished run is on disk, but not all of it arrived on the Hub."""
 
 
 # -- beside the training ---------------------------------------------------------------------------------------------
@@ -189,19 +188,12 @@ class _Upload:
     total: int = 0
     outcome: dict[str, Any] | None = None  # the event that ended it
 
-    @property
-    def failure(self) -> str | None:
-        """Why it did not arrive, so far as is known."""
-        if self.outcome is None:
-            return "the run ended before it"
-        return None if self.outcome["event"] == "done" else self.outcome["reason"]
-
 
 class HubUploader:
     """Uploads beside the training; whatever happens to an upload, the run goes on.
 
-    After `start`, `submit` and `finish` are to be called by one thread; a second one listens to the process that makes
-    the requests.
+    After `start`, `submit` and `finish` or `stop` are to be called by one thread; a second one listens to the process
+    that makes the requests.
 
     Args:
         output_dir: The run's folder.
@@ -224,41 +216,38 @@ class HubUploader:
         self._listener: threading.Thread | None = None
         self._running: _Upload | None = None
         self._pending: _Upload | None = None
-        self._full_name: str | None = None  # with its owner, when the Hub has said it
-        self._submitted: _Upload | None = None  # the newest
-        self._arrived: int | None = None  # newest step that the repository has
+        self._held: _Held | None = None  # what the repository held; `None` until it could be looked at
+        self._submitted: int | None = None  # newest step that was to be uploaded
+        self._arrived: int | None = None  # newest step of this run that the repository has
+        self._has_report = False  # the repository, of that step
+        self._failure: str | None = None  # why the upload that ended last did not arrive
         self._heard = 0.0  # when there is nothing to worry about until, as time.monotonic()
 
     def start(self, arguments: Mapping[str, Any], start_step: int, *, replace: bool = False) -> None:
         """Makes the repository and the branch where they are missing, and looks at what they hold.
 
         Args:
-            arguments: Of the run, as `run.json` keeps them.
-            start_step: That it goes on from.
-            replace: Whether another run, or later steps of this one, may be replaced.
+            arguments: Of the run, as in `run.json`.
+            start_step: Optimiser steps done; of a finished run its last.
+            replace: Whatever model the repository holds, this run takes its place.
 
         Raises:
-            ValueError: If the user has to change something: no token, no permission, a bad name or licence, offline
-                mode, or a repository that holds something else. A server that cannot be reached is a warning.
+            ValueError: If the user has to change something: no token, no permission, a bad name, a licence that the
+                Hub does not know, offline mode, or a repository that holds another run, a later step of this one or
+                another model. A server that cannot be reached is a warning; the look is made up for later.
         """
         for left_over in self._output_dir.glob(".push-*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
+        self._arguments = json.loads(json.dumps(arguments))  # as the repository's are read
+        self._start_step, self._replace = start_step, replace
         self._process = process = _HubProcess(quiet=True)
-        card = render_unfinished_card(arguments, start_step)
-        job = {"job": "prepare", "repo_id": self._repo_id, "private": self._private, "revision": self._revision}
         try:
-            process.run({"job": "validate", "repo_id": self._repo_id, "card": card, "waits": START_WAITS}, _ignore)
-            prepared = process.run({**job, "texts": _STATE_FILES, "waits": START_WAITS}, _ignore)
-            self._full_name = prepared["repo_id"]
-            if not replace:
-                _check_holds_no_other(prepared, arguments, start_step)
-        except ValueError as error:
-            self.stop()
-            raise ValueError(f"hub_model_id={self._repo_id!r} cannot be pushed to: {error}") from None
+            self._check_card(process)
+            self._look_into(process)
         except ConnectionError as error:
             logger.warning("%s. The run starts all the same, and uploads are tried as it goes.", error)
         except BaseException:
-            self.stop()
+            self._end()
             raise
         self._listen_to(process)
 
@@ -286,39 +275,101 @@ class HubUploader:
             For the user: where it is.
 
         Raises:
-            UploadIncompleteError: If it did not arrive; says what the repository has, and what finishes it.
+            UploadIncompleteError: If it did not arrive; with what did, and the command that finishes it.
         """
         try:
             upload = self._add(step, f"{step}-final")
             outcome = self._wait_for(upload)
-            reason = upload.failure
+            reason = outcome.get("reason")
         except KeyboardInterrupt:
             reason = "interrupted"
         except Exception as error:  # the run is complete; its upload can be done again
             reason = str(error)
         finally:
-            self.stop()
+            self._end()
         if reason is None:
             return f"Step {step} is on the Hub: {outcome['url']}"
-        raise UploadIncompleteError(self._left_over(step, reason))
+        raise UploadIncompleteError(
+            f"Step {step} is complete in {self._output_dir}, but did not arrive on the Hub ({reason}). "
+            f"{self._repo_id} has {self._what_arrived(step)}. This finishes the upload:\n    {self._command()}"
+        )
 
     def stop(self, wait: float = 0.0) -> str | None:
-        """Ends whatever is under way and removes what was gathered for it. The repository stays whole.
+        """Ends the uploads of a run that does not reach its end. The repository stays whole.
 
         Args:
-            wait: Seconds that it may still take.
+            wait: Seconds, at most, for what is under way or waits for its turn; 0 ends it at once.
 
         Returns:
-            What did not arrive and the command that finishes it, or `None` if all that was submitted is there.
+            `None` if all that was submitted has arrived; else, for the user, what did not, and the command that
+            finishes it.
         """
-        deadline = time.monotonic() + wait
+        end = time.monotonic() + wait
+        try:
+            self._wait_until_idle(end)
+        except KeyboardInterrupt:
+            logger.warning("interrupted; not waiting for the upload any longer")
+        under_way = self._running is not None or self._pending is not None
+        self._end()
+        if self._submitted is None or self._arrived == self._submitted:
+            return None
+        if under_way:
+            self._failure = "it was under way when the run stopped"
+        return (
+            f"Step {self._submitted} did not arrive on the Hub ({self._failure}). {self._repo_id} has "
+            f"{self._what_arrived(None)}. This finishes the upload:\n    {self._command()}"
+        )
+
+    def _check_card(self, process: "_HubProcess") -> None:
+        """Has the Hub look at what the card of this run says of it, such as the licence."""
+        card = render_unfinished_card(self._arguments, self._start_step)
+        job = {"job": "validate", "repo_id": self._repo_id, "card": card, "waits": START_WAITS}
+        refused = self._run(process, job)["refused"]
+        if refused is not None:
+            raise ValueError(
+                f"license={self._arguments.get('license')!r}: the Hub does not take the card of this run: {refused}. "
+                "Write an identifier that it knows, such as --license apache-2.0, or --license other."
+            )
+
+    def _look_into(self, process: "_HubProcess") -> None:
+        job = _prepare_job(self._repo_id, private=self._private, revision=self._revision, waits=START_WAITS)
+        self._accept(_Held.of(self._run(process, job)), self._start_step)
+
+    def _run(self, process: "_HubProcess", job: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return process.run(job, lambda event: None)
+        except ValueError as error:
+            raise ValueError(f"hub_model_id={self._repo_id!r} cannot be pushed to: {error}") from None
+
+    def _accept(self, held: "_Held", step: int) -> None:
+        """Takes the repository as this run's, unless it holds something else or is further than `step`."""
+        name = f"hub_model_id={self._repo_id!r}" + (f", branch {self._revision!r}," if self._revision else "")
+        other = held.other_than(self._arguments)
+        if not self._replace:
+            if other is not None:
+                raise ValueError(
+                    f"{name} holds {other}. Choose another --hub_model_id, or --hub_revision NAME, a branch of its "
+                    "own, or add --overwrite_output_dir to replace it."
+                )
+            if max(held.checkpoint_step, held.report_step) > step:
+                raise ValueError(f"{name} {_further(held, step)}")
+            if held.checkpoint_step >= 0 or held.report_step >= 0:
+                self._arrived = max(held.checkpoint_step, held.report_step)
+                self._has_report = held.report_step == self._arrived
+        self._held = held
+
+    def _what_arrived(self, final_step: int | None) -> str:
+        if self._arrived is None:
+            return "nothing of this run"
+        incomplete = self._arrived == final_step and not self._has_report
+        return f"step {self._arrived}" + (" without its card and report" if incomplete else "")
+
+    def _end(self) -> None:
+        """Ends whatever is under way, at once, and removes what was gathered for it."""
         with self._changed:
-            while self._process is not None and self._running is not None and time.monotonic() < deadline:
-                self._changed.wait(timeout=0.5)
             process, self._process = self._process, None
             uploads = [upload for upload in (self._running, self._pending) if upload is not None]
             self._running = self._pending = None
-            newest = self._submitted
         if process is not None:
             process.kill()
             if self._listener is not None:
@@ -326,41 +377,45 @@ class HubUploader:
             process.close()
         for upload in uploads:
             upload.staged.remove()
-        if newest is None or newest.failure is None:
-            return None
-        return self._left_over(newest.step, newest.failure)
-
-    def _left_over(self, step: int, reason: str) -> str:
-        has = "nothing of this run" if self._arrived is None else f"step {self._arrived}"
-        if self._arrived == step:
-            has += " without its card and report"
-        return (
-            f"Step {step} is complete in {self._output_dir}, but did not arrive on the Hub ({reason}). "
-            f"{self._repo_id} has {has}. This finishes the upload:\n    {self._command()}"
-        )
 
     def _add(self, step: int, label: str) -> _Upload:
+        self._submitted = step
         checkpoint = self._output_dir / f"checkpoint-{step}" if self._with_checkpoint else None
-        name = self._full_name or self._repo_id
-        upload = _Upload(step, _Staged.of(self._output_dir, label, checkpoint, name, self._revision))
+        try:
+            upload = _Upload(step, _Staged.of(self._output_dir, label, checkpoint))
+        except Exception as error:
+            self._failure = str(error)
+            raise
         with self._changed:
-            self._submitted = upload
             replaced, self._pending = self._pending, upload
-            if self._process is None:  # it was killed, or ended by itself
-                self._listen_to(_HubProcess(quiet=True))
-            self._send_next()
+            self._keep_going()
         if replaced is not None:
             logger.info("step %d is not uploaded: a newer state is there", replaced.step)
             replaced.staged.remove()
         return upload
 
+    def _keep_going(self) -> None:
+        if self._process is None:  # it was killed, or ended by itself
+            self._listen_to(_HubProcess(quiet=True))
+        self._send_next()
+
     def _send_next(self) -> None:
         if self._running is None and self._pending is not None and self._process is not None:
             self._running, self._pending = self._pending, None
             self._heard = time.monotonic()
-            self._process.send(
-                _push_job(self._running.staged, self._repo_id, private=self._private, revision=self._revision)
-            )
+            self._send(self._running)
+
+    def _send(self, upload: _Upload) -> None:
+        assert self._process is not None
+        try:
+            if self._held is None:
+                job = _prepare_job(self._repo_id, private=self._private, revision=self._revision, waits=RETRY_WAITS)
+            else:
+                job = _push_job(upload.staged, self._held, revision=self._revision)
+        except (OSError, ValueError) as error:  # a disk that is full, a card that is no text
+            self._close(upload, {"event": "failed", "reason": str(error)})
+        else:
+            self._process.send(job)
 
     def _listen_to(self, process: "_HubProcess") -> None:
         self._process = process
@@ -393,26 +448,51 @@ class HubUploader:
             logger.warning(
                 "uploading step %d: %s; trying again in %g s", upload.step, event["reason"], event["seconds"]
             )
-        else:
-            upload.outcome = event
-            upload.staged.remove()
-            self._running = None
-            if kind == "done":
-                self._arrived = upload.step
-                logger.info("step %d is on the Hub: %s", upload.step, event["url"])
+        elif kind == "done" and self._held is None:  # the repository, which could not be looked at before
+            try:
+                self._accept(_Held.of(event), max(upload.step, self._start_step))
+            except ValueError as error:
+                self._close(upload, {"event": "failed", "reason": str(error)})
             else:
-                logger.warning("step %d was not uploaded: %s. The run goes on.", upload.step, event["reason"])
-                logger.debug("%s", event.get("details"))
-            self._send_next()
+                self._send(upload)
+        else:
+            self._close(upload, event)
+
+    def _close(self, upload: _Upload, event: dict[str, Any]) -> None:
+        has_report = (upload.staged.path / REPORT_FILE).is_file()
+        upload.outcome = event
+        upload.staged.remove()
+        self._running = None
+        self._failure = event.get("reason")
+        if event["event"] == "done":
+            assert self._held is not None
+            self._arrived, self._has_report = upload.step, has_report
+            self._held = _Held(self._held.repo_id)  # what it held before is gone
+            logger.info("step %d is on the Hub: %s", upload.step, event["url"])
+        else:
+            logger.warning("step %d was not uploaded: %s. The run goes on.", upload.step, event["reason"])
+            logger.debug("%s", event.get("details"))
+        self._send_next()
+
+    def _wait_until_idle(self, end: float) -> None:
+        waits = False
+        with self._changed:
+            while self._running is not None or self._pending is not None:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return
+                if not waits:
+                    logger.warning("waiting up to %.0f s for step %s to arrive on the Hub", left, self._submitted)
+                    waits = True
+                self._keep_going()
+                self._changed.wait(timeout=min(left, 0.5))
 
     def _wait_for(self, upload: _Upload) -> dict[str, Any]:
         with _progress_bar() as bar:
             while True:
                 with self._changed:
                     if upload.outcome is None:
-                        if self._process is None:  # it ended with an earlier upload
-                            self._listen_to(_HubProcess(quiet=True))
-                            self._send_next()
+                        self._keep_going()
                         self._changed.wait(timeout=0.5)
                     outcome, sent, total = upload.outcome, upload.sent, upload.total
                     silent = time.monotonic() - self._heard
@@ -433,26 +513,35 @@ class HubUploader:
         return shlex.join(words)
 
 
-def _push_job(
-    staged: "_Staged",
-    repo_id: str,
-    *,
-    private: bool,
-    revision: str | None,
-    message: str | None = None,
-    is_prepared: bool = False,
-) -> dict[str, Any]:
-    step = exported_step(staged.path) if (staged.path / RUN_FILE).is_file() else None
+def _further(held: "_Held", step: int) -> str:
+    there = max(held.checkpoint_step, held.report_step)
+    text = f"is at step {there} of this run already, which would start at step {step}. "
+    if held.checkpoint_step > step:
+        return text + "Add --resume_from_checkpoint hub to go on from there, or --overwrite_output_dir to replace it."
+    return text + (
+        "It has no checkpoint to go on from: choose another --hub_model_id or --hub_revision, or add "
+        "--overwrite_output_dir to replace it."
+    )
+
+
+def _prepare_job(repo_id: str, *, private: bool, revision: str | None, waits: Sequence[float]) -> dict[str, Any]:
+    return {"job": "prepare", "repo_id": repo_id, "private": private, "revision": revision, "texts": _TELLING,
+            "waits": waits}  # fmt: skip
+
+
+def _push_job(staged: "_Staged", held: "_Held", *, revision: str | None, message: str | None = None) -> dict[str, Any]:
+    """Also makes the gathered card name the repository."""
+    staged.address(held.repo_id, revision)
+    step = None if staged.arguments is None else exported_step(staged.path)
     default = "Upload model" if step is None else f"Step {step}"
+    replaces = staged.replaces(held)
     return {
         "job": "push",
         "folder": str(staged.path.absolute()),
-        "owned": staged.owned,
-        "card_is_stand_in": staged.card_is_stand_in,
-        "is_prepared": is_prepared,
+        "owned": [*staged.owned, *(_ABOUT_THE_MODEL if replaces else ())],
+        "card_is_stand_in": staged.card_is_stand_in and not replaces,
         "message": message or default,
-        "repo_id": repo_id,
-        "private": private,
+        "repo_id": held.repo_id,
         "revision": revision,
         "waits": RETRY_WAITS,
     }
@@ -472,141 +561,197 @@ def _show_progress(bar: tqdm, event: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class _Held:
+    """What a repository, or a branch of it, holds.
+
+    Args:
+        repo_id: With its owner.
+        files: All names.
+        texts: Contents of `_TELLING`, as far as they are there.
+    """
+
+    repo_id: str
+    files: Sequence[str] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> "_Held":
+        """Takes what the process found."""
+        return cls(event["repo_id"], event["files"], event["texts"])
+
+    def other_than(self, arguments: Mapping[str, Any]) -> str | None:
+        """What it holds, in words, where that is not the run of these arguments; `None` where it holds no model."""
+        if RUN_FILE not in self.files:
+            weights = [name for name in self.files if name.endswith(_WEIGHT_SUFFIXES)]
+            return f"weights of a model that no run of ijepa-hf left there ({weights[0]})" if weights else None
+        stored = self._record(RUN_FILE).get("arguments")
+        if not isinstance(stored, dict):
+            return f"another run, whose {RUN_FILE} cannot be read"
+        differing = differing_arguments(stored, arguments)
+        return f"another run ({'; '.join(differing)})" if differing else None
+
+    @property
+    def checkpoint_step(self) -> int:
+        """Step of the last checkpoint, -1 where there is none that says."""
+        return self._step(_CHECKPOINT_RECORD)
+
+    @property
+    def report_step(self) -> int:
+        """Step of the report, -1 where there is none that says."""
+        return self._step(REPORT_FILE)
+
+    def _step(self, name: str) -> int:
+        step = self._record(name).get("step")
+        return step if isinstance(step, int) else -1
+
+    def _record(self, name: str) -> dict[str, Any]:
+        return _parsed(self.texts.get(name, ""))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """A record; empty where the text is none."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+@dataclass(frozen=True)
 class _Staged:
     """What is to be pushed, gathered so that nobody changes it.
 
     Args:
         path: A folder laid out as the repository is to be.
         owned: Patterns of what is deleted in the repository where it is not in the folder.
-        card_is_stand_in: Whether the card is the short one of a run under way, which replaces no other.
+        reference: What its card was written for: the name of a folder or repository.
+        arguments: Of a run.
+        card_is_stand_in: The run has not written its card yet; this one says so, and carries the licence.
     """
 
     path: Path
     owned: Sequence[str]
-    card_is_stand_in: bool = False
+    reference: str
+    arguments: Mapping[str, Any] | None
+    card_is_stand_in: bool
 
     @classmethod
-    def of(cls, folder: Path, label: str, checkpoint: Path | None, repo_id: str, revision: str | None) -> "_Staged":
+    def of(cls, folder: Path, label: str, checkpoint: Path | None) -> "_Staged":
         """Gathers a folder's model and, where one is named, a checkpoint.
 
         Args:
             folder: The folder.
             label: For the hidden folder's name.
             checkpoint: The checkpoint's folder.
-            repo_id: Of the repository, which the card is to name.
-            revision: Likewise.
 
         Raises:
-            ValueError: If the model is not whole, or the checkpoint is of another step.
+            ValueError: If the model is not whole, run.json is damaged, or the checkpoint is of another step.
             FileNotFoundError: If the checkpoint is missing.
         """
-        in_two_parts = _is_in_two_parts(folder)
-        owned = [*(_OWNED_BY_RUN if in_two_parts else _OWNED_WEIGHTS)]
+        in_two_parts = any((folder / name).exists() for name in (PRETRAINING_SUBFOLDER, RUN_FILE, _CONVERSION_FILE))
         target = _make_folder(folder, label)
         try:
             for pattern in _RUN_PATTERNS if in_two_parts else _MODEL_PATTERNS:
                 for source in folder.glob(pattern):
                     if source.is_file() and not source.name.startswith("."):
                         _gather(source, target / source.relative_to(folder))
-            if in_two_parts:
-                _check_two_parts(target, folder, checkpoint)
-            else:
+            step = _check_two_parts(target, folder, checkpoint) if in_two_parts else None
+            if not in_two_parts:
                 _check_model(target, folder)
             if checkpoint is not None:
                 for source in checkpoint.iterdir():
                     _gather(source, target / LAST_CHECKPOINT / source.name)
-            is_run, has_card = (target / RUN_FILE).is_file(), (target / _CARD_FILE).is_file()
-            if is_run:
-                owned += _SCORES_AND_FIGURES
-            if is_run and not has_card:
-                _write_stand_in(target)
-            elif has_card:
-                _name_repository(target, folder, repo_id, revision)
+            run = read_run(folder)
+            arguments = None if run is None else run["arguments"]
+            card_is_stand_in = False
+            if step is not None and arguments is not None and not (target / CARD).is_file():
+                (target / CARD).write_text(render_unfinished_card(arguments, step), "utf-8")
+                card_is_stand_in = True
         except BaseException:
             shutil.rmtree(target)
             raise
-        return cls(target, owned, is_run and not has_card)
+        owned = _OWNED_BY_RUN if in_two_parts else _OWNED_WEIGHTS
+        return cls(target, owned, _card_reference(target, folder), arguments, card_is_stand_in)
+
+    def check_kind(self, held: _Held) -> None:
+        """Refuses to lay a model over pretraining that it is no part of, which would leave half of each.
+
+        Args:
+            held: What the repository holds.
+
+        Raises:
+            ValueError: If it holds pretraining and the folder does not.
+        """
+        two_parts = (f"{PRETRAINING_SUBFOLDER}/config.json", RUN_FILE)
+        found = [name for name in two_parts if name in held.files]
+        if found and not any((self.path / name).is_file() for name in two_parts):
+            raise ValueError(
+                f"{held.repo_id!r} holds a pretrained model ({found[0]}), and the folder a model of another kind, "
+                "which would replace a part of it. Push it to another repository."
+            )
+
+    def replaces(self, held: _Held) -> bool:
+        """Whether the card and what belongs to it, as the repository has them, are about something else.
+
+        Args:
+            held: What the repository holds.
+        """
+        if self.arguments is None:  # a converted model takes the place of a run; others are refused
+            return RUN_FILE in held.files and (self.path / PRETRAINING_SUBFOLDER).is_dir()
+        ended = REPORT_FILE in held.files and not (self.path / REPORT_FILE).is_file()
+        return ended or held.other_than(self.arguments) is not None
+
+    def address(self, repo_id: str, revision: str | None) -> None:
+        """Makes the card name the repository where it names the folder.
+
+        Args:
+            repo_id: With its owner.
+            revision: Branch; `None` is `main`.
+        """
+        card = self.path / CARD
+        if card.is_file():
+            text = _readdressed(card.read_bytes().decode("utf-8"), self.reference, repo_id, revision)
+            card.write_bytes(text.encode("utf-8"))
 
     def remove(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _is_in_two_parts(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (PRETRAINING_SUBFOLDER, RUN_FILE, _CONVERSION_FILE))
-
-
-def _write_stand_in(staged: Path) -> None:
-    """The card of a run that has not ended, so that weights are never published without their licence."""
-    record = read_run(staged)
-    assert record is not None  # it is there
-    card = render_unfinished_card(record["arguments"], exported_step(staged) or 0)
-    (staged / _CARD_FILE).write_text(card, "utf-8")
-
-
-def _name_repository(staged: Path, folder: Path, repo_id: str, revision: str | None) -> None:
-    """Lets the card's examples load from the repository instead of a folder; people's own words stay."""
-    card = staged / _CARD_FILE
-    old = re.escape(_reference_of(staged, folder))
-    at_branch = f', revision="{revision}"' if revision else ""
-    flag = f" --model_revision {revision}" if revision else ""
-    text = card.read_text("utf-8")
-    for pattern, new in (
-        (rf'from_pretrained\("{old}"', f'from_pretrained("{repo_id}"{at_branch}'),
-        (rf'model="{old}"', f'model="{repo_id}"{at_branch}'),
-        (rf"ijepa-hf finetune {old}(?!\S)", f"ijepa-hf finetune {repo_id}{flag}"),
-        (rf"--model_name_or_path {old}(?!\S)", f"--model_name_or_path {repo_id}{flag}"),
-    ):
-        text = re.sub(pattern, new.replace("\\", r"\\"), text)
-    card.write_text(text, "utf-8")
-
-
-def _reference_of(staged: Path, folder: Path) -> str:
-    """What the card calls the folder."""
-    for name in (REPORT_FILE, _FINETUNE_FILE):
-        if (staged / name).is_file():
-            arguments = json.loads((staged / name).read_text("utf-8")).get("arguments", {})
+def _card_reference(staged: Path, folder: Path) -> str:
+    """What the folder's card calls the model: as `model_card.py`, `finetune.py` and `conversion.py` write it."""
+    for name in (REPORT_FILE, RUN_FILE, _FINETUNING_FILE):
+        path = staged / name
+        arguments = _parsed(path.read_text("utf-8", errors="replace")).get("arguments") if path.is_file() else None
+        if isinstance(arguments, dict):
             reference = arguments.get("hub_model_id") or arguments.get("output_dir")
-            if reference:
+            if isinstance(reference, str):
                 return reference
     return folder.resolve().name
 
 
-def _check_same_kind(folder: Path, prepared: Mapping[str, Any]) -> None:
-    held = [name for name in (f"{PRETRAINING_SUBFOLDER}/config.json", RUN_FILE) if name in prepared["files"]]
-    if held and not _is_in_two_parts(folder):
-        raise ValueError(
-            f"{prepared['repo_id']} holds a pretrained model ({held[0]}), which {str(folder)!r} is not; push it to "
-            "another repository."
-        )
+def _readdressed(card: str, reference: str, repo_id: str, revision: str | None) -> str:
+    """A card that loads the model from the repository; all that a person may have written stays.
 
+    Args:
+        card: Markdown.
+        reference: The folder or name that it was written for.
+        repo_id: With its owner.
+        revision: Branch; `None` is `main`.
 
-def _check_holds_no_other(prepared: Mapping[str, Any], arguments: Mapping[str, Any], start_step: int) -> None:
-    """Refuses a repository with something that a run's first upload would bury in its history."""
-    texts, replace = prepared["texts"], "or add --overwrite_output_dir to replace it"
-    if RUN_FILE not in texts:
-        if any(name in prepared["files"] for name in ("config.json", WEIGHTS_FILE)):
-            raise ValueError(f"it holds a model that is none of this run; name another repository, {replace}")
-        return
-    try:
-        stored = json.loads(texts[RUN_FILE])["arguments"]
-        steps = [json.loads(texts[name])["step"] for name in _STATE_FILES[1:] if name in texts]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its {RUN_FILE} cannot be read ({error!r}); name another repository, {replace}") from None
-    differing = differing_arguments(stored, arguments)
-    if differing:
-        raise ValueError(
-            f"it holds another run: {'; '.join(differing)}. Name another repository or --hub_revision, {replace}"
-        )
-    if max(steps, default=0) > start_step:
-        raise ValueError(
-            f"it holds step {max(steps)} of this run, which would go on from {start_step}; add "
-            f"--resume_from_checkpoint hub, {replace}"
-        )
-
-
-def _ignore(event: dict[str, Any]) -> None:
-    """For jobs whose way there is of no interest."""
+    Returns:
+        Markdown.
+    """
+    old, name = re.escape(reference), re.escape(Path(reference).name)
+    branch = None if revision in (None, "main") else revision
+    argument = f', revision="{branch}"' if branch else ""
+    flag = f" --model_revision {branch}" if branch else ""
+    call = rf'(from_pretrained\(|\bpipeline\([^()]*?\bmodel=)"{old}"(?!, revision=)'
+    card = re.sub(call, lambda found: f'{found[1]}"{repo_id}"{argument}', card)
+    command = rf"(--model_name_or_path |\bfinetune ){old}(?=\s|$)(?! --model_revision)"
+    card = re.sub(command, lambda found: f"{found[1]}{repo_id}{flag}", card)
+    title = rf"\A(---\n.*?\n---\n\s*)?# {name}(?=\n|\Z)"
+    return re.sub(title, lambda found: f"{found[1] or ''}# {Path(repo_id).name}", card, flags=re.DOTALL)
 
 
 def _make_folder(folder: Path, label: str) -> Path:
@@ -633,7 +778,7 @@ def _gather(source: Path, target: Path) -> None:
         target.write_bytes(content[: content.rfind(b"\n") + 1])  # without a line that is being written
 
 
-def _check_two_parts(staged: Path, folder: Path, checkpoint: Path | None) -> None:
+def _check_two_parts(staged: Path, folder: Path, checkpoint: Path | None) -> int:
     step = exported_step(staged)
     if step is None:
         raise ValueError(
@@ -646,6 +791,7 @@ def _check_two_parts(staged: Path, folder: Path, checkpoint: Path | None) -> Non
             f"{str(folder)!r} holds a model of step {step}, but its newest checkpoint is {checkpoint.name}; resume "
             "the run, which writes the model again, or push without the checkpoint."
         )
+    return step
 
 
 def _check_model(staged: Path, folder: Path) -> None:

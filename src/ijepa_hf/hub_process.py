@@ -5,7 +5,7 @@
     {"job": "validate", ...}  would the Hub take this model card?
     {"job": "prepare", ...}   makes the repository and the branch where they are missing; may they be written to, and
                               what do they hold?
-    {"job": "push", ...}      prepares the repository if need be, and makes it hold what a folder holds, in one commit
+    {"job": "push", ...}      makes a prepared repository hold what a folder holds, in one commit
     {"job": "fetch", ...}     downloads a part of the repository into the cache
 
     {"event": "sent", "bytes": 1000, "total": 2000}
@@ -58,10 +58,10 @@ from huggingface_hub.hf_api import RepoFile
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after this
 SMALL_FILE = 1_000_000  # bytes; smaller files are sent together, larger ones one by one
 CARD = "README.md"
-RUN_CARD_OWNER = "run.json"  # beside it, a card is a run's; alone, a person has written it
 
 Report = Callable[[dict[str, Any]], None]
 
+_FRONT_MATTER = r"\A---\n(?s:.*?)\n---\n"
 _RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*(\d+)")  # RateLimit: "api";r=0;t=55, as the Hub says when to come back
 
 
@@ -295,9 +295,9 @@ class Worker:
 def _validate(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
     try:
         ModelCard(job["card"]).validate(repo_type="model")
-    except ValueError as error:  # the answer, or what the library found by itself
-        raise UserError(_messages(str(error))) from None
-    return {}
+    except ValueError as error:  # the answer
+        return {"refused": _messages(str(error))}
+    return {"refused": None}
 
 
 def _messages(answer: str) -> str:
@@ -337,13 +337,12 @@ def _make_branch(api: HfApi, repo_id: str, revision: str) -> None:
 
 def _push(api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """One try; whatever it finds done already, also by a try whose answer was lost, it does not do again."""
-    repo_id = job["repo_id"] if job["is_prepared"] else _prepare(api, {**job, "texts": ()}, report)["repo_id"]
-    revision, folder = job["revision"], Path(job["folder"])
+    repo_id, revision, folder = job["repo_id"], job["revision"], Path(job["folder"])
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     head = _head(api, repo_id, revision)
     there = _list_files(api, repo_id, head)
-    if job["card_is_stand_in"] and CARD in there and RUN_CARD_OWNER not in there:
-        del files[CARD]  # a person's
+    if job["card_is_stand_in"] and CARD in there and not _is_stand_in(_read(api, repo_id, head, CARD), files[CARD]):
+        del files[CARD]  # somebody has written a better one
     changed = [name for name, path in files.items() if not _is_same(path, there.get(name))]
     stale = [name for name in there if name not in files and _matches(name, job["owned"])]
     if changed or stale:
@@ -360,6 +359,12 @@ def _push(api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         if kept_out:
             raise UserError(f"{repo_id!r} keeps out {', '.join(kept_out)}; look at its .gitignore")
     return {"url": _url(api, repo_id, revision), "commit": head, "deleted": stale}
+
+
+def _is_stand_in(theirs: str, ours: Path) -> bool:
+    """Whether a card is the one that a run has until it ends; of another step, its text differs in digits alone."""
+    mine, other = (re.sub(_FRONT_MATTER + r"|\d", "", text) for text in (ours.read_text("utf-8"), theirs))
+    return mine == other
 
 
 def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
