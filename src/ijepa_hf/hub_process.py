@@ -98,6 +98,7 @@ def bound_requests(seconds: float) -> None:
 
     class BoundedClient(client_class):
         def send(self, request: Any, **options: Any) -> Any:
+            """Sends a request as the library does, within the limit; what may pass is a `TemporaryError`."""
             limits = request.extensions.get("timeout") or {}
             bounded = {name: limits.get(name) or seconds for name in ("connect", "read", "write", "pool")}
             request.extensions = {**request.extensions, "timeout": bounded}
