@@ -1,12 +1,32 @@
 """Collapse metrics against numpy in float64, and at their limits."""
 
 import math
+from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 import torch
+from sklearn.metrics import r2_score
 
-from ijepa_hf.diagnostics import feature_std, rankme
+from ijepa_hf.diagnostics import (
+    cross_image_gap,
+    dead_dimensions,
+    effective_rank,
+    feature_std,
+    lidar,
+    mean_pairwise_cosine,
+    normalized_std,
+    position_share,
+    prediction_skill,
+    rankme,
+    residual_ratio,
+    spectrum,
+    spectrum_slope,
+    stable_rank,
+)
 
 
 def gaussian(n: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -73,7 +93,193 @@ def test_features_with_gradients_give_plain_floats():
     assert features.grad is None
 
 
-@pytest.mark.parametrize("metric", [rankme, feature_std])
+# ---- complete collapse ----------------------------------------------------------------------------------------------
+
+
+def test_mean_pairwise_cosine_is_the_mean_over_pairs():
+    features = gaussian(13, 5) + 0.5
+    rows = features.numpy()
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in combinations(rows, 2)]
+    assert mean_pairwise_cosine(features) == pytest.approx(np.mean(cosines), rel=1e-9)
+    assert mean_pairwise_cosine(features * 1e-3) == pytest.approx(np.mean(cosines), rel=1e-9)
+
+
+def test_mean_pairwise_cosine_is_one_on_collapse_and_least_for_rows_that_cancel_out():
+    assert mean_pairwise_cosine(gaussian(1, 8).expand(20, 8)) == pytest.approx(1, rel=1e-9)
+    assert mean_pairwise_cosine(torch.zeros(3, 4)) == 1
+    corners = torch.eye(4) - 0.25  # the corners of a regular simplex
+    assert mean_pairwise_cosine(corners) == pytest.approx(-1 / 3, rel=1e-5)
+    assert mean_pairwise_cosine(torch.eye(4)) == pytest.approx(0, abs=1e-7)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        mean_pairwise_cosine(torch.ones(1, 4))
+
+
+def test_normalized_std_is_zero_on_collapse_one_for_all_directions_and_has_no_scale():
+    features = gaussian(3000, 24)
+    assert normalized_std(gaussian(1, 8).expand(20, 8)) == pytest.approx(0, abs=1e-12)
+    assert normalized_std(features) == pytest.approx(1, abs=0.01)
+    assert normalized_std(7 * features) == pytest.approx(normalized_std(features), rel=1e-12)
+    units = (features / features.norm(dim=1, keepdim=True)).numpy()
+    assert normalized_std(features) == pytest.approx(units.std(axis=0).mean() * math.sqrt(24), rel=1e-12)
+
+
+# ---- dimensional collapse -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(60, 7), (7, 60)])
+def test_the_spectrum_and_ranks_of_centred_features_equal_those_of_an_svd(shape: tuple[int, int]):
+    features = gaussian(*shape) * torch.logspace(0, -1, shape[1], dtype=torch.float64) + 5
+    centred = features.numpy() - features.numpy().mean(axis=0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    assert spectrum(features).numpy() == pytest.approx(values**2, rel=1e-9, abs=1e-9)
+    shares = values[values > 1e-9] / values.sum()
+    assert effective_rank(features) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=2e-5)
+    assert stable_rank(features) == pytest.approx((values**2).sum() / values[0] ** 2, rel=1e-9)
+
+
+def test_ranks_are_one_along_a_line_and_full_in_all_directions_alike_wherever_the_middle_is():
+    line = gaussian(50, 1) * gaussian(1, 6, seed=1) + 3
+    everywhere = torch.cat([torch.eye(6), -torch.eye(6)]) + 3
+    for rank in (effective_rank, stable_rank):
+        assert rank(line) == pytest.approx(1, abs=1e-4)
+        assert rank(everywhere) == pytest.approx(6, rel=1e-5)
+        assert rank(torch.full((5, 6), 2.0)) == 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.5])
+def test_the_spectrum_slope_is_the_exponent_of_a_power_law(alpha: float):
+    directions = 40
+    basis = torch.linalg.qr(torch.cat([torch.ones(200, 1), gaussian(200, directions)], dim=1))[0][:, 1:]  # centred
+    scales = torch.arange(1, directions + 1, dtype=torch.float64) ** (-alpha / 2)
+    turned = torch.linalg.qr(gaussian(directions, directions, seed=2))[0]
+    assert spectrum_slope(basis * scales @ turned) == pytest.approx(alpha, abs=1e-6)
+
+
+def test_the_spectrum_slope_leaves_out_what_is_rounding():
+    features = gaussian(100, 3) @ gaussian(3, 50, seed=1)
+    assert spectrum_slope(features) == pytest.approx(spectrum_slope(gaussian(100, 3) @ torch.linalg.cholesky(
+        gaussian(3, 50, seed=1) @ gaussian(3, 50, seed=1).T)), rel=1e-6)  # fmt: skip
+    assert spectrum_slope(torch.ones(4, 4)) == 0
+
+
+def test_lidar_equals_the_generalised_eigenvalues_of_the_two_covariances():
+    views = gaussian(30, 5)[:, None] * 2 + gaussian(90, 5, seed=1).reshape(30, 3, 5) * torch.logspace(
+        0, -1, 5, dtype=torch.float64
+    )
+    centers = views.mean(dim=1).numpy()
+    within = (views.numpy() - centers[:, None]).reshape(-1, 5)
+    within = within.T @ within / len(within)
+    centers = centers - centers.mean(axis=0)
+    delta = 1e-4 * np.trace(within) / 5
+    values = scipy.linalg.eigh(centers.T @ centers, within + delta * np.eye(5), eigvals_only=True)
+    shares = values / values.sum()
+    assert lidar(views) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+
+
+def test_lidar_counts_what_tells_images_apart_and_rankme_counts_all():
+    images = torch.zeros(200, 1, 8, dtype=torch.float64)
+    images[:, 0, :2] = gaussian(200, 2) * 10  # two directions of images, eight of views
+    views = images + gaussian(800, 8, seed=1).reshape(200, 4, 8)
+    noise = gaussian(800, 8, seed=1).reshape(200, 4, 8)
+    assert 1.9 < lidar(views) < 3
+    assert lidar(noise) > 6
+    assert rankme(views.flatten(0, 1)) > 4
+    assert lidar(torch.ones(5, 2, 3)) == 1
+    with pytest.raises(ValueError, match=r"at least 2 images and 2 views"):
+        lidar(torch.ones(5, 1, 3))
+
+
+def test_dead_dimensions_are_those_that_hardly_vary_beside_the_others():
+    features = gaussian(100, 6) * torch.tensor([1, 1, 0.005, 0, 1, 1e-6]) + 4
+    assert dead_dimensions(features) == 3
+    assert dead_dimensions(features * 1e-6) == 3
+    assert dead_dimensions(gaussian(100, 6)) == 0
+    assert dead_dimensions(torch.ones(5, 6)) == 6
+
+
+# ---- positional collapse --------------------------------------------------------------------------------------------
+
+
+def test_position_share_is_omega_squared_of_a_one_way_analysis_of_variance():
+    positions = torch.arange(7).repeat(9)[:60]  # groups of unequal size
+    values = gaussian(60, 1) + positions[:, None] * 0.3
+    groups = [values[positions == place, 0].numpy() for place in range(7)]
+    statistic = scipy.stats.f_oneway(*groups).statistic
+    assert position_share(values, positions) == pytest.approx(6 * (statistic - 1) / (6 * (statistic - 1) + 60))
+
+
+def test_position_share_is_one_when_patches_only_know_their_place_and_nothing_when_place_says_nothing():
+    positions = torch.arange(16).repeat(8)
+    where, what = gaussian(16, 12)[positions], gaussian(128, 12, seed=1)
+    assert position_share(where, positions) == pytest.approx(1, abs=1e-9)
+    estimates = [position_share(gaussian(128, 12, seed=seed), positions) for seed in range(20)]
+    assert np.mean(estimates) == pytest.approx(0, abs=0.01)  # without a bias, though there are 8 images only
+    assert position_share(where + what, positions) == pytest.approx(0.5, abs=0.1)
+    assert position_share(torch.ones(128, 12), positions) == 0
+
+
+def test_ranks_do_not_see_what_position_share_sees():
+    positions = torch.arange(64).repeat(16)
+    where = gaussian(64, 12)[positions]
+    assert rankme(where) > 11
+    assert feature_std(where) > 0.9
+
+
+@pytest.mark.parametrize("positions", [torch.arange(5), torch.arange(6.0), torch.zeros(2, 3, dtype=torch.int64)])
+def test_positions_that_do_not_fit_the_rows_are_refused(positions: torch.Tensor):
+    with pytest.raises(ValueError, match=r"must be int64 \[6\]"):
+        position_share(gaussian(6, 2), positions)
+
+
+def test_position_share_needs_a_place_that_occurs_twice():
+    with pytest.raises(ValueError, match="no position occurs twice"):
+        position_share(gaussian(6, 2), torch.arange(6))
+
+
+def test_the_cross_image_gap_is_zero_without_the_image_and_its_most_for_perfect_predictions():
+    where, own, other = gaussian(40, 8), gaussian(40, 8, seed=1), gaussian(40, 8, seed=2)
+    targets, others = where + own, where + other
+    products = (targets * others).sum(dim=1) / targets.norm(dim=1) / others.norm(dim=1)
+    assert cross_image_gap(targets, targets, others) == pytest.approx(1 - float(products.mean()), rel=1e-6)
+    assert cross_image_gap(where, targets, others) == pytest.approx(0, abs=0.08)
+    halfway = cross_image_gap(where + 0.5 * own, targets, others)
+    assert 0.1 < halfway < cross_image_gap(targets, targets, others)
+
+
+def test_prediction_skill_is_r2_weighted_by_variance():
+    targets, noise = gaussian(50, 4) * torch.tensor([1.0, 2, 3, 4]), gaussian(50, 4, seed=1)
+    expected = r2_score(targets.numpy(), (targets + noise).numpy(), multioutput="variance_weighted")
+    assert prediction_skill(targets + noise, targets) == pytest.approx(expected, rel=1e-9)
+    assert prediction_skill(targets, targets) == 1
+    assert prediction_skill(targets.mean(dim=0).expand_as(targets), targets) == pytest.approx(0, abs=1e-12)
+    assert prediction_skill(noise, torch.ones(50, 4, dtype=torch.float64)) == 0
+
+
+def test_the_residual_ratio_is_what_is_left_inside_groups():
+    groups = torch.tensor([3, 3, 3, 8, 8, 8, 8])
+    targets, predictions = gaussian(7, 3), gaussian(7, 3, seed=1)
+
+    def inside(matrix: torch.Tensor) -> float:
+        return sum(float((matrix[groups == g] - matrix[groups == g].mean(dim=0)).square().sum()) for g in (3, 8))
+
+    expected = math.sqrt(inside(predictions) / inside(targets))
+    assert residual_ratio(predictions, targets, groups) == pytest.approx(expected, rel=1e-9)
+    assert residual_ratio(groups[:, None] * torch.ones(7, 3), targets.float(), groups) == 0
+    assert residual_ratio(targets / 2, targets, groups) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("compare", [prediction_skill, lambda a, b: cross_image_gap(a, b, b)])
+def test_predictions_and_targets_of_two_shapes_are_refused(compare: Callable[..., float]):
+    with pytest.raises(ValueError, match=r"must have one shape"):
+        compare(gaussian(3, 4), gaussian(4, 4))
+
+
+# ---- all ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metric", [rankme, feature_std, normalized_std, effective_rank, stable_rank, spectrum_slope, dead_dimensions]
+)
 @pytest.mark.parametrize(
     ("features", "message"),
     [
