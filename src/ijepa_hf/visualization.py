@@ -19,15 +19,23 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from ijepa_hf.mask_audit import MaskAudit
 from ijepa_hf.masking import Masks
+from ijepa_hf.panels import (
+    BLOCK_COLORS,
+    DPI,
+    HIDDEN,
+    keep_patches,
+    mark_patches,
+    outline,
+    panel_grid,
+    per_pixel,
+    plain_frame,
+    show_picture,
+    to_pictures,
+)
 
-# Okabe and Ito's colours, told apart by nearly everyone, in the order that stands out most on photographs.
-_BLOCK_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2")
-_HIDDEN = 0.80  # gray level of a patch that the context encoder does not see
 _FADE = 0.80  # how far a panel of a target block fades what is not in the block
 _TINT = 0.25  # how much of the block's colour is laid over it
-_PANEL_INCHES = 1.7
 _AUDIT_SIZES_SHOWN = 8  # block sizes with a bar of their own
-_DPI = 150
 
 _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "mean over target values", {"loss": ""}),
@@ -79,12 +87,12 @@ def draw_masks_figure(
     _check_masks(images, context_indices, target_indices, patch_size)
     sets, blocks = context_indices.shape[1], target_indices.shape[1]
     titles = ["image", *_block_titles(sets, blocks)]
-    figure, axes = _panel_grid(len(images), len(titles), images.shape[-2] / images.shape[-1])
+    figure, axes = panel_grid(len(images), len(titles), images.shape[-2] / images.shape[-1])
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9, color="#333333", pad=4)
     for row, image, contexts, targets in zip(axes, images, context_indices, target_indices, strict=True):
-        _draw_masks_of_image(row, _displayable(image), contexts, targets, patch_size)
-    figure.savefig(path, dpi=_DPI)
+        _draw_masks_of_image(row, to_pictures(image[None])[0], contexts, targets, patch_size)
+    figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -119,14 +127,14 @@ def draw_strategies_figure(
         _check_masks(image[None], context_indices, given.target_indices, patch_size)
         rows.append((context_indices[0], given.target_indices[0]))
     panels = 1 + max(len(contexts) + len(targets) for contexts, targets in rows)
-    figure, axes = _panel_grid(len(rows), panels, image.shape[-2] / image.shape[-1], row_titles=True)
+    figure, axes = panel_grid(len(rows), panels, image.shape[-2] / image.shape[-1], row_titles=True)
     for row, name, (contexts, targets) in zip(axes, masks, rows, strict=True):
         row[0].set_title(name, fontsize=10, fontweight="bold", color="#222222", pad=4, loc="left")
         titles = _block_titles(len(contexts), len(targets))
         for axis, title in zip(row[1:], titles, strict=False):
             axis.set_title(title, fontsize=9, color="#333333", pad=4)
-        _draw_masks_of_image(row, _displayable(image), contexts, targets, patch_size)
-    figure.savefig(path, dpi=_DPI)
+        _draw_masks_of_image(row, to_pictures(image[None])[0], contexts, targets, patch_size)
+    figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -183,7 +191,7 @@ def draw_audit_figure(
     for row, title in zip(axes, titles, strict=True):
         row[0].set_ylabel(title, fontsize=10, fontweight="bold", color="#222222")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -232,7 +240,7 @@ def draw_curves_figure(
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for axis in axes[num_panels:]:
         axis.remove()
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -287,86 +295,21 @@ def _draw_masks_of_image(
     row: np.ndarray, picture: np.ndarray, contexts: torch.Tensor, targets: torch.Tensor, patch_size: tuple[int, int]
 ) -> None:
     """The image, its context sets [S, K] and its target blocks [M, P] in the first panels of a row."""
-    _show(row[0], picture)
+    show_picture(row[0], picture)
     for axis, indices in zip(row[1:], contexts, strict=False):
-        _show(axis, _context_picture(picture, _visible(indices, picture, patch_size), patch_size))
-    for axis, indices, color in zip(row[1 + len(contexts) :], targets, cycle(_BLOCK_COLORS), strict=False):
-        block = _visible(indices, picture, patch_size)
-        _show(axis, _target_picture(picture, block, patch_size, _rgb(color)))
-        axis.add_collection(LineCollection(_outline(block, patch_size), colors=color, linewidths=1.6, clip_on=False))
-
-
-def _panel_grid(rows: int, columns: int, aspect: float, row_titles: bool = False) -> tuple[Figure, np.ndarray]:
-    """Axes without ticks or frames, each of the image's own shape, with thin gaps and room for one line of titles.
-
-    The titles are above the first row, or above each with `row_titles`.
-    """
-    gap, edge, head = 0.06, 0.08, 0.28  # inches
-    row_gap = head if row_titles else gap
-    panel_height = _PANEL_INCHES * aspect
-    width = 2 * edge + columns * _PANEL_INCHES + (columns - 1) * gap
-    height = head + edge + rows * panel_height + (rows - 1) * row_gap
-    figure = Figure(figsize=(width, height), facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(
-        left=edge / width,
-        right=1 - edge / width,
-        top=1 - head / height,
-        bottom=edge / height,
-        wspace=gap / _PANEL_INCHES,
-        hspace=row_gap / panel_height,
-    )
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    return figure, axes
-
-
-def _show(axis: Axes, picture: np.ndarray) -> None:
-    height, width = picture.shape[:2]
-    axis.imshow(picture, extent=(0, width, height, 0), vmin=0, vmax=1)
-
-
-def _displayable(image: torch.Tensor) -> np.ndarray:
-    """[C, height, width] of any kind to RGB in [0, 1], [height, width, 3]."""
-    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    pixels = shown.permute(1, 2, 0).cpu().double().numpy()
-    if not image.is_floating_point():
-        return pixels / 255
-    low, high = pixels.min(), pixels.max()
-    return (pixels - low) / (high - low) if high > low else np.full_like(pixels, 0.5)
-
-
-def _visible(indices: torch.Tensor, picture: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    """Patch positions to a boolean grid [rows, columns]."""
-    grid = np.zeros((picture.shape[0] // patch_size[0], picture.shape[1] // patch_size[1]), dtype=bool)
-    grid.ravel()[indices.cpu().numpy()] = True
-    return grid
-
-
-def _pixelwise(grid: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    return grid.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1)[:, :, None]
-
-
-def _context_picture(picture: np.ndarray, visible: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    return np.where(_pixelwise(visible, patch_size), picture, _HIDDEN)
+        show_picture(axis, keep_patches(picture, mark_patches(indices, picture, patch_size), patch_size))
+    for axis, indices, color in zip(row[1 + len(contexts) :], targets, cycle(BLOCK_COLORS), strict=False):
+        block = mark_patches(indices, picture, patch_size)
+        show_picture(axis, _target_picture(picture, block, patch_size, _rgb(color)))
+        axis.add_collection(LineCollection(outline(block, patch_size), colors=color, linewidths=1.6, clip_on=False))
 
 
 def _target_picture(
     picture: np.ndarray, block: np.ndarray, patch_size: tuple[int, int], color: np.ndarray
 ) -> np.ndarray:
     gray = picture.mean(axis=2, keepdims=True)
-    faded = (1 - _FADE) * gray + _FADE * _HIDDEN
-    return np.where(_pixelwise(block, patch_size), (1 - _TINT) * picture + _TINT * color, faded)
-
-
-def _outline(block: np.ndarray, patch_size: tuple[int, int]) -> list[list[tuple[float, float]]]:
-    """Edges, in pixels, between the block's patches and all others: a rectangle, or several for scattered patches."""
-    height, width = patch_size
-    padded = np.pad(block, 1)
-    across = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # horizontal edges, above patch (row, column)
-    along = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # vertical edges, left of patch (row, column)
-    lines = [[(c * width, r * height), ((c + 1) * width, r * height)] for r, c in across]
-    return lines + [[(c * width, r * height), (c * width, (r + 1) * height)] for r, c in along]
+    faded = (1 - _FADE) * gray + _FADE * HIDDEN
+    return np.where(per_pixel(block, patch_size), (1 - _TINT) * picture + _TINT * color, faded)
 
 
 def _rgb(color: str) -> np.ndarray:
@@ -391,7 +334,7 @@ def _draw_lines(axis: Axes, steps: np.ndarray, lines: Mapping[str, np.ndarray]) 
         )
     if len(lines) > 1:
         axis.legend(fontsize=7, frameon=False)
-    _plain_frame(axis)
+    plain_frame(axis)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # no common factor above the axis
@@ -431,7 +374,7 @@ def _draw_context_shares(axis: Axes, audit: MaskAudit) -> None:
     axis.set_xlabel("images in a batch (bars: least to most)", fontsize=8, color="#555555")
     axis.set_ylabel("share of the grid", fontsize=8, color="#555555")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _plain_frame(axis)
+    plain_frame(axis)
 
 
 def _bars_of_sizes(audit: MaskAudit) -> dict[str, float]:
@@ -455,12 +398,4 @@ def _draw_block_sizes(axis: Axes, audit: MaskAudit) -> None:
     axis.set_ylim(max(len(bars), 4) - 0.4, -0.6)
     axis.set_xlabel("share of the steps", fontsize=8, color="#555555")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _plain_frame(axis)
-
-
-def _plain_frame(axis: Axes) -> None:
-    axis.grid(color="#DDDDDD", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#999999")
-    axis.tick_params(labelsize=8, colors="#555555")
+    plain_frame(axis)

@@ -1,0 +1,559 @@
+"""Pictures of features and of predictions: what patches have in common, where predictions fail, what they expect.
+
+All functions write a PNG and return the matplotlib figure. What is drawn comes from `feature_views`;
+`draw_training_figures` does both for a batch of a run.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ijepa_hf.diagnostics import rankme, spectrum
+from ijepa_hf.feature_views import (
+    Expectation,
+    PatchColors,
+    PatchMatches,
+    cosine_map,
+    encode_patches,
+    error_map,
+    expect_patches,
+    patch_colors,
+    prediction_errors,
+    target_features,
+)
+from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.panels import (
+    BLOCK_COLORS,
+    DPI,
+    FAINT_COLOR,
+    HIDDEN,
+    LINE_COLORS,
+    PANEL_INCHES,
+    TEXT_COLOR,
+    keep_patches,
+    mark_patches,
+    outline,
+    panel_grid,
+    plain_frame,
+    show_picture,
+    to_pictures,
+)
+
+TRAINING_IMAGES = 64  # of a batch, at most: gallery, and spectrum
+TRAINING_ROWS = 4
+
+_LINE = 0.17  # inches of a line of text below a panel
+_BAR_ROOM = 0.85  # inches for a colour bar and its labels
+
+
+def draw_pca_figure(pictures: np.ndarray, colors: PatchColors, path: str | Path) -> Figure:
+    """Draws images beside the principal components of their patches.
+
+    Args:
+        pictures: `[n, height, width, 3]`, from 0 to 1.
+        colors: Of the same n images.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure: pairs of panels, two pairs a row.
+
+    Raises:
+        ValueError: Other numbers of images and colours.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    _check_same_length(pictures=pictures, colors=colors.colors)
+    pairs = min(2, len(pictures))
+    rows = -(-len(pictures) // pairs)
+    figure, axes = panel_grid(rows, 2 * pairs, _aspect(pictures), foot=0.0, edge=0.1)
+    _title(axes[0], ["image", "components"] * pairs)
+    for number, (picture, patches) in enumerate(zip(pictures, colors.colors, strict=True)):
+        row, pair = divmod(number, pairs)
+        show_picture(axes[row, 2 * pair], picture)
+        height, width = picture.shape[:2]
+        axes[row, 2 * pair + 1].imshow(patches, extent=(0, width, height, 0), vmin=0, vmax=1, interpolation="nearest")
+    shares = ", ".join(f"{100 * share:.0f} %" for share in colors.explained)
+    _foot_of_figure(figure, f"red, green, blue: {shares} of the variance")
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def draw_cosine_figure(
+    pictures: np.ndarray, features: Tensor, patches: Sequence[Sequence[tuple[int, int]]], path: str | Path
+) -> Figure:
+    """Draws how like one patch all others of its image are, for some patches an image.
+
+    Args:
+        pictures: `[n, height, width, 3]`, from 0 to 1.
+        features: `[n, rows, columns, D]`.
+        patches: Row and column of the patches looked at, as many for each image.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure: a row an image, with a map for each patch, all of one colour scale.
+
+    Raises:
+        ValueError: Other numbers of images, features and patches.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    _check_same_length(pictures=pictures, features=features, patches=patches)
+    maps = [
+        [cosine_map(own, row, column) for row, column in places] for own, places in zip(features, patches, strict=True)
+    ]
+    lowest = min(float(one.min()) for row in maps for one in row)
+    count = len(patches[0])
+    figure, axes = panel_grid(len(pictures), 1 + count, _aspect(pictures), right=_BAR_ROOM)
+    _title(axes[0], ["image", *(f"patch {number + 1}" for number in range(count))])
+    shown: Any = None
+    for row, picture, own, places in zip(axes, pictures, maps, patches, strict=True):
+        show_picture(row[0], picture)
+        grid = own[0].shape
+        patch_size = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
+        for axis, cosines, place, color in zip(row[1:], own, places, cycle(BLOCK_COLORS), strict=False):
+            shown = _heat(axis, cosines, picture, lowest, 1.0)
+            block = np.zeros(grid, dtype=bool)
+            block[place] = True
+            for marked in (row[0], axis):
+                _draw_outline(marked, block, patch_size, color)
+    _color_bar(figure, axes, shown, "cosine to the marked patch")
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def draw_errors_figure(
+    pictures: np.ndarray,
+    context_indices: Tensor,
+    target_indices: Tensor,
+    errors: Tensor,
+    patch_size: tuple[int, int],
+    path: str | Path,
+) -> Figure:
+    """Draws where predictions fail: the loss of each target patch, and below it the mean of each block.
+
+    Args:
+        pictures: `[B, height, width, 3]`, from 0 to 1.
+        context_indices: int64 `[B, K]` or `[B, S, K]`, of which the first set is drawn.
+        target_indices: int64 `[B, M, P]`.
+        errors: `[B, M, P]`, from `prediction_errors`; a patch of several blocks is drawn with their mean.
+        patch_size: Height and width of a patch, in pixels.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure: a row an image, with image, context and error.
+
+    Raises:
+        ValueError: Other numbers of images, indices and errors.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    _check_same_length(pictures=pictures, context=context_indices, targets=target_indices, errors=errors)
+    foot = _lines_of_blocks(target_indices) * _LINE + 0.06
+    figure, axes = panel_grid(len(pictures), 3, _aspect(pictures), foot=foot, right=_BAR_ROOM)
+    _title(axes[0], ["image", "context", "error"])
+    maps = _error_maps(errors, target_indices, pictures, patch_size)
+    shown: Any = None
+    for b, row in enumerate(axes):
+        _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
+        shown = _draw_errors(row[2], maps, b, pictures[b], target_indices[b], errors[b], patch_size)
+    _color_bar(figure, axes, shown, "loss at the patch")
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def draw_expectation_figure(
+    pictures: np.ndarray,
+    context_indices: Tensor,
+    target_indices: Tensor,
+    expectation: Expectation,
+    expected_tiles: np.ndarray,
+    nearest_tiles: np.ndarray,
+    patch_size: tuple[int, int],
+    path: str | Path,
+) -> Figure:
+    """Draws what the predictor expects: in the place of each target patch the real patch most like the prediction.
+
+    Beside it the same for the true targets, which is the best that this gallery could show. Where blocks share a
+    patch, the first counts.
+
+    Args:
+        pictures: `[B, height, width, 3]`, from 0 to 1.
+        context_indices: int64 `[B, K]` or `[B, S, K]`, of which the first set is drawn.
+        target_indices: int64 `[B, M, P]`.
+        expectation: Of the same images and blocks.
+        expected_tiles: `[B, M, P, patch height, patch width, 3]`: the pixels of `expectation.expected`.
+        nearest_tiles: Those of `expectation.nearest_to_truth`.
+        patch_size: Height and width of a patch, in pixels.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure: a row an image, with image, context, expectation and the nearest to the truth.
+
+    Raises:
+        ValueError: Other numbers of images, indices and tiles.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    _check_same_length(
+        pictures=pictures, context=context_indices, targets=target_indices, tiles=expected_tiles, others=nearest_tiles
+    )
+    figure, axes = panel_grid(len(pictures), 4, _aspect(pictures), foot=2 * _LINE + 0.06)
+    _title(axes[0], ["image", "context", "expected", "nearest to truth"])
+    for b, row in enumerate(axes):
+        _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
+        _draw_expectation(
+            row[2:], b, pictures[b], target_indices[b], expectation, expected_tiles[b], nearest_tiles[b], patch_size
+        )
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def draw_retrieval_figure(
+    queries: np.ndarray,
+    query_names: Sequence[str],
+    neighbours: np.ndarray,
+    neighbour_names: Sequence[Sequence[str]],
+    similarity: np.ndarray,
+    path: str | Path,
+) -> Figure:
+    """Draws images and their nearest neighbours, a row each.
+
+    Args:
+        queries: `[q, height, width, 3]`, from 0 to 1.
+        query_names: What stands below each, such as its label; may be empty.
+        neighbours: `[q, k, height, width, 3]`, the most like first.
+        neighbour_names: Likewise, k for each.
+        similarity: `[q, k]`, cosines.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: Other numbers of images and names.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    _check_same_length(
+        queries=queries, names=query_names, neighbours=neighbours, others=neighbour_names, similarity=similarity
+    )
+    named = any(query_names) or any(any(names) for names in neighbour_names)
+    foot = (1 + named) * _LINE + 0.06
+    figure, axes = panel_grid(len(queries), 1 + neighbours.shape[1], _aspect(queries), foot=foot)
+    _title(axes[0], ["query", *(f"nearest {number + 1}" for number in range(neighbours.shape[1]))])
+    for row, query, name, images, names, cosines in zip(
+        axes, queries, query_names, neighbours, neighbour_names, similarity, strict=True
+    ):
+        show_picture(row[0], query)
+        _below(row[0], [name] if named else [])
+        for axis, image, its_name, cosine in zip(row[1:], images, names, cosines, strict=True):
+            show_picture(axis, image)
+            _below(axis, [*([its_name] if named else []), f"cosine {cosine:.2f}"])
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def draw_spectrum_figure(features: Mapping[str, Tensor], path: str | Path) -> Figure:
+    """Draws the singular values of feature matrices, on logarithmic axes, with their effective ranks.
+
+    Features are not centred, as in RankMe, so the first value is mostly their common offset. Values are divided by the
+    largest. A line that falls off a cliff is dimensional collapse; a line of slope 0 uses all directions alike.
+
+    Args:
+        features: `[n, D]` for each name in the legend.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: No features, or values that are not finite.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    if not features:
+        raise ValueError("features is empty; give at least one matrix, for example pooled features.")
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    for (name, matrix), color, style in zip(features.items(), cycle(LINE_COLORS), cycle(["-", "--", ":"])):
+        values = spectrum(matrix, center=False).sqrt().cpu().numpy()
+        values = values / values[0] if values[0] > 0 else values
+        seen = values > 0  # zero has no place on a logarithmic axis
+        label = f"{name}: RankMe {rankme(matrix):.1f} of {len(values)}"
+        numbers = np.arange(1, len(values) + 1)
+        axis.plot(numbers[seen], values[seen], color=color, linestyle=style, linewidth=1.8, label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # below is rounding
+    axis.set_xlabel("number of the singular value", fontsize=10, color=FAINT_COLOR)
+    axis.set_ylabel("singular value / largest", fontsize=10, color=FAINT_COLOR)
+    axis.set_title("Singular values of the features", fontsize=11, loc="left", fontweight="bold", color=TEXT_COLOR)
+    plain_frame(axis)
+    axis.tick_params(labelsize=9)
+    # below: inside, a spectrum that falls off a cliff would run through it
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center")
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+# -- a batch of a run ------------------------------------------------------------------------------------------------
+
+
+def draw_training_figures(
+    model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor, output_dir: Path
+) -> list[Path]:
+    """Draws `figures/pca.png`, `predictions.png` and `spectrum.png` of one fixed batch, to be compared over a run.
+
+    At most 64 images of the batch count. The model is left as it was: weights, gradients, mode of each module, and
+    torch's random numbers.
+
+    Args:
+        model: The model, not wrapped.
+        pixel_values: float `[B, C, height, width]`, normalised, B at least 2: an image's patches are looked for in the
+            others.
+        context_indices: int64 `[B, K]` or `[B, S, K]`.
+        target_indices: int64 `[B, M, P]`.
+        output_dir: The run's folder; `figures` is made in it.
+
+    Returns:
+        The three files.
+
+    Raises:
+        ValueError: If there is one image only.
+    """
+    if len(pixel_values) < 2:
+        raise ValueError(
+            "pictures of a batch need at least 2 images: the patches of one are looked for in the others."
+        )
+    folder = output_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("pca.png", "predictions.png", "spectrum.png")]
+    pixel_values = pixel_values[:TRAINING_IMAGES]
+    shown = slice(0, min(TRAINING_ROWS, len(pixel_values)))
+    pictures = to_pictures(pixel_values, together=True)
+
+    features = encode_patches(model.target_encoder, pixel_values)
+    draw_pca_figure(pictures[: 2 * TRAINING_ROWS], patch_colors(features[: 2 * TRAINING_ROWS]), paths[0])
+    masks = context_indices[shown], target_indices[shown]
+    errors = prediction_errors(model, pixel_values[shown], *masks)
+    expectation = expect_patches(
+        model,
+        pixel_values[shown],
+        *masks,
+        [target_features(model, pixel_values)],
+        own_images=torch.arange(len(errors)),
+    )
+    draw_predictions_figure(pictures, *masks, errors, expectation, model.config.patch_shape, paths[1])
+    draw_spectrum_figure({"images": features.mean(dim=(1, 2)), "patches": features.flatten(0, 2)}, paths[2])
+    return paths
+
+
+def draw_predictions_figure(
+    pictures: np.ndarray,
+    context_indices: Tensor,
+    target_indices: Tensor,
+    errors: Tensor,
+    expectation: Expectation,
+    patch_size: tuple[int, int],
+    path: str | Path,
+) -> Figure:
+    """Draws errors and expectations of the first images of a batch, the others being the gallery.
+
+    Args:
+        pictures: `[n, height, width, 3]`, from 0 to 1: the gallery, whose first B images are drawn.
+        context_indices: int64 `[B, K]` or `[B, S, K]`.
+        target_indices: int64 `[B, M, P]`.
+        errors: `[B, M, P]`.
+        expectation: Of these B images.
+        patch_size: Height and width of a patch, in pixels.
+        path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure: a row an image, with image, context, error, expectation and the nearest to the truth.
+
+    Raises:
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    foot = max(2, _lines_of_blocks(target_indices)) * _LINE + 0.06
+    figure, axes = panel_grid(len(errors), 5, _aspect(pictures), foot=foot, right=_BAR_ROOM)
+    _title(axes[0], ["image", "context", "error", "expected", "nearest to truth"])
+    maps = _error_maps(errors, target_indices, pictures, patch_size)
+    tiles = [
+        cut_patches(pictures, found, patch_size) for found in (expectation.expected, expectation.nearest_to_truth)
+    ]
+    heat: Any = None
+    for b, row in enumerate(axes):
+        _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
+        heat = _draw_errors(row[2], maps, b, pictures[b], target_indices[b], errors[b], patch_size)
+        _draw_expectation(
+            row[3:], b, pictures[b], target_indices[b], expectation, tiles[0][b], tiles[1][b], patch_size
+        )
+    _color_bar(figure, axes, heat, "loss at the patch")
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def cut_patches(pictures: np.ndarray, matches: PatchMatches, patch_size: tuple[int, int]) -> np.ndarray:
+    """The pixels of patches.
+
+    Args:
+        pictures: `[n, height, width, channels]`, any dtype: the gallery.
+        matches: Each `[...]`.
+        patch_size: Height and width of a patch, in pixels.
+
+    Returns:
+        `[..., patch height, patch width, channels]`.
+    """
+    height, width = patch_size
+    columns = pictures.shape[2] // width
+    patches = [
+        pictures[image, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        for image, (row, column) in zip(
+            matches.images.flatten().tolist(),
+            (divmod(position, columns) for position in matches.positions.flatten().tolist()),
+            strict=True,
+        )
+    ]
+    return np.stack(patches).reshape(*matches.images.shape, height, width, pictures.shape[-1])
+
+
+# -- parts of rows ---------------------------------------------------------------------------------------------------
+
+
+def _draw_image_and_context(
+    row: np.ndarray, picture: np.ndarray, context: Tensor, targets: Tensor, patch_size: tuple[int, int]
+) -> None:
+    show_picture(row[0], picture)
+    _outline_blocks(row[0], targets, picture, patch_size)
+    first_set = context if context.ndim == 1 else context[0]
+    show_picture(row[1], keep_patches(picture, mark_patches(first_set, picture, patch_size), patch_size))
+
+
+def _error_maps(
+    errors: Tensor, target_indices: Tensor, pictures: np.ndarray, patch_size: tuple[int, int]
+) -> list[np.ndarray]:
+    grid = pictures.shape[1] // patch_size[0], pictures.shape[2] // patch_size[1]
+    return [error_map(own, targets, grid) for own, targets in zip(errors, target_indices, strict=True)]
+
+
+def _draw_errors(
+    axis: Axes,
+    maps: Sequence[np.ndarray],
+    number: int,
+    picture: np.ndarray,
+    targets: Tensor,
+    errors: Tensor,
+    patch_size: tuple[int, int],
+) -> Any:
+    """The map of one image on the scale of all; below it a coloured square and the mean error of each block."""
+    highest = max(float(np.nanmax(one)) for one in maps)
+    shown = _heat(axis, maps[number], picture, 0.0, highest)
+    _outline_blocks(axis, targets, picture, patch_size)
+    for block, (mean, color) in enumerate(zip(errors.mean(dim=-1).tolist(), cycle(BLOCK_COLORS), strict=False)):
+        line, place = divmod(block, 2)
+        y = -0.04 - line * _LINE / (PANEL_INCHES * picture.shape[0] / picture.shape[1])
+        x = 0.02 + 0.5 * place
+        axis.text(x, y, "\u25a0", transform=axis.transAxes, fontsize=9, va="top", color=color)
+        axis.text(x + 0.1, y, f"{mean:.3f}", transform=axis.transAxes, fontsize=9, va="top", color=TEXT_COLOR)
+    return shown
+
+
+def _draw_expectation(
+    axes: np.ndarray,
+    number: int,
+    picture: np.ndarray,
+    targets: Tensor,
+    expectation: Expectation,
+    expected_tiles: np.ndarray,
+    nearest_tiles: np.ndarray,
+    patch_size: tuple[int, int],
+) -> None:
+    for axis, tiles in zip(axes, (expected_tiles, nearest_tiles), strict=True):
+        show_picture(axis, _tiled(picture, targets, tiles, patch_size))
+        _outline_blocks(axis, targets, picture, patch_size)
+    mine = float(expectation.expected.similarity[number].mean())
+    truth = float(expectation.truth_similarity[number].mean())
+    best = float(expectation.nearest_to_truth.similarity[number].mean())
+    _below(axes[0], [f"cosine {mine:.2f}", f"to the truth {truth:.2f}"])
+    _below(axes[1], [f"cosine {best:.2f}"])
+
+
+def _tiled(picture: np.ndarray, targets: Tensor, tiles: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    """The picture, faded, with tiles `[M, P, height, width, 3]` in the place of its target patches."""
+    height, width = patch_size
+    columns = picture.shape[1] // width
+    canvas = 0.35 * picture + 0.65 * HIDDEN
+    for block, patches in reversed(list(zip(targets.tolist(), tiles, strict=True))):  # the first block lies on top
+        for position, tile in zip(block, patches, strict=True):
+            row, column = divmod(position, columns)
+            canvas[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
+    return canvas
+
+
+def _heat(axis: Axes, values: np.ndarray, picture: np.ndarray, low: float, high: float) -> Any:
+    height, width = picture.shape[:2]
+    colors = colormaps["viridis"].with_extremes(bad=str(HIDDEN))
+    masked = np.ma.masked_invalid(values)
+    return axis.imshow(masked, cmap=colors, vmin=low, vmax=high, extent=(0, width, height, 0), interpolation="nearest")
+
+
+def _outline_blocks(axis: Axes, targets: Tensor, picture: np.ndarray, patch_size: tuple[int, int]) -> None:
+    for indices, color in zip(targets, cycle(BLOCK_COLORS), strict=False):
+        _draw_outline(axis, mark_patches(indices, picture, patch_size), patch_size, color)
+
+
+def _draw_outline(axis: Axes, block: np.ndarray, patch_size: tuple[int, int], color: str) -> None:
+    edges = outline(block, patch_size)
+    # dark below, so that the colour is seen on any ground
+    for width, shade in ((2.8, "#222222"), (1.6, color)):
+        axis.add_collection(
+            LineCollection(edges, colors=shade, linewidths=width, clip_on=False, capstyle="round"), autolim=False
+        )
+
+
+def _color_bar(figure: Figure, axes: np.ndarray, shown: Any, label: str) -> None:
+    top, bottom = axes[0, -1].get_position(), axes[-1, -1].get_position()
+    width, height = figure.get_size_inches()
+    longest = min(top.y1 - bottom.y0, 3 * PANEL_INCHES / height)
+    place = figure.add_axes((top.x1 + 0.12 / width, top.y1 - longest, 0.12 / width, longest))
+    bar = figure.colorbar(shown, cax=place)
+    bar.set_label(label, fontsize=9, color=FAINT_COLOR)
+    bar.ax.tick_params(labelsize=8, colors=FAINT_COLOR)
+
+
+def _title(axes: np.ndarray, titles: Sequence[str]) -> None:
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=11, color=TEXT_COLOR, pad=4)
+
+
+def _below(axis: Axes, lines: Sequence[str]) -> None:
+    axis.text(
+        0.5, -0.03, "\n".join(lines), transform=axis.transAxes, ha="center", va="top", fontsize=9, color=TEXT_COLOR
+    )  # fmt: skip
+
+
+def _foot_of_figure(figure: Figure, text: str) -> None:
+    """A line of text below everything, for which the figure grows."""
+    width, height = figure.get_size_inches()
+    grown = height + 0.24
+    figure.set_size_inches(width, grown)
+    pars = figure.subplotpars
+    figure.subplots_adjust(top=1 - (1 - pars.top) * height / grown, bottom=(pars.bottom * height + 0.24) / grown)
+    figure.text(0.5, 0.08 / grown, text, ha="center", va="bottom", fontsize=10, color=TEXT_COLOR)
+
+
+def _lines_of_blocks(target_indices: Tensor) -> int:
+    return -(-target_indices.shape[1] // 2)
+
+
+def _aspect(pictures: np.ndarray) -> float:
+    return float(pictures.shape[1] / pictures.shape[2])
+
+
+def _check_same_length(**values: Any) -> None:
+    lengths = {name: len(value) for name, value in values.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"{lengths}: these must be of the same images, at least one.")

@@ -1,0 +1,452 @@
+"""What the pictures of features and predictions show, worked out from a model; `feature_figures` draws it.
+
+There is no decoder anywhere: a prediction is shown by the real patches whose targets are most like it.
+
+Models run in eval mode and without gradients; the mode of each of their modules is then put back, and no random
+number is drawn.
+
+Letters as in `modeling_ijepa`; n counts images, q queries.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+
+from ijepa_hf.modeling_ijepa import IJepaForPretraining
+
+MOST_TOKENS_IN_FRONT = 16  # a class token and registers
+ROBUST_PERCENTILES = (1.0, 99.0)
+_MOST_SIMILARITIES = 2**24  # in memory at a time: 64 MB
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a while; then each module's own mode again.
+
+    Args:
+        model: The model; parts of it may be frozen in eval mode for good.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# -- features --------------------------------------------------------------------------------------------------------
+
+
+def encode_patches(encoder: nn.Module, pixel_values: Tensor, *, batch_size: int = 64) -> Tensor:
+    """Features of the last layer, patch by patch and in their places.
+
+    Args:
+        encoder: A transformers vision backbone, whose output has `last_hidden_state` `[B, tokens, D]`, where tokens in
+            front of the patches (a class token, registers) are left out, or `[B, D, rows, columns]`.
+        pixel_values: float `[n, C, height, width]`, normalised, n at least 1.
+        batch_size: Images a forward pass.
+
+    Returns:
+        float32 `[n, rows, columns, D]` on the CPU.
+
+    Raises:
+        ValueError: Pixels of another kind, a model without `last_hidden_state`, or one whose tokens are no grid.
+    """
+    if pixel_values.ndim != 4 or len(pixel_values) == 0 or not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype} must be floating point "
+            "[n, C, height, width] with n at least 1: pass them through image_transforms.normalize first."
+        )
+    parameter = next(encoder.parameters())
+    parts = []
+    with evaluating(encoder), _seeing_all_patches(encoder):
+        for images in pixel_values.split(batch_size):
+            images = images.to(parameter.device, parameter.dtype)
+            output = encoder(pixel_values=images, **_in_order(encoder, images))
+            hidden = getattr(output, "last_hidden_state", None)
+            if hidden is None:
+                raise ValueError(
+                    f"the output of {type(encoder).__name__} has no last_hidden_state: pass an encoder, such as "
+                    "AutoModel.from_pretrained(...) or the target_encoder of an IJepaForPretraining."
+                )
+            parts.append(_as_grid(encoder, hidden, images.shape[-2:]).float().cpu())
+    return torch.cat(parts)
+
+
+def _as_grid(encoder: nn.Module, hidden: Tensor, shape: torch.Size) -> Tensor:
+    if hidden.ndim == 4:
+        return hidden.permute(0, 2, 3, 1)
+    rows, columns = _grid_of(encoder, shape) or (0, 0)
+    in_front = hidden.shape[1] - rows * columns
+    if not rows * columns or not 0 <= in_front <= MOST_TOKENS_IN_FRONT:
+        raise ValueError(
+            f"the {hidden.shape[1]} tokens of {type(encoder).__name__} for {shape[0]}x{shape[1]} pixels are no grid "
+            "of patches: pictures of patches need a plain vision transformer or a convolutional network."
+        )
+    return hidden[:, in_front:].unflatten(1, (rows, columns))
+
+
+def _grid_of(encoder: nn.Module, shape: torch.Size) -> tuple[int, int] | None:
+    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
+    if patch is None:
+        return None
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return shape[0] // height, shape[1] // width
+
+
+@contextlib.contextmanager
+def _seeing_all_patches(encoder: nn.Module) -> Iterator[None]:
+    """ViT-MAE hides most patches of every image, also in eval mode, unless its configuration says otherwise."""
+    config: Any = getattr(encoder, "config", None)
+    if getattr(config, "model_type", None) != "vit_mae":
+        yield
+        return
+    ratio, config.mask_ratio = config.mask_ratio, 0.0
+    try:
+        yield
+    finally:
+        config.mask_ratio = ratio
+
+
+def _in_order(encoder: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    if getattr(getattr(encoder, "config", None), "model_type", None) != "vit_mae":
+        return {}
+    rows, columns = _grid_of(encoder, images.shape[-2:]) or (0, 0)
+    return {"noise": torch.arange(rows * columns, device=images.device).expand(len(images), -1).float()}
+
+
+class PatchColors(NamedTuple):
+    """Principal components of patch features as colours.
+
+    Args:
+        colors: float64 `[n, rows, columns, 3]`, from 0 to 1.
+        explained: Share of the variance of each of the three components.
+    """
+
+    colors: np.ndarray
+    explained: np.ndarray
+
+
+def patch_colors(features: Tensor) -> PatchColors:
+    """The first three principal components of patch features as red, green and blue.
+
+    One basis for all images, so that equal colours mean like features in any of them. Each component is stretched from
+    its 1st to its 99th percentile over all patches, so that a few odd patches do not make the rest gray; its sign, and
+    so the colours themselves, mean nothing.
+
+    Args:
+        features: `[n, rows, columns, D]`, with at least 3 patches and D at least 3.
+
+    Returns:
+        The colours and the shares of the variance.
+
+    Raises:
+        ValueError: Too few patches or dimensions, or values that are not finite.
+    """
+    matrix = features.flatten(0, 2).double().numpy()
+    if min(matrix.shape) < 3:
+        raise ValueError(f"three components need at least 3 patches and 3 dimensions; features are {matrix.shape}.")
+    _check_finite(features)
+    # `full` where the covariance would be the larger matrix
+    solver = "covariance_eigh" if matrix.shape[0] > matrix.shape[1] else "full"
+    pca = PCA(n_components=3, svd_solver=solver)
+    components = pca.fit_transform(matrix)
+    low, high = np.percentile(components, ROBUST_PERCENTILES, axis=0)
+    spread = np.where(high > low, high - low, 1.0)
+    colors = np.where(high > low, (components - low) / spread, 0.5).clip(0, 1)
+    explained = np.nan_to_num(pca.explained_variance_ratio_)  # 0 / 0 where all patches are equal
+    return PatchColors(colors.reshape(*features.shape[:3], 3), explained)
+
+
+def cosine_map(features: Tensor, row: int, column: int) -> np.ndarray:
+    """Cosine of one patch to all patches of its image.
+
+    Args:
+        features: `[rows, columns, D]`.
+        row: Of the patch.
+        column: Of the patch.
+
+    Returns:
+        float64 `[rows, columns]`, from -1 to 1.
+    """
+    units = nn.functional.normalize(features.double(), dim=-1)
+    return (units @ units[row, column]).numpy()
+
+
+def find_nearest_images(queries: np.ndarray, gallery: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a gallery whose pooled features are most like those of others.
+
+    Args:
+        queries: `[q, D]`.
+        gallery: `[n, D]`.
+        k: Neighbours of each, at most n.
+
+    Returns:
+        Their numbers in the gallery, int64 `[q, k]`, the most like first, and their cosines, float64 `[q, k]`.
+
+    Raises:
+        ValueError: If the gallery has fewer than k images.
+    """
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k={k} neighbours of a gallery of {len(gallery)} images: k must be 1 to {len(gallery)}.")
+    search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(gallery)
+    distances, indices = search.kneighbors(queries)
+    return indices, 1.0 - distances
+
+
+# -- predictions -----------------------------------------------------------------------------------------------------
+
+
+def box_to_patches(
+    box: tuple[int, int, int, int], image_shape: tuple[int, int], grid_size: tuple[int, int]
+) -> tuple[Tensor, tuple[float, float, float, float]]:
+    """The patches that a box touches: it is snapped outward to whole patches.
+
+    Args:
+        box: Left, top, width and height, in pixels of the image as it was given.
+        image_shape: Height and width of that image, in pixels.
+        grid_size: Rows and columns of patches; the grid is laid over the whole image.
+
+    Returns:
+        int64 `[P]`, row-major patch positions, and the box that they fill, as `box`.
+
+    Raises:
+        ValueError: If the box is empty, leaves the image, or its patches are all patches.
+    """
+    left, top, width, height = box
+    image_height, image_width = image_shape
+    given = f"box={','.join(map(str, box))}"
+    if width < 1 or height < 1:
+        raise ValueError(f"{given} is empty: write x,y,w,h with a width and height of 1 or more.")
+    if left < 0 or top < 0 or left + width > image_width or top + height > image_height:
+        raise ValueError(
+            f"{given} leaves the image, which is {image_width} pixels wide and {image_height} high: x + w can be at "
+            f"most {image_width}, y + h at most {image_height}."
+        )
+    rows, columns = grid_size
+    # whole numbers, so that a box that ends on a patch's edge does not spill over
+    first_row, last_row = top * rows // image_height, -(-(top + height) * rows // image_height)
+    first_column, last_column = left * columns // image_width, -(-(left + width) * columns // image_width)
+    if (last_row - first_row) * (last_column - first_column) == rows * columns:
+        raise ValueError(
+            f"{given} touches all {rows}x{columns} patches, which leaves nothing to predict from: take a smaller box."
+        )
+    positions = torch.arange(rows * columns).view(rows, columns)[first_row:last_row, first_column:last_column]
+    patch_height, patch_width = image_height / rows, image_width / columns
+    snapped = (
+        first_column * patch_width,
+        first_row * patch_height,
+        (last_column - first_column) * patch_width,
+        (last_row - first_row) * patch_height,
+    )
+    return positions.flatten(), snapped
+
+
+def prediction_errors(
+    model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor
+) -> Tensor:
+    """The model's loss at each target patch of each block: their mean is the loss of the batch.
+
+    Args:
+        model: The model.
+        pixel_values: float `[B, C, height, width]`, normalised.
+        context_indices: int64 `[B, K]` or `[B, S, K]`; errors are means over the S context sets.
+        target_indices: int64 `[B, M, P]`.
+
+    Returns:
+        float32 `[B, M, P]` on the CPU.
+    """
+    predictions, targets = _predict(model, pixel_values, context_indices, target_indices)
+    distance = nn.functional.smooth_l1_loss if model.config.loss_type == "smooth_l1" else nn.functional.mse_loss
+    errors = distance(predictions, targets[:, None].expand_as(predictions), reduction="none")
+    return errors.mean(dim=-1).mean(dim=1).cpu()
+
+
+def error_map(errors: Tensor, target_indices: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
+    """Errors of an image's blocks in their places.
+
+    Args:
+        errors: `[M, P]`.
+        target_indices: int64 `[M, P]`.
+        grid_size: Rows and columns of patches.
+
+    Returns:
+        float64 `[rows, columns]`: the mean over the blocks that have the patch; NaN where none has.
+    """
+    num_patches = math.prod(grid_size)
+    positions = target_indices.cpu().flatten().numpy()
+    sums = np.bincount(positions, errors.flatten().double().numpy(), minlength=num_patches)
+    counts = np.bincount(positions, minlength=num_patches)
+    return np.where(counts > 0, sums / counts.clip(1), np.nan).reshape(grid_size)
+
+
+class PatchMatches(NamedTuple):
+    """The patches of a gallery that are most like some features.
+
+    Args:
+        images: int64, numbers of the gallery's images.
+        positions: int64, row-major patch positions in them.
+        similarity: float32, cosines.
+    """
+
+    images: Tensor
+    positions: Tensor
+    similarity: Tensor
+
+    def reshape(self, *shape: int) -> "PatchMatches":
+        """Returns the same in another shape."""
+        return PatchMatches(*(part.reshape(shape) for part in self))
+
+
+def find_nearest_patches(
+    queries: Tensor, gallery: Iterable[Tensor], *, own_images: Tensor | None = None
+) -> PatchMatches:
+    """For each query the patch of a gallery with the highest cosine, wherever in its image it lies.
+
+    The gallery comes in parts that are looked at one after the other and not kept. Of equals the first counts.
+
+    Args:
+        queries: `[q, D]`.
+        gallery: Features of images, `[b, N, D]` each.
+        own_images: int64 `[q]`: a gallery image that is not searched, for each query; -1 for none.
+
+    Returns:
+        The matches, each `[q]`, on the CPU.
+
+    Raises:
+        ValueError: If there is no patch to choose from, or features are not finite.
+    """
+    _check_finite(queries)
+    units = nn.functional.normalize(queries.float(), dim=-1)
+    best = torch.full((len(queries),), -math.inf, device=queries.device)
+    images, positions = torch.zeros(2, len(queries), dtype=torch.int64, device=queries.device)
+    seen = 0
+    for part in gallery:
+        _check_finite(part)
+        num_images, num_patches, _ = part.shape
+        candidates = nn.functional.normalize(part.float(), dim=-1).flatten(0, 1).to(units.device)
+        step = max(1, _MOST_SIMILARITIES // len(candidates))
+        for start in range(0, len(units), step):
+            rows = slice(start, start + step)
+            cosines = units[rows] @ candidates.T
+            if own_images is not None:
+                own = own_images[rows].to(units.device)[:, None, None]
+                numbers = torch.arange(seen, seen + num_images, device=units.device)[None, :, None]
+                cosines.view(-1, num_images, num_patches).masked_fill_(own == numbers, -math.inf)
+            highest, index = cosines.max(dim=1)
+            better = highest > best[rows]
+            best[rows] = torch.where(better, highest, best[rows])
+            images[rows] = torch.where(better, seen + index // num_patches, images[rows])
+            positions[rows] = torch.where(better, index % num_patches, positions[rows])
+        seen += num_images
+    if not bool(torch.isfinite(best).all()):
+        raise ValueError("the gallery has no image other than the one that is looked at: give it at least one more.")
+    return PatchMatches(images.cpu(), positions.cpu(), best.cpu())
+
+
+def target_features(model: IJepaForPretraining, pixel_values: Tensor) -> Tensor:
+    """Targets at every patch, as the loss has them.
+
+    Args:
+        model: The model.
+        pixel_values: float `[b, C, height, width]`, normalised.
+
+    Returns:
+        `[b, N, D]` in the model's dtype, on its device.
+    """
+    parameter = next(model.parameters())
+    every = torch.arange(model.config.num_patches, device=parameter.device).expand(len(pixel_values), 1, -1)
+    with evaluating(model):
+        return model.encode_targets(pixel_values.to(parameter.device, parameter.dtype), every)[:, 0]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a predictor expects at target patches, in terms of a gallery's patches.
+
+    Args:
+        expected: `[B, M, P]`: the gallery's patches whose targets are most like the predictions.
+        nearest_to_truth: `[B, M, P]`: those most like the true targets: the best that this gallery could show.
+        truth_similarity: float32 `[B, M, P]`: cosine of the prediction and the true target.
+    """
+
+    expected: PatchMatches
+    nearest_to_truth: PatchMatches
+    truth_similarity: Tensor
+
+
+def expect_patches(
+    model: IJepaForPretraining,
+    pixel_values: Tensor,
+    context_indices: Tensor,
+    target_indices: Tensor,
+    gallery: Iterable[Tensor],
+    *,
+    own_images: Tensor | None = None,
+) -> Expectation:
+    """Predicts target blocks, and finds the real patches that are most like the predictions.
+
+    Predictions, true targets and the gallery's patches are compared by cosine, targets layer-normalised as in the
+    loss. A match may lie anywhere in its image: what is there decides, not where.
+
+    Args:
+        model: The model.
+        pixel_values: float `[B, C, height, width]`, normalised.
+        context_indices: int64 `[B, K]`, or `[B, S, K]`, of which the first set counts.
+        target_indices: int64 `[B, M, P]`.
+        gallery: Targets of other images, `[b, N, D]` each, from `target_features`.
+        own_images: int64 `[B]`: the number that each image has in the gallery, where it is in it; not searched.
+
+    Returns:
+        The expectation.
+    """
+    first_sets = context_indices if context_indices.ndim == 2 else context_indices[:, 0]
+    predictions, targets = _predict(model, pixel_values, first_sets, target_indices)
+    predictions = predictions[:, 0]
+    shape = tuple(target_indices.shape)
+    own = None
+    if own_images is not None:
+        own = own_images.view(-1, 1, 1).expand(shape).flatten().repeat(2)
+    queries = torch.cat([predictions.flatten(0, 2), targets.flatten(0, 2)])
+    matches = find_nearest_patches(queries, gallery, own_images=own)
+    half = len(queries) // 2
+    return Expectation(
+        expected=PatchMatches(*(part[:half] for part in matches)).reshape(*shape),
+        nearest_to_truth=PatchMatches(*(part[half:] for part in matches)).reshape(*shape),
+        truth_similarity=nn.functional.cosine_similarity(predictions, targets, dim=-1).cpu(),
+    )
+
+
+def _predict(
+    model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Predictions `[B, S, M, P, D]` and targets `[B, M, P, D]` in float32."""
+    parameter = next(model.parameters())
+    sets = context_indices if context_indices.ndim == 3 else context_indices[:, None]
+    with evaluating(model):
+        output = model(
+            pixel_values.to(parameter.device, parameter.dtype),
+            context_indices=sets.to(parameter.device),
+            target_indices=target_indices.to(parameter.device),
+            return_loss=False,
+        )
+    return output.predictions.float(), output.targets.float()
+
+
+def _check_finite(features: Tensor) -> None:
+    finite = torch.isfinite(features)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"{int((~finite).sum())} of {features.numel()} features are NaN or infinite: the weights are damaged, or "
+            "the training has diverged."
+        )
