@@ -18,6 +18,7 @@ from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import ImageRows
 from ijepa_hf.shapes import SHAPE_KINDS, draw_shape_scene
 from ijepa_hf.sources import (
+    at_most,
     find_image_column,
     find_label_column,
     load_digits,
@@ -674,3 +675,12 @@ def test_columns_are_found_by_themselves(digits):
     assert find_label_column(digits) == "label"
     assert find_label_column(digits.rename_column("label", "digit")) == "digit"
     assert find_label_column(digits.remove_columns("label")) is None
+
+
+def test_a_part_of_a_set_is_spread_evenly_from_its_first_row_to_its_last():
+    sorted_set = datasets.Dataset.from_dict({"row": range(101)})
+    assert at_most(sorted_set, 5)["row"][:] == [0, 25, 50, 75, 100]
+    assert at_most(sorted_set, 100)["row"][:] == [*range(50), *range(51, 101)]
+    assert at_most(sorted_set, 1)["row"][:] == [0]
+    for limit in (None, 101, 500):
+        assert at_most(sorted_set, limit) is sorted_set

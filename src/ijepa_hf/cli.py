@@ -86,7 +86,8 @@ def _pretrain(argv: list[str]) -> int:
 
 
 def _finetune(argv: list[str]) -> int:
-    from ijepa_hf.evaluation.finetune import finetune, parse_finetune_arguments
+    from ijepa_hf.evaluation.finetune import finetune
+    from ijepa_hf.evaluation.finetune_arguments import parse_finetune_arguments
 
     print(finetune(parse_finetune_arguments(argv)))
     return 0
@@ -287,7 +288,7 @@ def build_push_parser() -> argparse.ArgumentParser:
 def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
     from ijepa_hf.arguments import build_parser
-    from ijepa_hf.evaluation.finetune import build_finetune_parser
+    from ijepa_hf.evaluation.finetune_arguments import build_finetune_parser
     from ijepa_hf.preparation import build_prepare_parser
 
     parsers: dict[str, argparse.ArgumentParser] = {

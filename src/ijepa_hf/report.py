@@ -49,7 +49,7 @@ from ijepa_hf.run_folder import (
     UNREADABLE_FILE,
     read_rows,
 )
-from ijepa_hf.sources import find_image_column, find_label_column, load_split, open_stream
+from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split, open_stream
 from ijepa_hf.visualization import draw_curves_figure
 
 PIXELS_AT_ONCE = 512  # images
@@ -102,7 +102,7 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
                 f"(its columns are {', '.join(dataset.features)}); choose with --label_column_name, or leave out "
                 "--eval_split_name."
             )
-        dataset = _at_most(dataset, data.max_eval_samples)
+        dataset = at_most(dataset, data.max_eval_samples)
         images = ImageRows(dataset, find_image_column(dataset, data.image_column_name), config.num_channels)
         parts += [images, np.asarray(dataset[label], dtype=np.int64)]
     evaluation = EvaluationSets(*parts)
@@ -123,13 +123,6 @@ def _load_part_of_stream(data: DataArguments, split: str) -> datasets.Dataset:
     shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
     taken = [row for shard in shards for row in shard.take(each)]
     return datasets.Dataset.from_list(taken, features=rows.features)
-
-
-def _at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """A part of a data set, spread evenly (sets are often sorted by class)."""
-    if limit is None or limit >= len(dataset):
-        return dataset
-    return dataset.select(np.linspace(0, len(dataset) - 1, limit).round().astype(int))
 
 
 def write_report(
@@ -330,6 +323,25 @@ def _all_features(
         for name, encoder in encoders.items():
             parts[name].append(_raw(pixels) if encoder is None else extract_features(encoder, pixels))
     return {name: np.concatenate(part) for name, part in parts.items()}, kept
+
+
+def first_readable_pixels(
+    images: ImageRows, config: IJepaConfig, mean: Sequence[float], std: Sequence[float], limit: int
+) -> Tensor:
+    """Some whole images, spread evenly over a split; those that cannot be read are left out.
+
+    Args:
+        images: A split.
+        config: Says the size.
+        mean: Of each channel.
+        std: Of each channel.
+        limit: Images wanted.
+
+    Returns:
+        float32 `[n, num_channels, height, width]`, n at most `limit`.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+    return resized_pixels(_readable(images, map(int, chosen)).values(), config, mean, std)
 
 
 def _readable(images: ImageRows, indices: Iterable[int]) -> dict[int, Any]:

@@ -599,6 +599,21 @@ def _to_png(image: PIL.Image.Image) -> bytes:
 _BUILT_IN = {"digits": load_digits, "shapes": load_shapes}
 
 
+def at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """A part of a data set, spread evenly over it (sets are often sorted by class).
+
+    Args:
+        dataset: A map-style data set.
+        limit: Rows to keep, at least 1; `None` keeps all.
+
+    Returns:
+        At most `limit` rows, in their order; of two or more the first and the last are always among them.
+    """
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.select(np.linspace(0, len(dataset) - 1, limit).round().astype(int))
+
+
 # -- columns that matter ---------------------------------------------------------------------------------------------
 
 

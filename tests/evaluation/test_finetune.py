@@ -1,4 +1,4 @@
-"""Fine-tuning: learning rates, draws of labels, resume to the bit, and a folder that stock transformers reads."""
+"""Fine-tuning: learning rates, resume to the bit, and a folder that stock transformers reads."""
 
 import dataclasses
 import json
@@ -8,18 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from fakehub import FakeHub
 from huggingface_hub import ModelCard
-from image_zoo import write_zoo
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy.stats import binomtest
-from sklearn.datasets import load_digits as load_scans
 from tiny import scrambled_model, tiny_config, tiny_run
 from torch import nn
 from transformers import (
@@ -33,26 +29,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ijepa_hf.arguments import argument_names
-from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation import finetune as module
 from ijepa_hf.evaluation.finetune import (
-    EpochOrder,
-    FinetuningArguments,
     FinetuningTrainer,
-    LabelledImages,
     SmoothedCrossEntropy,
-    build_finetune_parser,
-    choose_labelled,
     finetune,
     load_classifier,
-    load_labelled_splits,
     parameter_groups,
-    parse_finetune_arguments,
-    wilson_interval,
 )
+from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
+from ijepa_hf.evaluation.labelled_data import load_labelled_splits
 from ijepa_hf.export import export_model
-from ijepa_hf.image_transforms import decode_image, normalize, resize
 from ijepa_hf.modeling_ijepa import IJepaModel, sincos_position_table
 from ijepa_hf.sources import load_digits
 
@@ -99,12 +86,12 @@ def result_of(folder):
     return json.loads((folder / "finetune.json").read_text())
 
 
-def write_pictures(folder, labels, values=None):
-    """A folder of class folders; pictures of a class are of its own gray."""
+def write_pictures(folder, labels):
+    """A folder of class folders, with pictures of grays."""
     for number, label in enumerate(labels):
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
-        gray = 10 * (number % 7) + (0 if values is None else values[number])
-        Image.fromarray(np.full((36, 36, 3), gray, np.uint8)).save(folder / str(label) / f"{number:03d}.png")
+        gray = np.full((36, 36, 3), 10 * (number % 7), np.uint8)
+        Image.fromarray(gray).save(folder / str(label) / f"{number:03d}.png")
 
 
 def vision_model(kind, folder=None):
@@ -191,127 +178,7 @@ def trainer_of(arguments):
     return module._build_trainer(load_classifier(arguments, splits.names), splits, settings, arguments)
 
 
-# -- labels ----------------------------------------------------------------------------------------------------------
-
-
-def test_few_label_draws_have_the_number_asked_of_each_class_and_hold_smaller_draws():
-    labels = np.array([0] * 50 + [1] * 30 + [2] * 101)
-    chosen = choose_labelled(labels, 7, None, seed=3)
-    assert np.bincount(labels[chosen]).tolist() == [7, 7, 7]
-    assert len(set(chosen.tolist())) == 21
-    assert chosen.tolist() == sorted(chosen.tolist())
-    assert set(choose_labelled(labels, 3, None, seed=3)) < set(chosen)
-    assert chosen.tolist() == choose_labelled(labels, 7, None, seed=3).tolist()
-    assert chosen.tolist() != choose_labelled(labels, 7, None, seed=4).tolist()
-    assert np.bincount(labels[choose_labelled(labels, None, 0.01, seed=0)]).tolist() == [1, 1, 2]  # rounded up
-    assert choose_labelled(labels, None, None, seed=0).tolist() == list(range(181))
-    with pytest.raises(ValueError, match=r"samples_per_class=40, but there are fewer images of 1 \(30\)"):
-        choose_labelled(labels, 40, None, seed=0)
-
-
-def test_a_run_trains_on_the_labels_that_belong_to_its_images(tell):
-    splits = load_labelled_splits(tell(max_train_samples=None, samples_per_class=2), 3)
-    assert np.bincount(splits.train_labels).tolist() == [2] * 10
-    scans = load_scans()
-    truth = {image.tobytes(): label for image, label in zip(scans.images.astype(np.uint8), scans.target, strict=True)}
-    large = {
-        np.asarray(
-            Image.fromarray(np.rint(np.frombuffer(key, np.uint8).reshape(8, 8) * (255 / 16)).astype(np.uint8)).resize(
-                (32, 32), Image.Resampling.BILINEAR
-            ).convert("RGB")
-        ).tobytes(): label
-        for key, label in truth.items()
-    }  # fmt: skip
-    for images, labels in ((splits.train, splits.train_labels), (splits.test, splits.test_labels)):
-        assert [large[np.asarray(images[index]).tobytes()] for index in range(len(images))] == labels.tolist()
-
-
-def test_words_and_whole_numbers_are_classes_too(tell, tmp_path):
-    write_pictures(tmp_path / "pictures", ["a"] * 6)
-    for split in ("train", "test"):
-        rows = [f"pictures/a/{number:03d}.png,{('wren', 'owl')[number % 2]},{7 + number % 3}" for number in range(6)]
-        (tmp_path / f"{split}.csv").write_text("\n".join(["image,label,kind", *rows]) + "\n")
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    for split in ("train", "test"):
-        text = (tmp_path / f"{split}.csv").read_text().replace("pictures/", "../pictures/")
-        (folder / f"{split}.csv").write_text(text)
-    splits = load_labelled_splits(tell(dataset_name=str(folder)), 3)
-    assert (splits.names, splits.train_labels.tolist()) == (["owl", "wren"], [1, 0, 1, 0, 1, 0])
-    numbers = load_labelled_splits(tell(dataset_name=str(folder), label_column_name="kind"), 3)
-    assert (numbers.names, numbers.test_labels.tolist()) == (["7", "8", "9"], [0, 1, 2, 0, 1, 2])
-
-
-def test_a_label_that_training_has_never_seen_is_refused(tell, tmp_path):
-    for split, labels in (("train", "abab"), ("test", "abc")):
-        columns = {"image": [Image.new("RGB", (8, 8))] * len(labels), "label": list(labels)}
-        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(
-            tmp_path / f"{split}.parquet"
-        )
-    (tmp_path / "classifier").mkdir()
-    with pytest.raises(ValueError, match="'test' has labels that the training split does not have: c"):
-        load_labelled_splits(tell(dataset_name=str(tmp_path)), 3)
-
-
 # -- images ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_crop_depends_on_seed_epoch_and_image_alone_and_an_evaluation_takes_the_whole_image():
-    rows = ImageRows(load_digits("train").select(range(8)), "image", 3)
-    labels = np.arange(8)
-    crops = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=1)
-    again = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=1)
-    other = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=2)
-    first = crops[0, 3]["pixel_values"]
-    assert first.shape == (3, 32, 32)
-    for _ in range(3):
-        again[1, 5]
-    assert torch.equal(first, again[0, 3]["pixel_values"])
-    assert not torch.equal(first, again[1, 3]["pixel_values"])
-    assert not torch.equal(first, other[0, 3]["pixel_values"])
-    whole = (torch.from_numpy(np.array(rows[3])).permute(2, 0, 1) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / (
-        torch.tensor(STD).view(3, 1, 1)
-    )
-    torch.testing.assert_close(crops[3]["pixel_values"], whole)
-    assert crops[3]["labels"].item() == 3
-
-
-def test_half_of_the_images_are_mirrored_only_where_asked():
-    rows = ImageRows(load_digits("train").select(range(60)), "image", 3)
-    labels = np.zeros(60, np.int64)
-    flipped = LabelledImages(rows, labels, (32, 32), MEAN, STD, horizontal_flip=True)
-    plain = LabelledImages(rows, labels, (32, 32), MEAN, STD)
-    count = 0
-    for index in range(60):
-        whole, drawn = plain[0, index]["pixel_values"], flipped[0, index]["pixel_values"]
-        assert torch.equal(whole, plain[index]["pixel_values"])
-        assert torch.equal(drawn, whole) or torch.equal(drawn, whole.flip(-1))
-        count += not torch.equal(drawn, whole)
-    assert 20 <= count <= 40
-
-
-def test_each_epoch_visits_every_image_once_in_an_order_of_its_own():
-    order = EpochOrder(20, seed=0)
-    first = list(order)
-    order.set_epoch(1)
-    second = list(order)
-    assert sorted(first) == [(0, index) for index in range(20)]
-    assert sorted(second) == [(1, index) for index in range(20)]
-    assert [index for _, index in first] != [index for _, index in second]
-
-
-def test_every_kind_of_picture_reaches_the_model_as_the_package_decodes_it(tell, tmp_path):
-    for label in ("a", "b"):
-        readable = write_zoo(tmp_path / "zoo" / "train" / label)
-        write_zoo(tmp_path / "zoo" / "test" / label)
-    for path in (tmp_path / "zoo").rglob("broken-*"):
-        path.unlink()
-    splits = load_labelled_splits(tell(dataset_name=str(tmp_path / "zoo"), max_train_samples=None), 3)
-    assert len(splits.train) == 2 * len(readable)
-    images = LabelledImages(splits.train, splits.train_labels, (32, 32), MEAN, STD)
-    for index, name in enumerate(readable):  # the first class
-        decoded = decode_image((tmp_path / "zoo" / "train" / "a" / name).read_bytes(), 3)
-        assert torch.equal(images[index]["pixel_values"], normalize(resize(decoded, (32, 32)), MEAN, STD)), name
 
 
 def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(tell, tmp_path):
@@ -319,7 +186,7 @@ def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(tell, tmp_path
         for label in ("a", "b"):
             write_pictures(tmp_path / "pictures" / split, [label] * 4)
     (tmp_path / "pictures" / "train" / "b" / "002.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"train/b/002\.png.*A fine-tuning skips no image"):
+    with pytest.raises(ValueError, match=r"train/b/002\.png.*No labelled image is skipped"):
         finetune(tell(dataset_name=str(tmp_path / "pictures")))
 
 
@@ -407,12 +274,6 @@ def test_the_folder_holds_a_model_a_card_and_numbers_and_no_pickle(tell):
         assert curves.size == (1050, 420)
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (313, 360), (1, 7)])
-def test_the_interval_is_wilsons(right, count):
-    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(wilson_interval(right, count), (expected.low, expected.high), atol=1e-12)
-
-
 # -- models of the Hub -----------------------------------------------------------------------------------------------
 
 REPO = "me/birds"
@@ -476,9 +337,9 @@ def test_all_files_are_of_one_commit_although_the_branch_moves_in_between(tell, 
     names = ("config.json", "model.safetensors", "preprocessor_config.json")
     stock = module.load_labelled_splits
 
-    def load_while_the_branch_moves(*args):  # after the configuration was read, before the weights are
+    def load_while_the_branch_moves(*args, **kwargs):  # after the configuration was read, before the weights are
         fake.change(REPO, {name: (pretrained / name).read_bytes() for name in names})
-        return stock(*args)
+        return stock(*args, **kwargs)
 
     monkeypatch.setattr(module, "load_labelled_splits", load_while_the_branch_moves)
     folder = finetuned(tell(model=REPO, freeze_encoder=True, num_train_epochs=1))
@@ -770,19 +631,9 @@ def test_an_encoder_whose_weights_would_stay_random_is_refused(tell, pretrained,
     ("changes", "message"),
     [
         ({"dataset_name": None}, "dataset_name is not given"),
-        ({"output_dir": None}, "output_dir is not given"),
         ({"eval_split_name": "validation"}, "no split 'validation'; it has 'train' and 'test'"),
         ({"label_column_name": "image"}, "label_column_name='image' is no column of classes"),
         ({"samples_per_class": 30}, "samples_per_class=30, but there are fewer images of 0"),
-        ({"samples_per_class": 2, "label_fraction": 0.1}, "give one"),
-        ({"samples_per_class": 0}, "samples_per_class=0 must be at least 1"),
-        ({"label_fraction": 1.5}, "label_fraction=1.5 must be greater than 0 and at most 1"),
-        ({"layer_decay": 0.0}, "layer_decay=0.0 must be greater than 0"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and less than 1"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
-        ({"mixed_precision": "fp16"}, "mixed_precision='fp16' must be 'no' or 'bf16'"),
-        ({"from_scratch": True, "freeze_encoder": True}, "leave one out"),
-        ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "goes on from; give one"),
         ({"model": "./nowhere"}, "model='./nowhere': there is no such folder"),
         ({"model_revision": "v1"}, "model_revision='v1' is for Hub repos, and model='.*' is on this disk; omit it"),
     ],
@@ -791,24 +642,6 @@ def test_a_mistake_is_named_before_any_work(tell, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         finetuned(tell(**changes))
     assert not (tmp_path / "classifier").exists()
-
-
-def test_a_set_without_labels_or_with_one_class_is_refused(tell, tmp_path):
-    for split in ("train", "test"):
-        write_pictures(tmp_path / "flat" / split / "deep", ["x", "y"] * 2)
-        write_pictures(tmp_path / "one" / split, ["only"] * 4)
-    with pytest.raises(ValueError, match="the split 'train' has no labels"):
-        finetuned(tell(dataset_name=str(tmp_path / "flat")))
-    columns = {"image": [Image.new("RGB", (8, 8))] * 4, "label": [1, 1, 1, 1]}
-    for split in ("train", "test"):
-        dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-        dataset.to_parquet(tmp_path / "same" / f"{split}.parquet")
-        unlabelled = dataset.remove_columns("label").add_column("label", [0, 1, -1, 0])
-        unlabelled.to_parquet(tmp_path / "some" / f"{split}.parquet")
-    with pytest.raises(ValueError, match="labels of one class only"):
-        finetuned(tell(dataset_name=str(tmp_path / "same")))
-    with pytest.raises(ValueError, match="has images without a label"):
-        finetuned(tell(dataset_name=str(tmp_path / "some")))
 
 
 def test_images_of_other_channels_than_the_models_are_refused(tell, tmp_path):
@@ -844,22 +677,3 @@ def test_another_fine_tuning_is_refused_naming_what_differs_and_overwritten_only
     interrupt(monkeypatch, unfinished, step=1)
     with pytest.raises(ValueError, match="unfinished. Add --resume_from_checkpoint latest"):
         finetune(unfinished)
-
-
-# -- command line ----------------------------------------------------------------------------------------------------
-
-
-def test_flags_have_the_names_of_pretraining_where_they_mean_the_same():
-    flags = ["runs/digits", "--dataset_name", "digits", "--output_dir", "x", "--horizontal_flip"]
-    arguments = parse_finetune_arguments(flags)
-    assert (arguments.model, arguments.horizontal_flip, arguments.layer_decay) == ("runs/digits", True, 0.75)
-    own = {
-        "samples_per_class", "label_fraction", "layer_decay", "warmup_ratio", "label_smoothing", "horizontal_flip",
-        "freeze_encoder", "from_scratch",
-    }  # fmt: skip
-    names = {action.dest for action in build_finetune_parser()._actions} - {"help", "model"}
-    assert names - argument_names() == own
-    with pytest.raises(
-        ValueError, match="'--layer_deca' is no flag of ijepa-hf finetune; did you mean '--layer_decay'"
-    ):
-        parse_finetune_arguments([*flags, "--layer_deca", "1"])

@@ -1,0 +1,214 @@
+"""What a finished fine-tuning says: its numbers, its curves, its model card and the text on the screen."""
+
+import json
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
+from matplotlib.figure import Figure
+
+from ijepa_hf.evaluation.labelled_data import LabelledSplits
+
+RESULT_FILE = "finetune.json"
+
+_Z_95 = 1.959963984540054  # standard normal quantile of 0.975
+
+
+def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy: of the images alone, not of other seeds or other draws of labels.
+
+    Args:
+        num_correct: 0 .. `num_images`.
+        num_images: At least 1.
+
+    Returns:
+        Least and most, in [0, 1].
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    share, spread = num_correct / num_images, _Z_95**2 / num_images
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def finetuning_result(
+    state: Any, splits: LabelledSplits, values: Mapping[str, Any], *, seconds: float, resumed_from: Path | None
+) -> dict[str, Any]:
+    """Gathers the numbers of a fine-tuning out of what `Trainer` has logged.
+
+    Args:
+        state: `Trainer.state` after the last step, with at least one evaluation.
+        splits: The images.
+        values: The arguments, as they were asked for.
+        seconds: Time of the training.
+        resumed_from: The checkpoint, if any.
+
+    Returns:
+        What `finetune.json` holds, but for the model's licence and commit.
+    """
+    history = state.log_history
+    evaluations = [
+        {"epoch": row["epoch"], "step": row["step"], "accuracy": row["eval_accuracy"], "loss": row["eval_loss"]}
+        for row in history
+        if "eval_accuracy" in row
+    ]
+    num_correct = round(evaluations[-1]["accuracy"] * len(splits.test))
+    return {
+        "accuracy": num_correct / len(splits.test),
+        "accuracy_interval": list(wilson_interval(num_correct, len(splits.test))),
+        "num_correct": num_correct,
+        "num_eval_images": len(splits.test),
+        "num_train_images": len(splits.train),
+        "classes": splits.names,
+        "steps": state.global_step,
+        "seconds": seconds,
+        "resumed_from": None if resumed_from is None else resumed_from.name,
+        "evaluations": evaluations,
+        "losses": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
+        "transformers": version("transformers"),
+        "arguments": dict(values),
+    }
+
+
+def draw_finetuning_curves(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the training loss and the held-out accuracy over the optimiser steps.
+
+    Args:
+        result: As in `finetune.json`.
+        path: PNG to write; its folder must exist.
+    """
+    figure = Figure(figsize=(7, 2.8), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    scores = [(row["step"], 100 * row["accuracy"]) for row in result["evaluations"]]
+    losses = [(row["step"], row["loss"]) for row in result["losses"]]
+    for axis, points, title, unit in (
+        (left, losses, "Training loss", "cross-entropy"),
+        (right, scores, "Held-out accuracy", "top-1 in percent"),
+    ):
+        axis.plot(*zip(*points, strict=True), color="#0072B2", linewidth=1.4, marker="o" if len(points) < 2 else None)
+        axis.set_title(title, fontsize=10, loc="left", fontweight="bold", color="#222222")
+        axis.set_ylabel(unit, fontsize=8, color="#555555")
+        axis.set_xlabel("optimiser step", fontsize=8, color="#555555")
+        axis.grid(color="#DDDDDD", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8, colors="#555555")
+    figure.savefig(path, dpi=150)
+
+
+def render_finetuning(output_dir: Path) -> str:
+    """What is printed at the end of a fine-tuning.
+
+    Args:
+        output_dir: The folder.
+
+    Returns:
+        Several lines of plain text.
+    """
+    result = json.loads((output_dir / RESULT_FILE).read_text("utf-8"))
+    return "\n".join(
+        [
+            f"{_summary(result)}",
+            f"the last epoch's, after {result['steps']} steps; nothing was chosen on these images",
+            *(f"licence: {line}" for line in _unknown_license_lines(result)),
+            "",
+            f"pictures: {output_dir / 'figures' / 'curves.png'}",
+            "",
+            "load it with:",
+            "",
+            *(f"    {line}" for line in _loading_lines(str(output_dir))),
+        ]
+    )
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    low, high = (100 * value for value in result["accuracy_interval"])
+    start = "new weights" if result["arguments"]["from_scratch"] else "pretrained weights"
+    head = ", the encoder frozen" if result["arguments"]["freeze_encoder"] else ""
+    return (
+        f"top-1 {100 * result['accuracy']:.1f} % ({low:.1f} to {high:.1f}, 95 % interval) of "
+        f"{result['num_eval_images']} held-out images, from {start}{head}, with {result['num_train_images']} labelled "
+        f"images of {len(result['classes'])} classes"
+    )
+
+
+def _unknown_license_lines(result: Mapping[str, Any]) -> list[str]:
+    if result.get("license_is_known", True):
+        return []
+    model = result["arguments"]["model"]
+    return [
+        f"that of `{model}` could not be read; look it up, and set `license` at the top of the card ({REPOCARD_NAME})"
+    ]
+
+
+def _loading_lines(name: str) -> list[str]:
+    return [
+        "from transformers import pipeline",
+        f'classify = pipeline("image-classification", model="{name}")',
+        'classify("picture.png")',
+    ]
+
+
+def render_finetuning_card(result: Mapping[str, Any]) -> str:
+    """The model card of a fine-tuned model.
+
+    Args:
+        result: As in `finetune.json`.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+    """
+    arguments = result["arguments"]
+    dataset = Path(arguments["dataset_name"]).name
+    base = None if Path(arguments["model"]).exists() else arguments["model"]  # a folder is nothing to link to
+    data = ModelCardData(
+        license=result["license"],
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["ijepa", "vision"],
+        base_model=base,
+        model_name=Path(arguments["output_dir"]).name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=arguments["eval_split_name"],
+                metric_type="accuracy",
+                metric_value=result["accuracy"],
+            )
+        ],
+    )
+    start = "A network with new weights" if arguments["from_scratch"] else f"`{base or Path(arguments['model']).name}`"
+    if not arguments["from_scratch"] and result.get("model_commit") is not None:
+        start += f" (commit `{result['model_commit']}`)"
+    settings = "\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None)
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {Path(arguments['output_dir']).name}",
+        "",
+        f"{start}, fine-tuned on `{dataset}` with `ijepa-hf finetune`.",
+        "",
+        f"{_summary(result)[0].upper()}{_summary(result)[1:]}. It is the last epoch's; nothing was chosen on the "
+        "held-out images. The interval is that of the images alone, not of other seeds.",
+        "",
+        *(f"Licence: {line}.\n" for line in _unknown_license_lines(result)),
+        "```python",
+        *_loading_lines(arguments["output_dir"]),
+        "```",
+        "",
+        "![Training loss and held-out accuracy](figures/curves.png)",
+        "",
+        "```",
+        settings,
+        "```",
+        "",
+    ]
+    return str(ModelCard("\n".join(lines)))

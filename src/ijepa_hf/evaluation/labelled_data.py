@@ -1,0 +1,299 @@
+"""Images with their labels, for whatever learns from labels or is scored on them: opened, encoded, chosen, read.
+
+Every draw is a function of (seed, epoch, image), as in `data`. No image is skipped: one that cannot be read stops the
+work and is named.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+from ijepa_hf.arguments import DataArguments
+from ijepa_hf.data import DRAW_ORDER, ImageRows, keyed_generator
+from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
+from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split
+
+_DRAW_CROP, _DRAW_LABELS = 7, 8  # beside the streams of `data`
+_STRINGS = ("string", "large_string")
+
+
+def flag(text: str, default: Any = None) -> Any:
+    """A field of a dataclass of flags.
+
+    Args:
+        text: What `--help` says.
+        default: The value where the flag is not given.
+
+    Returns:
+        The field.
+    """
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class LabelledDataFlags:
+    """The flags of a command that say which labelled images it takes; names as in `ijepa-hf pretrain`."""
+
+    dataset_name: str | None = flag(
+        "Labelled images, as for ijepa-hf pretrain: digits or shapes (built in), a Hub id, a folder or a file."
+    )
+    dataset_config_name: str | None = flag("Configuration of the Hub data set.")
+    train_split_name: str = flag("Split to train on.", "train")
+    eval_split_name: str = flag("Held-out split; scored after each epoch, never used for a choice.", "test")
+    image_column_name: str | None = flag("Column of the images; found by itself if there is only one.")
+    label_column_name: str | None = flag("Column of the labels: classes, whole numbers or words; `label` if any.")
+    max_train_samples: int | None = flag("Use at most so many training images, spread evenly over the split.")
+    max_eval_samples: int | None = flag("Score with at most so many images, spread evenly over the split.")
+
+
+class LabelledImages(TorchDataset[dict[str, Tensor]]):
+    """Images with their labels, as the model takes them.
+
+    Args:
+        images: n images.
+        labels: int64 `[n]`.
+        shape: Height and width of the model's images.
+        mean: Of each channel, of pixels in [0, 1].
+        std: Likewise.
+        min_crop_scale: Of the random crop.
+        horizontal_flip: Whether to mirror half of the images.
+        seed: Of crops and flips.
+    """
+
+    def __init__(
+        self,
+        images: ImageRows,
+        labels: np.ndarray,
+        shape: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        min_crop_scale: float = 1.0,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.labels, self.shape, self.mean, self.std = images, labels, shape, mean, std
+        self.min_crop_scale, self.horizontal_flip, self.seed = min_crop_scale, horizontal_flip, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
+        """Returns a sample.
+
+        Args:
+            key: Number of an image, which is then taken whole; or (epoch, number): a crop that depends on nothing
+                else.
+
+        Returns:
+            `pixel_values` float32 `[channels, height, width]`, normalised, and `labels` int64 `[]`.
+
+        Raises:
+            ValueError: If the image cannot be read, naming it.
+        """
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        try:
+            image = self.images[index]
+        except ValueError as error:
+            raise ValueError(
+                f"{error} No labelled image is skipped: mend or remove it, or let `ijepa-hf prepare` write the set "
+                "without those that cannot be read."
+            ) from error
+        if epoch is None:
+            pixels = resize(image, self.shape)
+        else:
+            generator = keyed_generator(self.seed, _DRAW_CROP, epoch, index)
+            pixels = random_resized_crop(image, self.shape, self.min_crop_scale, generator)
+            if self.horizontal_flip and generator.random() < 0.5:
+                pixels = pixels.flip(-1)
+        return {"pixel_values": normalize(pixels, self.mean, self.std), "labels": torch.tensor(self.labels[index])}
+
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """A permutation of all images for each epoch, a function of (seed, epoch); yields what `LabelledImages` is asked.
+
+    Args:
+        num_images: Images in the data set.
+        seed: The run's seed.
+    """
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed, self.epoch = num_images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by `Trainer` at the start of an epoch.
+
+        Args:
+            epoch: Counted from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = keyed_generator(self.seed, DRAW_ORDER, self.epoch).permutation(self.num_images)
+        return iter([(self.epoch, int(index)) for index in order])
+
+
+class LabelledSplits(NamedTuple):
+    """Both splits of a labelled data set.
+
+    Args:
+        train: Images to train on.
+        train_labels: int64 `[n]`.
+        test: Held-out images.
+        test_labels: int64 `[m]`.
+        names: Of the classes 0 .. C-1.
+    """
+
+    train: ImageRows
+    train_labels: np.ndarray
+    test: ImageRows
+    test_labels: np.ndarray
+    names: list[str]
+
+
+def load_labelled_splits(
+    flags: LabelledDataFlags,
+    num_channels: int,
+    *,
+    samples_per_class: int | None = None,
+    label_fraction: float | None = None,
+    seed: int = 0,
+) -> LabelledSplits:
+    """Loads the images that a model is fitted to and is scored with; reads the first image of each split.
+
+    Args:
+        flags: Which images and labels.
+        num_channels: Channels of the model.
+        samples_per_class: See `choose_labelled`.
+        label_fraction: See `choose_labelled`.
+        seed: See `choose_labelled`.
+
+    Returns:
+        The splits, training images cut down to what is asked for.
+
+    Raises:
+        FileNotFoundError: If there is no such data set.
+        ValueError: If a split, its images or its labels are missing, labels are of one class only, a class has fewer
+            images than asked, or images do not fit the model.
+    """
+    train, test = _load_splits(flags)
+    column = _label_column(train, flags.train_split_name, flags.label_column_name)
+    if column not in test.features:
+        raise ValueError(f"the split {flags.eval_split_name!r} has no column {column!r}; it cannot be scored.")
+    train = at_most(train, flags.max_train_samples)
+    test = at_most(test, flags.max_eval_samples)
+    names, train_labels = _encode_labels(train, column, flags.train_split_name)
+    _, test_labels = _encode_labels(test, column, flags.eval_split_name, names)
+    if len(set(train_labels.tolist())) < 2:
+        raise ValueError(
+            f"train_split_name={flags.train_split_name!r} has labels of one class only ({column!r} is always "
+            f"{names[train_labels[0]]!r}); a classifier needs at least two."
+        )
+    chosen = choose_labelled(train_labels, samples_per_class, label_fraction, seed, names=names)
+    images = [_image_rows(dataset, flags, num_channels) for dataset in (train.select(chosen), test)]
+    return LabelledSplits(images[0], train_labels[chosen], images[1], test_labels, names)
+
+
+def choose_labelled(
+    labels: np.ndarray,
+    samples_per_class: int | None,
+    label_fraction: float | None,
+    seed: int,
+    *,
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Draws the images of a few-label run, class by class.
+
+    Args:
+        labels: int64 `[n]`, those of all training images.
+        samples_per_class: Images of each class.
+        label_fraction: Instead: share of each class, in (0, 1], rounded up to whole images.
+        seed: Of the draw. A larger number of images holds the smaller one's.
+        names: Of the classes, for errors.
+
+    Returns:
+        int64 indices in ascending order; of all images where neither number is given.
+
+    Raises:
+        ValueError: If a class has fewer images than `samples_per_class`; lists them.
+    """
+    if samples_per_class is None and label_fraction is None:
+        return np.arange(len(labels))
+    classes, counts = np.unique(labels, return_counts=True)
+    if samples_per_class is not None and counts.min() < samples_per_class:
+        short = [
+            f"{names[label] if names else label} ({count})"
+            for label, count in zip(classes, counts, strict=True)
+            if count < samples_per_class
+        ]
+        raise ValueError(
+            f"samples_per_class={samples_per_class}, but there are fewer images of {', '.join(short[:10])}; use "
+            f"--samples_per_class {counts.min()} or less, or --label_fraction."
+        )
+    chosen = []
+    for label, count in zip(classes, counts, strict=True):
+        wanted = samples_per_class or math.ceil(cast(float, label_fraction) * int(count))
+        order = keyed_generator(seed, _DRAW_LABELS, int(label)).permutation(np.flatnonzero(labels == label))
+        chosen.append(order[:wanted])
+    return np.sort(np.concatenate(chosen))
+
+
+def _load_splits(flags: LabelledDataFlags) -> tuple[datasets.Dataset, datasets.Dataset]:
+    source = DataArguments(dataset_name=flags.dataset_name, dataset_config_name=flags.dataset_config_name)
+    source.image_column_name = flags.image_column_name
+    return load_split(source, flags.train_split_name), load_split(source, flags.eval_split_name)
+
+
+def _image_rows(dataset: datasets.Dataset, flags: LabelledDataFlags, num_channels: int) -> ImageRows:
+    images = ImageRows(dataset, find_image_column(dataset, flags.image_column_name), num_channels)
+    images[0]  # an image that does not fit the model is found before the work
+    return images
+
+
+def _label_column(dataset: datasets.Dataset, split: str, name: str | None) -> str:
+    """As `find_label_column`, which knows no words."""
+    wanted = "label" if name is None else name
+    feature = dataset.features.get(wanted)
+    if isinstance(feature, datasets.Value) and feature.dtype in _STRINGS:
+        return wanted
+    column = find_label_column(dataset, name)
+    if column is None:
+        raise ValueError(
+            f"the split {split!r} has no labels (its columns are {', '.join(dataset.features)}); choose with "
+            "--label_column_name."
+        )
+    return column
+
+
+def _encode_labels(
+    dataset: datasets.Dataset, column: str, split: str, names: list[str] | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Names of the classes (those of the training split, where `names` is not given) and int64 labels `[n]`."""
+    values, feature = list(dataset[column]), dataset.features[column]
+    if any(value is None or value == -1 for value in values):  # -1 is how unlabelled sets say it
+        raise ValueError(f"the split {split!r} has images without a label in {column!r} (none, or -1).")
+    if isinstance(feature, datasets.ClassLabel):
+        words = [feature.names[value] for value in values]
+        own = list(feature.names)
+    else:
+        words = [str(value) for value in values]
+        own = [str(value) for value in sorted(set(values))]
+    names = own if names is None else names
+    unknown = sorted(set(words) - set(names))
+    if unknown:
+        raise ValueError(
+            f"the split {split!r} has labels that the training split does not have: {', '.join(unknown[:10])}."
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, np.array([numbers[word] for word in words], dtype=np.int64)
