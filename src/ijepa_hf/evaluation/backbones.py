@@ -28,7 +28,6 @@ RAW_SIDE = 32  # larger images are shrunk to this: a probe on 224 x 224 x 3 raw 
 RAW_PATCH_SIDE = 16  # as wide as a large encoder: 16 x 16 x 3 is 768
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 _UNUSED = "pooler."  # weights that no feature passes through
-_PIECE = 2**24  # bytes read at once
 
 
 class Tokens(NamedTuple):
@@ -221,7 +220,7 @@ def untrained_twin(
     return _described(model, f"untrained {source}", shape, layers, device)
 
 
-def fingerprint_model(source: str, commit: str | None) -> dict[str, str]:
+def fingerprint_model(source: str, commit: str | None) -> dict[str, Any]:
     """What says which weights these are, wherever they lie.
 
     Args:
@@ -229,7 +228,7 @@ def fingerprint_model(source: str, commit: str | None) -> dict[str, str]:
         commit: On the Hub; `None` for a folder.
 
     Returns:
-        `repo` and `commit`; of a folder the SHA-256 of its weights and of its configuration.
+        `repo` and `commit`; of a folder the SHA-256 of its configuration and of each file of weights.
 
     Raises:
         FileNotFoundError: If a folder holds no safetensors file.
@@ -240,24 +239,12 @@ def fingerprint_model(source: str, commit: str | None) -> dict[str, str]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"model={source!r}: the folder holds no .safetensors file with weights.")
-    return {"weights_sha256": sha256_of(*files), "config_sha256": sha256_of(folder / "config.json")}
+    return {"sha256": {file.name: _sha256(file) for file in [folder / "config.json", *files]}}
 
 
-def sha256_of(*files: Path) -> str:
-    """SHA-256 of the contents of files, one after another, in hexadecimal.
-
-    Args:
-        *files: Paths.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-    return digest.hexdigest()
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def raw_pixels(pixel_values: Tensor) -> Tensor:

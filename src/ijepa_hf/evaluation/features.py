@@ -1,14 +1,113 @@
-"""Frozen features: one vector an image, the mean over its patches of the encoder's last layer.
+"""Frozen features: one vector an image, the mean over its patches of the encoder's last layer; or what is asked for.
 
-This is how the paper evaluates ("average-pooled patches"), and what the stock classification head does.
+The mean is how the paper evaluates ("average-pooled patches"), and what the stock classification head does.
+`extract_features` takes pixels that are in memory. `iterate_features` takes images as they lie on disk, and reads the
+next batches in threads while the model works.
 """
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
+
+from ijepa_hf.image_transforms import normalize, resize
+
+_BATCHES_AHEAD = 2
+_MOST_READERS = 16  # threads
+
+
+class Images(Protocol):
+    """Decoded images by number, as `data.ImageRows` gives them."""
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns an image of `image_transforms.decode_image`; one that cannot be read is a `ValueError`."""
+
+
+def iterate_features(
+    images: Images,
+    parts: Sequence[range],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    shape: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    description: str = "",
+) -> Iterator[np.ndarray]:
+    """Reads, resizes and normalises images, and runs a function over them, part by part.
+
+    No batch holds images of two parts, so the features of a part do not depend on which other parts are asked for.
+    Memory holds one part's features and the pixels of three batches. A progress bar is drawn on a terminal.
+
+    Args:
+        images: The images.
+        parts: Ranges of them.
+        encode: Takes float32 `[B, C, height, width]`, normalised, on `device`, and returns `[B, ...]`.
+        shape: Height and width that each whole image is resized to.
+        mean: Of each channel, of pixels in [0, 1].
+        std: Likewise.
+        batch_size: Images a forward pass, 1 or more.
+        device: Where pixels are normalised and `encode` works.
+        description: Of the progress bar.
+
+    Yields:
+        float32 `[len(part), ...]` for each part.
+
+    Raises:
+        ValueError: If an image cannot be read, naming it, or the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+
+    def read(index: int) -> torch.Tensor:
+        try:
+            return resize(images[index], shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} No image is skipped: mend or remove it, or let `ijepa-hf prepare` write the set without "
+                "those that cannot be read."
+            ) from error
+
+    batches = [
+        (number, part[start : start + batch_size])
+        for number, part in enumerate(parts)
+        for start in range(0, len(part), batch_size)
+    ]
+    pool = ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1), "read-images")
+    with tqdm(total=sum(map(len, parts)), desc=description, unit=" images", disable=None) as bar:
+        try:
+            waiting: deque[list[Future[torch.Tensor]]] = deque()
+            done: list[np.ndarray] = []
+            upcoming = iter(batches)
+            for number, batch in batches:
+                while len(waiting) <= _BATCHES_AHEAD and (following := next(upcoming, None)) is not None:
+                    waiting.append([pool.submit(read, index) for index in following[1]])
+                pixels = _stacked([future.result() for future in waiting.popleft()])
+                done.append(encode(normalize(pixels.to(device), mean, std)).float().cpu().numpy())
+                bar.update(len(batch))
+                if batch.stop == parts[number].stop:
+                    yield np.concatenate(done)
+                    done.clear()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _stacked(pixels: list[torch.Tensor]) -> torch.Tensor:
+    """8-bit pictures stay so; where others are among them all are floats in [0, 1]."""
+    if len({image.dtype for image in pixels}) > 1:
+        pixels = [image / 255.0 if image.dtype == torch.uint8 else image for image in pixels]
+    return torch.stack(pixels)
 
 
 def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> np.ndarray:
