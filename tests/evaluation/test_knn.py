@@ -1,13 +1,16 @@
 """Weighted kNN against a direct computation, and at its limits."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from ijepa_hf.evaluation import knn_accuracy
+from ijepa_hf.evaluation import knn, knn_accuracy
+from ijepa_hf.evaluation.knn import predict_knn
 
 
 def digits(n: int = 600) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -81,6 +84,8 @@ def test_random_features_score_about_chance():
     [
         ({"k": 601}, "k=601 must be from 1 to the number of training images, 600"),
         ({"k": 0}, "k=0 must be from 1"),
+        ({"train_y": np.ones(600)}, "600 labels of 1 classes"),
+        ({"test_y": np.ones(201)}, r"test_y of shape \(201,\) must have the same n"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"train_y": np.zeros(7)}, r"train_x of shape \(600, 64\) and train_y of shape \(7,\)"),
         ({"test_x": np.zeros((0, 64)), "test_y": np.zeros(0)}, "with n at least 1"),
@@ -92,3 +97,122 @@ def test_impossible_arguments_are_named(change: dict, message: str):
     names = ("train_x", "train_y", "test_x", "test_y")
     with pytest.raises(ValueError, match=message):
         knn_accuracy(**{**dict(zip(names, digits(), strict=True)), **change})
+
+
+# ---- predictions, blocks and ties -----------------------------------------------------------------------------------
+
+
+def gaussian(n: int, columns: int, seed: int) -> np.ndarray:
+    """Features of one direction in common, as encoders make them, so that neighbours lie close together."""
+    return (np.random.default_rng(seed).normal(size=(n, columns)) + 1).astype(np.float32)
+
+
+def reference(train_x, train_y, test_x, k: int, temperature: float) -> np.ndarray:
+    """scikit-learn's classifier in float64 with the same vote."""
+    classifier = KNeighborsClassifier(
+        n_neighbors=k, metric="cosine", algorithm="brute", weights=lambda distances: np.exp(-distances / temperature)
+    )
+    return classifier.fit(train_x.astype(np.float64), train_y).predict(test_x.astype(np.float64))
+
+
+@pytest.mark.parametrize(("test_block", "train_block"), [(512, 16384), (7, 11), (64, 100)])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (200, 0.5), (600, 0.02)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_predictions_equal_scikit_learns_whatever_the_blocks(
+    k: int, temperature: float, dtype: type, test_block: int, train_block: int, monkeypatch
+):
+    monkeypatch.setattr(knn, "_TEST_BLOCK", test_block)
+    monkeypatch.setattr(knn, "_TRAIN_BLOCK", train_block)
+    train_x, test_x = gaussian(600, 24, 0).astype(dtype), gaussian(90, 24, 1).astype(dtype)
+    train_y = np.random.default_rng(2).integers(0, 5, 600)
+    predicted = predict_knn(train_x, train_y, test_x, k=k, temperature=temperature)
+    np.testing.assert_array_equal(predicted, reference(train_x, train_y, test_x, k, temperature))
+    assert predicted.dtype == train_y.dtype
+
+
+def test_digits_are_predicted_as_by_scikit_learn():
+    train_x, train_y, test_x, _ = digits(1500)
+    for k in (1, 5, 20):
+        np.testing.assert_array_equal(
+            predict_knn(train_x, train_y, test_x, k=k), reference(train_x, train_y, test_x, k, 0.07)
+        )
+
+
+@pytest.mark.parametrize("spread", [1e-8, 1e-7, 1e-6, 1e-4])
+def test_neighbours_closer_together_than_float32_can_tell_are_ranked_as_in_float64(spread: float, monkeypatch):
+    """A nearly collapsed encoder: all similarities within about spread^2 of 1, and a candidate could be missed."""
+    monkeypatch.setattr(knn, "_TRAIN_BLOCK", 64)
+    generator = np.random.default_rng(0)
+    centre = generator.normal(size=32)
+    train_x, test_x = (centre + math.sqrt(spread) * generator.normal(size=(n, 32)) for n in (400, 40))
+    train_y = np.arange(400)
+    unit_train, unit_test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train_x, test_x))
+    nearest = (unit_test @ unit_train.T).round(9).argmax(axis=1)
+    np.testing.assert_array_equal(predict_knn(train_x, train_y, test_x, k=1), nearest)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 50])
+def test_of_equally_near_training_images_the_first_are_taken(k: int, monkeypatch):
+    """Few directions and many copies: nearly every place is tied, in each block and between blocks."""
+    monkeypatch.setattr(knn, "_TEST_BLOCK", 5)
+    monkeypatch.setattr(knn, "_TRAIN_BLOCK", 16)
+    generator = np.random.default_rng(k)
+    train_x, test_x = generator.integers(-1, 2, (200, 3)), generator.integers(-1, 2, (30, 3))
+    train_y = generator.integers(0, 4, 200)
+    lengths = [np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train_x, test_x)]
+    cosine = ((test_x / lengths[1]) @ (train_x / lengths[0]).T).round(9)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    weights = np.exp(np.take_along_axis(cosine, nearest, axis=1))  # at temperature 1
+    votes = np.stack([(weights * (train_y[nearest] == c)).sum(axis=1) for c in range(4)], axis=1)
+    expected = votes.round(8).argmax(axis=1)
+    np.testing.assert_array_equal(predict_knn(train_x, train_y, test_x, k=k, temperature=1.0), expected)
+
+
+def test_copies_of_one_image_vote_in_the_order_of_the_training_set():
+    train_x = np.tile(gaussian(1, 384, 0), (1000, 1))
+    train_y = np.repeat([5, 3], 500)
+    assert predict_knn(train_x, train_y, train_x[:1] * 3, k=20) == 5
+    assert predict_knn(train_x, train_y[::-1], train_x[:1] * 3, k=20) == 3
+
+
+def test_a_row_of_zeros_is_equally_far_from_everything():
+    train_x = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    assert predict_knn(train_x, np.array([2, 1, 0]), np.zeros((1, 2)), k=1) == 2
+    # Its similarity of 0 is more than that of an opposite image.
+    assert predict_knn(train_x, np.array([2, 1, 0]), np.array([[-1.0, -1.0]]), k=1) == 0
+
+
+def test_planted_classes_are_found_and_shuffled_labels_give_chance():
+    y = np.random.default_rng(0).integers(0, 4, 1600)
+    x = 4 * np.eye(4, 16)[y] + np.random.default_rng(1).normal(size=(1600, 16))
+    assert np.mean(predict_knn(x[:600], y[:600], x[600:]) == y[600:]) > 0.9
+    # Images of one class share their neighbours and get much the same prediction, so a single shuffle says little.
+    shuffles = [np.random.default_rng(seed).permutation(y[:600]) for seed in range(20)]
+    assert abs(np.mean([predict_knn(x[:600], labels, x[600:]) == y[600:] for labels in shuffles]) - 0.25) < 0.07
+
+
+def test_an_images_label_does_not_depend_on_the_other_test_images_nor_on_the_order_of_training_images():
+    train_x, train_y, test_x, _ = digits()
+    together = predict_knn(train_x, train_y, test_x)
+    alone = np.concatenate([predict_knn(train_x, train_y, test_x[i : i + 1]) for i in range(20)])
+    np.testing.assert_array_equal(alone, together[:20])
+    order = np.random.default_rng(0).permutation(len(train_x))
+    np.testing.assert_array_equal(predict_knn(train_x[order], train_y[order], test_x), together)
+
+
+def test_memory_stays_far_below_that_of_all_pairs():
+    """16,000 x 8,000 similarities are 512 MB in float32."""
+    source = """
+import resource, sys
+import numpy as np
+from ijepa_hf.evaluation.knn import predict_knn
+generator = np.random.default_rng(0)
+x, y = generator.normal(size=(24_000, 8)).astype(np.float32), generator.integers(0, 3, 16_000)
+predict_knn(x[:2000], y[:2000], x[:2000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+predict_knn(x[:16_000], y, x[16_000:])
+unit = 1 if sys.platform == "darwin" else 1024
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6)
+"""
+    process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=120)
+    assert float(process.stdout) < 200
