@@ -172,8 +172,7 @@ def draw_expectation_figure(
     context_indices: Tensor,
     target_indices: Tensor,
     expectation: Expectation,
-    expected_tiles: np.ndarray,
-    nearest_tiles: np.ndarray,
+    tiles: tuple[np.ndarray, np.ndarray],
     patch_size: tuple[int, int],
     path: str | Path,
 ) -> Figure:
@@ -187,8 +186,8 @@ def draw_expectation_figure(
         context_indices: int64 `[B, K]` or `[B, S, K]`, of which the first set is drawn.
         target_indices: int64 `[B, M, P]`.
         expectation: Of the same images and blocks.
-        expected_tiles: `[B, M, P, patch height, patch width, 3]`: the pixels of `expectation.expected`.
-        nearest_tiles: Those of `expectation.nearest_to_truth`.
+        tiles: The pixels of `expectation.expected` and of `expectation.nearest_to_truth`, each
+            `[B, M, P, patch height, patch width, 3]`.
         patch_size: Height and width of a patch, in pixels.
         path: PNG to write; its folder must exist.
 
@@ -200,14 +199,14 @@ def draw_expectation_figure(
         FileNotFoundError: The folder of `path` does not exist.
     """
     _check_same_length(
-        pictures=pictures, context=context_indices, targets=target_indices, tiles=expected_tiles, others=nearest_tiles
+        pictures=pictures, context=context_indices, targets=target_indices, expected=tiles[0], nearest=tiles[1]
     )
     figure, axes = panel_grid(len(pictures), 4, _aspect(pictures), foot=2 * _LINE + 0.06)
     _title(axes[0], ["image", "context", "expected", "nearest to truth"])
     for b, row in enumerate(axes):
         _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
         _draw_expectation(
-            row[2:], b, pictures[b], target_indices[b], expectation, expected_tiles[b], nearest_tiles[b], patch_size
+            row[2:], b, pictures[b], target_indices[b], expectation, tiles[0][b], tiles[1][b], patch_size
         )
     figure.savefig(path, dpi=DPI)
     return figure
@@ -333,7 +332,7 @@ def draw_training_figures(
     paths = [folder / name for name in ("pca.png", "predictions.png", "spectrum.png")]
     pixel_values = pixel_values[:TRAINING_IMAGES]
     shown = slice(0, min(TRAINING_ROWS, len(pixel_values)))
-    pictures = to_pictures(pixel_values, together=True)
+    pictures = to_pictures(pixel_values, limits=(float(pixel_values.min()), float(pixel_values.max())))
 
     features = encode_patches(model.target_encoder, pixel_values)
     draw_pca_figure(pictures[: 2 * TRAINING_ROWS], patch_colors(features[: 2 * TRAINING_ROWS]), paths[0])
@@ -473,7 +472,8 @@ def _draw_expectation(
 ) -> None:
     for axis, tiles in zip(axes, (expected_tiles, nearest_tiles), strict=True):
         show_picture(axis, _tiled(picture, targets, tiles, patch_size))
-        _outline_blocks(axis, targets, picture, patch_size)
+        edges = outline(mark_patches(targets.flatten(), picture, patch_size), patch_size)
+        axis.add_collection(LineCollection(edges, colors="#222222", linewidths=1.2, clip_on=False), autolim=False)
     mine = float(expectation.expected.similarity[number].mean())
     truth = float(expectation.truth_similarity[number].mean())
     best = float(expectation.nearest_to_truth.similarity[number].mean())

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel
 
-MOST_TOKENS_IN_FRONT = 16  # a class token and registers
 ROBUST_PERCENTILES = (1.0, 99.0)
 _MOST_SIMILARITIES = 2**24  # in memory at a time: 64 MB
 
@@ -47,82 +46,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # -- features --------------------------------------------------------------------------------------------------------
 
 
-def encode_patches(encoder: nn.Module, pixel_values: Tensor, *, batch_size: int = 64) -> Tensor:
+def encode_patches(encoder: IJepaModel, pixel_values: Tensor, *, batch_size: int = 64) -> Tensor:
     """Features of the last layer, patch by patch and in their places.
 
     Args:
-        encoder: A transformers vision backbone, whose output has `last_hidden_state` `[B, tokens, D]`, where tokens in
-            front of the patches (a class token, registers) are left out, or `[B, D, rows, columns]`.
-        pixel_values: float `[n, C, height, width]`, normalised, n at least 1.
+        encoder: An I-JEPA encoder; for other vision backbones there is `evaluation.backbones`.
+        pixel_values: float `[n, C, height, width]`, normalised.
         batch_size: Images a forward pass.
 
     Returns:
         float32 `[n, rows, columns, D]` on the CPU.
-
-    Raises:
-        ValueError: Pixels of another kind, a model without `last_hidden_state`, or one whose tokens are no grid.
     """
-    if pixel_values.ndim != 4 or len(pixel_values) == 0 or not pixel_values.is_floating_point():
-        raise ValueError(
-            f"pixel_values of shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype} must be floating point "
-            "[n, C, height, width] with n at least 1: pass them through image_transforms.normalize first."
-        )
     parameter = next(encoder.parameters())
-    parts = []
-    with evaluating(encoder), _seeing_all_patches(encoder):
-        for images in pixel_values.split(batch_size):
-            images = images.to(parameter.device, parameter.dtype)
-            output = encoder(pixel_values=images, **_in_order(encoder, images))
-            hidden = getattr(output, "last_hidden_state", None)
-            if hidden is None:
-                raise ValueError(
-                    f"the output of {type(encoder).__name__} has no last_hidden_state: pass an encoder, such as "
-                    "AutoModel.from_pretrained(...) or the target_encoder of an IJepaForPretraining."
-                )
-            parts.append(_as_grid(encoder, hidden, images.shape[-2:]).float().cpu())
-    return torch.cat(parts)
-
-
-def _as_grid(encoder: nn.Module, hidden: Tensor, shape: torch.Size) -> Tensor:
-    if hidden.ndim == 4:
-        return hidden.permute(0, 2, 3, 1)
-    rows, columns = _grid_of(encoder, shape) or (0, 0)
-    in_front = hidden.shape[1] - rows * columns
-    if not rows * columns or not 0 <= in_front <= MOST_TOKENS_IN_FRONT:
-        raise ValueError(
-            f"the {hidden.shape[1]} tokens of {type(encoder).__name__} for {shape[0]}x{shape[1]} pixels are no grid "
-            "of patches: pictures of patches need a plain vision transformer or a convolutional network."
-        )
-    return hidden[:, in_front:].unflatten(1, (rows, columns))
-
-
-def _grid_of(encoder: nn.Module, shape: torch.Size) -> tuple[int, int] | None:
-    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
-    if patch is None:
-        return None
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    return shape[0] // height, shape[1] // width
-
-
-@contextlib.contextmanager
-def _seeing_all_patches(encoder: nn.Module) -> Iterator[None]:
-    """ViT-MAE hides most patches of every image, also in eval mode, unless its configuration says otherwise."""
-    config: Any = getattr(encoder, "config", None)
-    if getattr(config, "model_type", None) != "vit_mae":
-        yield
-        return
-    ratio, config.mask_ratio = config.mask_ratio, 0.0
-    try:
-        yield
-    finally:
-        config.mask_ratio = ratio
-
-
-def _in_order(encoder: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    if getattr(getattr(encoder, "config", None), "model_type", None) != "vit_mae":
-        return {}
-    rows, columns = _grid_of(encoder, images.shape[-2:]) or (0, 0)
-    return {"noise": torch.arange(rows * columns, device=images.device).expand(len(images), -1).float()}
+    with evaluating(encoder):
+        parts = [
+            encoder(images.to(parameter.device, parameter.dtype)).last_hidden_state.float().cpu()
+            for images in pixel_values.split(batch_size)
+        ]
+    return torch.cat(parts).unflatten(1, encoder.config.grid_size)
 
 
 class PatchColors(NamedTuple):
@@ -181,6 +122,27 @@ def cosine_map(features: Tensor, row: int, column: int) -> np.ndarray:
     """
     units = nn.functional.normalize(features.double(), dim=-1)
     return (units @ units[row, column]).numpy()
+
+
+def differing_patches(features: Tensor, count: int, first: int) -> list[tuple[int, int]]:
+    """Patches of an image that are unlike each other, so that a few of them show what there is.
+
+    Args:
+        features: `[rows, columns, D]`.
+        count: Patches wanted, at most rows x columns.
+        first: Row-major position of the first; each further one is the patch whose highest cosine to those before is
+            the lowest.
+
+    Returns:
+        Row and column of each.
+    """
+    units = nn.functional.normalize(features.flatten(0, 1).double(), dim=-1)
+    chosen = [first]
+    while len(chosen) < count:
+        highest = (units @ units[chosen].T).amax(dim=1)
+        highest[chosen] = math.inf
+        chosen.append(int(highest.argmin()))
+    return [divmod(position, features.shape[1]) for position in chosen]
 
 
 def find_nearest_images(queries: np.ndarray, gallery: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

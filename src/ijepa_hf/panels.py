@@ -63,14 +63,14 @@ def panel_grid(
     return figure, axes
 
 
-def to_pictures(images: torch.Tensor, *, together: bool = False) -> np.ndarray:
+def to_pictures(images: torch.Tensor, *, limits: tuple[float, float] | None = None) -> np.ndarray:
     """Images of any kind as RGB.
 
     Args:
-        images: `[B, C, height, width]`. uint8 is taken as it is; floating point is stretched between its smallest and
-            largest value, so normalised pixels will do. Three channels are colours, of more the first three count; of
-            one or two the first, in gray.
-        together: Stretch all images alike, so that parts of one can stand beside parts of another; else each apart.
+        images: `[B, C, height, width]`. uint8 is taken as it is; floating point is stretched, so normalised pixels
+            will do. Three channels are colours, of more the first three count; of one or two the first, in gray.
+        limits: For floating point: the values that become black and white, so that parts of one image can stand beside
+            parts of another; the smallest and largest of each image itself if not given.
 
     Returns:
         float64 `[B, height, width, 3]`, from 0 to 1.
@@ -79,13 +79,11 @@ def to_pictures(images: torch.Tensor, *, together: bool = False) -> np.ndarray:
     pixels = shown.permute(0, 2, 3, 1).cpu().double().numpy()
     if not images.is_floating_point():
         return pixels / 255
-    groups = [pixels] if together else pixels
-    return np.concatenate([_stretched(group).reshape(-1, *pixels.shape[1:]) for group in groups])
-
-
-def _stretched(pixels: np.ndarray) -> np.ndarray:
-    low, high = pixels.min(), pixels.max()
-    return (pixels - low) / (high - low) if high > low else np.full_like(pixels, 0.5)
+    axes = (1, 2, 3)
+    low, high = limits or (pixels.min(axes, keepdims=True), pixels.max(axes, keepdims=True))
+    spread = np.subtract(high, low)
+    stretched = (pixels - low) / np.where(spread > 0, spread, 1.0)
+    return np.where(spread > 0, stretched, 0.5).clip(0, 1)
 
 
 def show_picture(axis: Axes, picture: np.ndarray) -> None:
