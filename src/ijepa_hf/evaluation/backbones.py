@@ -111,7 +111,9 @@ class Backbone:
         """
         self.check_pooling(pooling)
         tokens = self.tokens(pixel_values)
-        return tokens.patches.mean(dim=(1, 2)) if tokens.class_token is None or pooling == "mean" else tokens[1]
+        if pooling == "cls" and tokens.class_token is not None:
+            return tokens.class_token
+        return tokens.patches.mean(dim=(1, 2))
 
     def check_pooling(self, pooling: str) -> None:
         """Raises `ValueError` for another pooling than `POOLINGS`, and for `cls` where there is no class token."""

@@ -1,0 +1,164 @@
+"""What `ijepa-hf evaluate` is told: its flags, their checks and its parser."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from ijepa_hf.arguments import nearest_name
+from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
+from ijepa_hf.evaluation.knn import NEIGHBOURS
+from ijepa_hf.evaluation.labelled_data import LabelledDataFlags, flag
+
+METHODS = (
+    "knn", "linear", "linear_sgd", "attentive", "low_shot", "regression", "segmentation", "localization", "finetune",
+)  # fmt: skip
+# What each method needs of the model, and of the data.
+OF_POOLED = ("knn", "linear", "linear_sgd", "low_shot", "regression")
+OF_PATCHES = ("attentive", "segmentation", "localization")
+OF_CLASSES = ("knn", "linear", "linear_sgd", "attentive", "low_shot", "finetune")
+EVALUATIONS_FOLDER = "evaluations"
+_DEFAULT_LABEL_FRACTION = 0.01
+_SHAPES_TARGETS = ("count", "nearest_distance")
+
+
+@dataclass(kw_only=True)
+class EvaluationFlags(LabelledDataFlags):
+    """The flags of `ijepa-hf evaluate`; names as in `ijepa-hf pretrain` and `finetune`."""
+
+    method: list[str] = field(
+        default_factory=lambda: ["knn", "linear"], metadata={"help": f"One or several of {', '.join(METHODS)}."}
+    )
+    model_revision: str | None = flag("Branch, tag or commit of MODEL on the Hub.")
+    pooling: str = flag("What stands for an image: mean (of its patches) or cls (the class token).", "mean")
+    layers: int = flag("Layers that features are of: 1, the last; 4, the last four, concatenated.", 1)
+    k: int = flag("knn: neighbours that vote.", NEIGHBOURS)
+    temperature: float = flag("knn: towards 0 only the nearest counts, towards infinity all k count alike.", 0.07)
+    samples_per_class: int | None = flag("low_shot: so many labelled images of each class.")
+    label_fraction: float | None = flag(
+        f"low_shot: this share of the images of each class, rounded up; {_DEFAULT_LABEL_FRACTION} if neither is given."
+    )
+    num_label_draws: int = flag("low_shot: so many draws of labelled images; the score is their mean.", 5)
+    target_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"regression: columns of numbers; of shapes {' and '.join(_SHAPES_TARGETS)} if not given."},
+    )
+    mask_column_name: str = flag("segmentation: column of pictures whose pixels are classes.", "segmentation")
+    boxes_column_name: str = flag("localization: column of lists of boxes [left, top, right, bottom].", "boxes")
+    num_train_epochs: float = flag("finetune: length of each of its two runs.", 50.0)
+    output_dir: str | None = flag(
+        f"Folder of features and of evaluation.json; {EVALUATIONS_FOLDER}/<model>/<data set> if not given."
+    )
+    update_card: bool = flag("Add the scores to the model-index of MODEL's README.md; MODEL must be a folder.", False)
+    batch_size: int = flag("Images a forward pass.", 64)
+    device: str | None = flag("Such as cpu or cuda; a GPU if there is one.")
+    num_cpu_threads: int | None = flag("Threads of torch and of numpy on a CPU; their own choice if not given.")
+    seed: int = flag("Seed of every draw.", 0)
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments(EvaluationFlags):
+    """What an evaluation is told: the flags, and what comes first on the command line.
+
+    Args:
+        model: Hub id or folder of a vision model that `AutoModel` reads.
+    """
+
+    model: str
+
+    def check(self) -> None:
+        """Raises `ValueError` if a value is bad."""
+        if self.dataset_name is None:
+            raise ValueError(
+                "dataset_name is not given: write --dataset_name followed by digits, a Hub id or a folder."
+            )
+        if not self.method:
+            raise ValueError(f"method is empty: write --method followed by one or several of {', '.join(METHODS)}.")
+        for name in self.method:
+            if name not in METHODS:
+                raise ValueError(f"method={name!r} is not known{nearest_name(name, set(METHODS))}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} must be {' or '.join(map(repr, POOLINGS))}.")
+        if self.layers not in LAYERS:
+            raise ValueError(f"layers={self.layers} must be {' or '.join(map(str, LAYERS))}.")
+        if self.samples_per_class is not None and self.label_fraction is not None:
+            raise ValueError("samples_per_class and label_fraction are two ways to choose few labels; give one.")
+        for name, least in (
+            ("max_train_samples", 1), ("max_eval_samples", 1), ("k", 1), ("samples_per_class", 1),
+            ("num_label_draws", 1), ("batch_size", 1), ("num_cpu_threads", 1), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        for name in ("temperature", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0.")
+        if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
+            raise ValueError(f"label_fraction={self.label_fraction} must be greater than 0 and at most 1.")
+        if "regression" in self.method and not self.numbers():
+            raise ValueError("target_columns is not given: write --target_columns followed by columns of numbers.")
+        if self.update_card and not (Path(self.model) / "README.md").is_file():
+            raise ValueError(
+                f"update_card: model={self.model!r} is no folder with a README.md in it, so there is no card to add "
+                "scores to; leave it out."
+            )
+
+    def numbers(self) -> list[str]:
+        """Returns the columns that `regression` predicts."""
+        return self.target_columns or (list(_SHAPES_TARGETS) if self.dataset_name == "shapes" else [])
+
+    def few_labels(self) -> tuple[int | None, float | None]:
+        """Returns `samples_per_class` and `label_fraction` of `low_shot`, one of which is a number."""
+        if self.samples_per_class is None and self.label_fraction is None:
+            return None, _DEFAULT_LABEL_FRACTION
+        return self.samples_per_class, self.label_fraction
+
+    def folder(self) -> Path:
+        """Returns the folder that all is written to."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        names = [
+            Path(name).resolve().name if Path(name).exists() else name for name in (self.model, self.dataset_name)
+        ]
+        return Path(EVALUATIONS_FOLDER, *(re.sub(r"[^\w.-]+", "-", name.split("/")[-1]) for name in names))
+
+
+def build_evaluate_parser() -> HfArgumentParser:
+    """Returns the parser of `ijepa-hf evaluate`, whose values are the arguments of `EvaluationArguments`."""
+    parser = HfArgumentParser(
+        EvaluationFlags,
+        prog="ijepa-hf evaluate",
+        allow_abbrev=False,
+        description="Score the frozen features of a vision model, beside those of the same network untrained and raw "
+        "pixels, each with its 95 %% interval. Nothing is chosen on the held-out split.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="A run's folder, or the Hub id or folder of a vision model.")
+    return parser
+
+
+def parse_evaluate_arguments(argv: Sequence[str]) -> EvaluationArguments:
+    """Turns a command line into checked arguments.
+
+    Args:
+        argv: What follows `ijepa-hf evaluate`: the model, then flags.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ValueError: If a flag is unknown (the nearest is named), or a value is bad.
+    """
+    named, unknown = build_evaluate_parser().parse_known_args(argv)
+    if unknown:
+        known = {f"--{entry.name}" for entry in dataclasses.fields(EvaluationFlags)}
+        raise ValueError(
+            f"{unknown[0]!r} is no flag of ijepa-hf evaluate{nearest_name(unknown[0].split('=')[0], known)}"
+        )
+    arguments = EvaluationArguments(**vars(named))
+    arguments.check()
+    return arguments

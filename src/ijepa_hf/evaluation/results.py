@@ -1,0 +1,248 @@
+"""What an evaluation found: scores with their intervals, `evaluation.json`, the printed table, and the card's entries.
+
+`evaluation.json` grows: a later call on the same model and images adds its scores, and takes the place of those that
+it made again with the same settings. It never holds scores of two models or of two sets of images.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, metadata_load
+from huggingface_hub.repocard import metadata_save
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from ijepa_hf.evaluation.feature_store import differences
+from ijepa_hf.export import write_atomically
+
+EVALUATION_FILE = "evaluation.json"
+MODEL, UNTRAINED, RAW_PIXELS = "model", "untrained", "raw pixels"
+ROWS = (MODEL, UNTRAINED, RAW_PIXELS)
+# What the Hub calls each metric, and its unit for people: a factor and digits after the point.
+METRICS = {"top-1": ("accuracy", 100, 1), "R2": ("r2", 1, 3), "mIoU": ("mean_iou", 100, 1), "IoU": ("iou", 100, 1)}
+_TASKS = {
+    "segmentation": "image-segmentation", "localization": "object-detection", "regression": "image-feature-extraction",
+}  # fmt: skip
+_HUB_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number and all that is needed to read it.
+
+    Args:
+        method: How it was made, such as `knn`.
+        features: Of what: one of `ROWS`.
+        target: What was predicted: the name of the column.
+        metric: One of `METRICS`.
+        value: The score; higher is better.
+        interval: Its 95 % interval over test images.
+        num_train_images: Images that were fitted to.
+        num_eval_images: Images that were scored.
+        settings: What was asked for, such as `k`.
+        draws: Scores of single draws of labels, where there were several; `value` is their mean.
+    """
+
+    method: str
+    features: str
+    target: str
+    metric: str
+    value: float
+    interval: tuple[float, float]
+    num_train_images: int
+    num_eval_images: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    draws: list[float] = field(default_factory=list)
+
+    def place(self) -> str:
+        """What a later score replaces this one by: all but the numbers."""
+        return json.dumps([self.method, self.features, self.target, self.metric, self.settings], sort_keys=True)
+
+
+def read_scores(path: Path, model: Mapping[str, Any], data: Mapping[str, Any]) -> list[Score]:
+    """Reads the scores of earlier calls.
+
+    Args:
+        path: An `evaluation.json`, which may be missing.
+        model: What says which model it is; all but its `name` has to agree.
+        data: What says which images they are; all but their `dataset_name` has to agree.
+
+    Returns:
+        The scores, none where there is no file.
+
+    Raises:
+        ValueError: If the file is damaged, or of another model or of other images; names what differs.
+    """
+    if not path.is_file():
+        return []
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        theirs = {"model": dict(stored["model"]), "data": dict(stored["data"])}
+        scores = [Score(**{**row, "interval": tuple(row["interval"])}) for row in stored["scores"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it, or choose another --output_dir.") from error
+    mine: dict[str, dict[str, Any]] = {"model": dict(model), "data": dict(data)}
+    for part, name in (("model", "name"), ("data", "dataset_name")):
+        mine[part].pop(name, None)
+        theirs[part].pop(name, None)
+    differing = differences(json.loads(json.dumps(mine)), theirs)
+    if differing:
+        raise ValueError(
+            f"{path} holds scores of another model or of other images: {'; '.join(differing)}. Choose another "
+            "--output_dir, or delete the file."
+        )
+    return scores
+
+
+def merged(old: Sequence[Score], new: Sequence[Score]) -> list[Score]:
+    """Old scores, with new ones in their places or after them.
+
+    Args:
+        old: Of earlier calls.
+        new: Of this one.
+
+    Returns:
+        One score for each method, row, target, metric and settings.
+    """
+    scores = {score.place(): score for score in (*old, *new)}
+    return list(scores.values())
+
+
+def write_scores(
+    path: Path,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    scores: Sequence[Score],
+    versions: Mapping[str, str],
+) -> None:
+    """Writes `evaluation.json`, so that a reader never sees half of it.
+
+    Args:
+        path: The file; its folder must exist.
+        model: See `read_scores`.
+        data: See `read_scores`.
+        scores: All of them.
+        versions: Of the packages.
+    """
+    rows = [dataclasses.asdict(score) for score in scores]
+    values = {"model": dict(model), "data": dict(data), "versions": dict(versions), "scores": rows}
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def render_scores(scores: Sequence[Score]) -> str:
+    """The scores as text for the screen.
+
+    Args:
+        scores: At least one.
+
+    Returns:
+        For each method and target a heading with its settings and a line for each row; of several draws of labels
+        also the lowest and the highest.
+    """
+    groups: dict[str, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(_group(score), []).append(score)
+    lines = []
+    for group in groups.values():
+        settings = [f"{name} {value}" for name, value in group[0].settings.items() if value is not None]
+        images = f"{group[0].num_train_images} training images"
+        lines.append(f"{group[0].method} of {group[0].target}, {group[0].metric} ({', '.join([images, *settings])})")
+        for score in sorted(group, key=lambda score: ROWS.index(score.features)):
+            low, high = (_number(score, value) for value in score.interval)
+            lines.append(
+                f"    {score.features:12}{_number(score, score.value):>8}   95 %: {low} to {high}{_spread(score)}"
+            )
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _group(score: Score) -> str:
+    return json.dumps([score.method, score.target, score.metric, score.settings], sort_keys=True)
+
+
+def _number(score: Score, value: float) -> str:
+    _, factor, digits = METRICS[score.metric]
+    return f"{factor * value:.{digits}f}"
+
+
+def _spread(score: Score) -> str:
+    if not score.draws:
+        return ""
+    low, high = (_number(score, value) for value in (min(score.draws), max(score.draws)))
+    return f"   {len(score.draws)} draws: {low} to {high}"
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+
+def update_card(card: Path, model_name: str, dataset: Mapping[str, str], scores: Sequence[Score]) -> None:
+    """Adds the model's own scores to the `model-index` of a card; everything else in it stays.
+
+    An entry with the same task, data, split, metric and name is replaced.
+
+    Args:
+        card: A README.md.
+        model_name: Of the model, where the card names none yet.
+        dataset: Its `name`, `type` (the Hub id, or again the name) and `split`.
+        scores: Those of other rows than `MODEL` are left out.
+
+    Raises:
+        ValueError: If the metadata of the card cannot be read.
+    """
+    try:
+        metadata = metadata_load(card) or {}
+    except Exception as error:  # yaml's own, whose package is not ours to name
+        raise ValueError(f"{card}: the metadata in front cannot be read: {' '.join(str(error).split())}") from error
+    results = [_eval_result(score, dataset) for score in scores if score.features == MODEL]
+    if not results:
+        return
+    index = metadata.setdefault("model-index", [])
+    if not index:
+        index.append({"name": model_name, "results": []})
+    entries = index[0].setdefault("results", [])
+    for new in eval_results_to_model_index(model_name, results)[0]["results"]:
+        _add_entry(entries, new)
+
+    def write(partial: Path) -> None:
+        shutil.copyfile(card, partial)
+        metadata_save(partial, metadata)
+
+    write_atomically(card, write)
+
+
+def _eval_result(score: Score, dataset: Mapping[str, str]) -> EvalResult:
+    hub_name = METRICS[score.metric][0]
+    settings = ", ".join(f"{name} {value}" for name, value in score.settings.items() if value is not None)
+    return EvalResult(
+        task_type=_TASKS.get(score.method, "image-classification"),
+        task_name=f"{score.method} of {score.target}",
+        dataset_type=dataset["type"],
+        dataset_name=dataset["name"],
+        dataset_split=dataset["split"],
+        metric_type=hub_name,
+        metric_name=f"{score.metric}, {score.method}{' with ' if settings else ''}{settings}",
+        metric_value=round(score.value, _HUB_DIGITS),
+        metric_args={"interval_95": [round(end, _HUB_DIGITS) for end in score.interval], **score.settings},
+    )
+
+
+def _add_entry(entries: list[dict[str, Any]], new: dict[str, Any]) -> None:
+    """Puts the metrics of a result into a card's results: in the place of the same ones, else beside them."""
+    for entry in entries:
+        if all(entry.get(part) == new[part] for part in ("task", "dataset")):
+            for metric in new["metrics"]:
+                names = [(old.get("type"), old.get("name")) for old in entry.setdefault("metrics", [])]
+                if (metric["type"], metric["name"]) in names:
+                    entry["metrics"][names.index((metric["type"], metric["name"]))] = metric
+                else:
+                    entry["metrics"].append(metric)
+            return
+    entries.append(new)
