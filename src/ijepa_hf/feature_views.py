@@ -101,11 +101,12 @@ def patch_colors(features: Tensor) -> PatchColors:
     # `full` where the covariance would be the larger matrix
     solver = "covariance_eigh" if matrix.shape[0] > matrix.shape[1] else "full"
     pca = PCA(n_components=3, svd_solver=solver)
-    components = pca.fit_transform(matrix)
+    with np.errstate(invalid="ignore"):  # shares are 0 / 0 where all patches are equal
+        components = pca.fit_transform(matrix)
     low, high = np.percentile(components, ROBUST_PERCENTILES, axis=0)
     spread = np.where(high > low, high - low, 1.0)
     colors = np.where(high > low, (components - low) / spread, 0.5).clip(0, 1)
-    explained = np.nan_to_num(pca.explained_variance_ratio_)  # 0 / 0 where all patches are equal
+    explained = np.nan_to_num(pca.explained_variance_ratio_)
     return PatchColors(colors.reshape(*features.shape[:3], 3), explained)
 
 

@@ -20,6 +20,8 @@ from ijepa_hf.run_folder import EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, rea
 from ijepa_hf.visualization import draw_curves_figure
 
 VERDICT_FILE = "verdict.json"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FITS_A_PHONE = 1200  # pixels; wider pictures are scrolled there
 
 # File in `figures`, heading, what is to be seen.
 _FIGURES = (
@@ -64,7 +66,8 @@ th:first-child, td:first-child { text-align: left; white-space: normal; min-widt
 .arguments td { text-align: left; white-space: normal; vertical-align: top; }
 figure { margin: .5rem 0 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-@media (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } }
+@media (max-width: 40rem) { th, td { padding-right: .5rem; font-size: .92rem; }
+  th:first-child, td:first-child { min-width: 7rem; } .wide img { max-width: none; width: 40rem; } }
 summary { cursor: pointer; margin-top: 2rem; font-weight: 600; }
 """
 
@@ -199,16 +202,21 @@ def _curves(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str
         return ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curves.png"
-        draw_curves_figure(rows, path, evaluations)
+        draw_curves_figure(rows, path, evaluations, columns=2)  # as wide as a phone can show
         return _figure(path, "Curves", "What was logged, over the optimiser steps.")
 
 
 def _figure(path: Path, heading: str, text: str) -> str:
     if not path.is_file():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    content = path.read_bytes()
+    if not content.startswith(_PNG):
+        raise ValueError(f"{path} is no PNG; delete it, or let the run draw it again.")
+    width = int.from_bytes(content[16:20], "big")
+    kind = ' class="wide"' if width > _FITS_A_PHONE else ""
+    data = base64.b64encode(content).decode("ascii")
     return (
-        f'<h2>{heading}</h2>\n<figure><figcaption>{escape(text)}</figcaption><div class="wide">'
+        f"<h2>{heading}</h2>\n<figure><figcaption>{escape(text)}</figcaption><div{kind}>"
         f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}"></div></figure>'
     )
 

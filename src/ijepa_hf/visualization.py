@@ -196,7 +196,11 @@ def draw_audit_figure(
 
 
 def draw_curves_figure(
-    rows: Sequence[Mapping[str, Any]], path: str | Path, evaluations: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    *,
+    columns: int = 4,
 ) -> Figure:
     """Draw the logged numbers of a run over its optimiser steps, a small panel each.
 
@@ -208,6 +212,7 @@ def draw_curves_figure(
         path: PNG to write; its folder must exist.
         evaluations: lines of `evaluations.jsonl`, each with `step` and `knn`: a panel more, with the value of step 0,
             the untrained network's, as a dashed line.
+        columns: Panels beside each other, at most.
 
     Returns:
         The figure.
@@ -228,7 +233,7 @@ def draw_curves_figure(
         known = [name for _, _, names in _CURVES for name in names]
         raise ValueError(f"rows have {sorted(rows[0])}, and none of what can be drawn: {known}.")
     num_panels = len(panels) + bool(evaluations)
-    columns = min(4, num_panels)
+    columns = min(columns, num_panels)
     lines_of_panels = -(-num_panels // columns)
     figure = Figure(figsize=(3.1 * columns, 2.5 * lines_of_panels), layout="constrained", facecolor="white")
     axes = figure.subplots(lines_of_panels, columns, squeeze=False).ravel()
