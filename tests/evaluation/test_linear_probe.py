@@ -221,6 +221,9 @@ def test_a_setting_that_diverges_is_not_chosen_and_if_all_do_it_is_said():
     sane = predict_linear_sgd(train_x, train_y, test_x, learning_rates=(0.01,), epochs=5)
     both = predict_linear_sgd(train_x, train_y, test_x, learning_rates=(1e38, 0.01), epochs=5)
     np.testing.assert_array_equal(both, sane)
+    # NaN looks like class 0 to argmax, which is nearly always right here.
+    x, rare = gaussian_classes(200, distance=0.0)[0], np.arange(200) % 20 == 0
+    assert not predict_linear_sgd(x, rare, x, learning_rates=(1e38, 1e-4), epochs=5).any()
     with pytest.raises(ValueError, match=r"diverged with learning_rates=\(1e\+38,\): give lower ones"):
         predict_linear_sgd(train_x, train_y, test_x, learning_rates=(1e38,), epochs=5)
 

@@ -10,7 +10,8 @@ def test_a_fifth_is_held_out_in_the_proportion_of_the_classes():
     labels = np.repeat([0, 1, 2], [50, 30, 20])
     fit, held_out = hold_out(100, seed=0, labels=labels)
     np.testing.assert_array_equal(np.sort(np.concatenate([fit, held_out])), np.arange(100))
-    np.testing.assert_array_equal(np.bincount(labels[held_out]), [10, 6, 4])
+    for seed in range(5):
+        np.testing.assert_array_equal(np.bincount(labels[hold_out(100, seed=seed, labels=labels)[1]]), [10, 6, 4])
     np.testing.assert_array_equal(held_out, np.sort(held_out))
     np.testing.assert_array_equal(hold_out(100, seed=0, labels=labels)[1], held_out)
     assert not np.array_equal(hold_out(100, seed=1, labels=labels)[1], held_out)

@@ -17,7 +17,7 @@ _TEST_BLOCK, _TRAIN_BLOCK = 512, 16384  # 34 MB of float32 similarities
 _NUMBERS_AT_ONCE = 2**22  # of every other temporary array; 34 MB in float64
 _SPARE_CANDIDATES = 16
 _FLOAT32_ERROR = 1e-5  # of a similarity; measured below 1e-6 for 5120 columns
-_DECIMALS = 9  # similarities and votes that agree to so many are equal
+_DECIMALS = 9  # similarities that agree to so many are equal
 
 
 def predict_knn(
@@ -32,9 +32,9 @@ def predict_knn(
 
     Nearness is cosine similarity s; each neighbour votes for its label with weight exp(s / temperature). Ties are
     decided, not left to chance: similarities that agree to 9 decimals are equal, and of equally near training images
-    the first in order are taken; of labels whose votes agree to 9 decimals (of the nearest neighbour's vote) the
-    lowest wins. A row of zeros has similarity 0 to everything. So an image's label does not depend on the other test
-    images, and depends on the order of the training images only where they tie.
+    the first in order are taken; of labels with equal votes the lowest wins. A row of zeros has similarity 0 to
+    everything. So an image's label does not depend on the other test images, and depends on the order of the training
+    images only where they tie.
 
     Besides one float32 copy of each of the two arrays, temporary arrays take some 200 MB at most, however many images
     there are.
@@ -71,7 +71,7 @@ def predict_knn(
     weights = np.exp((similarities - similarities[:, :1]) / temperature)
     votes = np.zeros((len(test_x), len(labels)))
     np.add.at(votes, (np.arange(len(test_x))[:, None], codes[neighbours]), weights)
-    return labels[votes.round(_DECIMALS).argmax(axis=1)]
+    return labels[votes.argmax(axis=1)]
 
 
 def knn_accuracy(

@@ -1,0 +1,156 @@
+"""Regression on frozen features: ridge regression, and the bins that turn a quantity into classes.
+
+Low-level properties (how many objects, how far the nearest one) are the paper's second use of a frozen encoder. Its
+table is of accuracies: the number of objects is taken as a class, the distance is cut into six. So
+`predict_linear(train_x, to_bins(distances, distance_bins(distances)), test_x)` is its kind of number, and
+`predict_ridge`, judged by R2, is the number without the cutting.
+"""
+
+import logging
+
+import numpy as np
+from scipy import linalg
+from sklearn.preprocessing import StandardScaler
+
+from ijepa_hf.evaluation.splits import check_features, hold_out, in_pieces
+
+logger = logging.getLogger(__name__)
+
+# Penalties per training image, from strong to weak: scikit-learn's alpha is this times the number of images.
+_PENALTIES = tuple(10.0**power for power in range(2, -7, -1))
+_LEAST_IMAGES = 5  # four to fit and one to choose on
+
+
+def predict_ridge(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Quantities that a ridge regression, trained on frozen features, gives to test images.
+
+    Features are standardised with the deviation of the images that are fitted. The penalty of each target is chosen,
+    by squared error, on a fifth of the *training* images (the strongest wins a tie); the regression is then fitted
+    again on all of them. Targets do not influence each other. All is float64 and solved exactly; where there are more
+    columns than images, through the images' inner products.
+
+    Memory: a float64 copy of the training features and a square matrix of min(n_train, D) rows.
+
+    Args:
+        train_x: [n_train, D] features, finite; n_train at least 5.
+        train_y: [n_train] or [n_train, T] quantities, finite.
+        test_x: [n_test, D] features, finite.
+        seed: of the split that chooses the penalty.
+
+    Returns:
+        float64 [n_test] or [n_test, T], not cut to the range of the training quantities.
+
+    Raises:
+        ValueError: fewer than five training images, quantities that are no finite numbers, shapes that do not agree,
+            or features that are not finite.
+
+    Source: ridge regression as of Hoerl and Kennard (Technometrics 12, 1970).
+    """
+    check_features(train_x, train_y, test_x)
+    targets = _quantities("train_y", train_y, axes=(1, 2))
+    if len(targets) < _LEAST_IMAGES:
+        raise ValueError(f"train_y has {len(targets)} values: a ridge regression needs at least {_LEAST_IMAGES}.")
+    columns = targets.reshape(len(targets), -1)
+    features = np.asarray(train_x, dtype=np.float64)
+    fit, held_out = hold_out(len(features), seed=seed)
+    candidates = _fit(features[fit], columns[fit], _PENALTIES)
+    errors = [((_predict(one, features[held_out]) - columns[held_out]) ** 2).mean(axis=0) for one in candidates]
+    chosen = np.argmin(errors, axis=0)  # [T], the first of equals
+    logger.info(
+        "ridge regression: penalties per image %s were chosen on %d training images",
+        [_PENALTIES[each] for each in chosen], len(held_out),
+    )  # fmt: skip
+    needed = sorted(set(chosen.tolist()))
+    fitted = dict(zip(needed, _fit(features, columns, [_PENALTIES[each] for each in needed]), strict=True))
+    predictions = {each: _predict(one, np.asarray(test_x)) for each, one in fitted.items()}
+    result = np.stack([predictions[each][:, target] for target, each in enumerate(chosen.tolist())], axis=1)
+    return result.reshape(len(result), *targets.shape[1:])
+
+
+def distance_bins(train_values: np.ndarray, num_bins: int = 6) -> np.ndarray:
+    """Edges that cut a quantity into bins with the same number of training images, as nearly as its ties allow.
+
+    Args:
+        train_values: [n] finite quantities of the training images.
+        num_bins: 2 or more. VTAB, and the paper with it, cuts Clevr's distance into six.
+
+    Returns:
+        float64 [num_bins - 1], rising: the quantiles between the bins; the outer bins have no outer edge.
+
+    Raises:
+        ValueError: fewer than two bins, values that are no finite numbers, or so few different values that two edges
+            would be equal.
+
+    Source: the task of VTAB (arXiv 1910.04867), appendix A. Its edges are fixed for Clevr's own distances; quantiles
+        of the training images take their place for other scenes.
+    """
+    values = _quantities("train_values", train_values, axes=(1,))
+    if num_bins < 2:
+        raise ValueError(f"num_bins={num_bins} must be at least 2.")
+    edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
+    if np.any(np.diff(edges) <= 0) or edges[0] <= values.min():
+        raise ValueError(
+            f"train_values has {len(np.unique(values))} different values, too few or too unevenly spread for "
+            f"num_bins={num_bins} bins: give fewer bins, or take the values themselves as classes."
+        )
+    return edges
+
+
+def to_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The bin of each quantity: the number of edges that it reaches.
+
+    Args:
+        values: quantities, finite, of any shape.
+        edges: [num_bins - 1], rising, from `distance_bins`.
+
+    Returns:
+        int64, of the shape of `values`: 0 below the first edge, up to num_bins - 1 from the last edge on.
+
+    Raises:
+        ValueError: values or edges that are no finite numbers, or edges that do not rise.
+    """
+    values = _quantities("values", values, axes=None)
+    edges = _quantities("edges", edges, axes=(1,))
+    if np.any(np.diff(edges) <= 0):
+        raise ValueError(f"edges={edges.tolist()} must rise: take them from distance_bins.")
+    return np.searchsorted(edges, values, side="right").astype(np.int64)
+
+
+def _quantities(name: str, values: np.ndarray, *, axes: tuple[int, ...] | None) -> np.ndarray:
+    """As float64, if they are finite numbers on one of these numbers of axes."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub" or array.size == 0 or (axes is not None and array.ndim not in axes):
+        raise ValueError(
+            f"{name} of dtype {array.dtype} and shape {array.shape} must hold numbers"
+            + (f" on {' or '.join(map(str, axes))} axes, at least one." if axes else ", at least one.")
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity: leave these images out, or mend their values.")
+    return array.astype(np.float64)
+
+
+# What _predict needs: the scaler, weights [D, T], and the mean of each target.
+_Fitted = tuple[StandardScaler, np.ndarray, np.ndarray]
+
+
+def _fit(x: np.ndarray, y: np.ndarray, penalties: "tuple[float, ...] | list[float]") -> list[_Fitted]:
+    """One ridge regression a penalty, from one product of the features with themselves."""
+    scaler = StandardScaler().fit(x)
+    x, mean = scaler.transform(x), y.mean(axis=0)
+    dual = x.shape[1] > len(x)
+    product = x @ x.T if dual else x.T @ x
+    right = y - mean if dual else x.T @ (y - mean)
+    fitted = []
+    for penalty in penalties:
+        loaded = product.copy()
+        loaded.flat[:: len(loaded) + 1] += penalty * len(x)
+        weights = linalg.solve(loaded, right, assume_a="pos", overwrite_a=True)
+        fitted.append((scaler, x.T @ weights if dual else weights, mean))
+    return fitted
+
+
+def _predict(fitted: _Fitted, x: np.ndarray) -> np.ndarray:
+    scaler, weights, mean = fitted
+    return np.concatenate(
+        [scaler.transform(np.asarray(x[rows], dtype=np.float64)) @ weights + mean for rows in in_pieces(x)]
+    )
