@@ -274,6 +274,12 @@ class PretrainingArguments:
         "given.",
         None,
     )
+    diagnostics_steps: int | None = _help(
+        "Measure the features of a fixed batch and judge whether they collapse, every so many optimiser steps; 0 is "
+        "off. If not given, so seldom that it takes under 1 % of the time.",
+        None,
+    )
+    on_collapse: str = _help("warn: say it and go on; stop: save, and end with exit code 5.", "warn")
     report_to: list[str] = _help("Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", [])
     license: str | None = _help(
         "Licence of the weights, for their card: apache-2.0, cc-by-4.0, ...; that of model_name_or_path if not given.",
@@ -316,6 +322,9 @@ class PretrainingArguments:
             "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "schedule_scale",
             "num_cpu_threads", "eval_steps",
         )  # fmt: skip
+        _check_at_least(self, 0, "diagnostics_steps")
+        if self.on_collapse not in ("warn", "stop"):
+            raise ValueError(f"on_collapse={self.on_collapse!r} must be 'warn' or 'stop'.")
         for name in ("num_train_epochs", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:

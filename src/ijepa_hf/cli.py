@@ -2,6 +2,7 @@
 
 Exit codes: 0 done; 1 an unexpected error; 2 something the user can mend (a flag, a file, a folder), said in one line;
 3 training stopped because the loss was NaN or infinite; 4 training is finished, but its upload did not arrive whole;
+5 the features have collapsed (`diagnose`, and `pretrain --on_collapse stop`); 6 `diagnose` has too little to judge;
 130 interrupted.
 """
 
@@ -14,6 +15,8 @@ from pathlib import Path
 COMMANDS = {
     "pretrain": "pretrain an I-JEPA model on your images, from nothing or from weights that exist",
     "finetune": "train an encoder with a classification head on labelled images",
+    "diagnose": "judge whether a run or a model has collapsed, and what to try next",
+    "evaluate": "score a model's frozen features, beside the untrained network's and raw pixels, with intervals",
     "prepare": "write images of any source as parquet shards, made small once instead of in every epoch",
     "visualize": "draw what a model has learnt and expects, a recipe's masks, or a run as one HTML file",
     "convert": "turn a published I-JEPA checkpoint (.pth.tar) into a model folder, or a model folder into such a file",
@@ -46,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {
             "pretrain": _pretrain,
             "finetune": _finetune,
+            "diagnose": _diagnose,
+            "evaluate": _evaluate,
             "prepare": _prepare,
             "visualize": _visualize,
             "convert": _convert,
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.arguments import parse_arguments
     from ijepa_hf.hub import UploadIncompleteError
+    from ijepa_hf.run_diagnostics import CollapseError
     from ijepa_hf.training import NonFiniteLossError, pretrain
 
     try:
@@ -71,6 +77,9 @@ def _pretrain(argv: list[str]) -> int:
     except NonFiniteLossError as error:
         print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
         return 3
+    except CollapseError as error:
+        print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
+        return 5
     except UploadIncompleteError as error:
         print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
         return 4
@@ -82,6 +91,24 @@ def _finetune(argv: list[str]) -> int:
     from ijepa_hf.evaluation.finetune_arguments import parse_finetune_arguments
 
     print(finetune(parse_finetune_arguments(argv)))
+    return 0
+
+
+def _diagnose(argv: list[str]) -> int:
+    from ijepa_hf.diagnose import diagnose
+
+    text, code = diagnose(argv)
+    print(text)
+    return code
+
+
+def _evaluate(argv: list[str]) -> int:
+    from ijepa_hf.evaluation.evaluate_arguments import parse_evaluate_arguments
+
+    arguments = parse_evaluate_arguments(argv)
+    from ijepa_hf.evaluation.evaluate import evaluate_model
+
+    print(evaluate_model(arguments))
     return 0
 
 
@@ -194,6 +221,8 @@ def build_push_parser() -> argparse.ArgumentParser:
 def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
     from ijepa_hf.arguments import build_parser
+    from ijepa_hf.diagnose import build_diagnose_parser
+    from ijepa_hf.evaluation.evaluate_arguments import build_evaluate_parser
     from ijepa_hf.evaluation.finetune_arguments import build_finetune_parser
     from ijepa_hf.preparation import build_prepare_parser
     from ijepa_hf.visualize import visualize_flags
@@ -201,6 +230,8 @@ def command_flags() -> dict[str, set[str]]:
     parsers: dict[str, argparse.ArgumentParser] = {
         "pretrain": build_parser(),
         "finetune": build_finetune_parser(),
+        "diagnose": build_diagnose_parser(),
+        "evaluate": build_evaluate_parser(),
         "prepare": build_prepare_parser(),
         "convert": build_convert_parser(),
         "push": build_push_parser(),

@@ -32,14 +32,13 @@ from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.export import exported_step
 from ijepa_hf.hub_contents import (
     ABOUT_THE_MODEL,
-    GROWING_FILES,
     LAST_CHECKPOINT,
     TELLING_FILES,
     RepositoryContents,
     StagedFolder,
 )
 from ijepa_hf.model_card import render_unfinished_card
-from ijepa_hf.run_folder import REPORT_FILE, RUN_FILE
+from ijepa_hf.run_folder import GROWING_FILES, REPORT_FILE, RUN_FILE
 
 # Seconds before the 2nd, ... 7th try: 126 in all. A server may ask for more, up to hub_process.LONGEST_WAIT each time;
 # bytes that arrive start the count again.

@@ -22,18 +22,15 @@ from ijepa_hf.model_card import render_unfinished_card
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.run_folder import (
     EVAL_RESULTS_FOLDER,
-    EVALUATIONS_FILE,
-    METRICS_FILE,
+    GROWING_FILES,
     RECIPE_FILE,
     REPORT_FILE,
     RUN_FILE,
-    UNREADABLE_FILE,
     differing_arguments,
     read_run,
 )
 
 LAST_CHECKPOINT = "last-checkpoint"  # transformers' Trainer uses this name too
-GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, UNREADABLE_FILE)
 _CONVERSION_FILE = "conversion.json"
 _FINETUNING_FILE = "finetune.json"
 _CHECKPOINT_RECORD = f"{LAST_CHECKPOINT}/checkpoint.json"

@@ -1,6 +1,6 @@
 """A run's folder: whose it is, whether it is finished, and what of it stays when a run goes on.
 
-    output_dir/   run.json  metrics.jsonl  evaluations.jsonl  unreadable_images.jsonl  report.json  ...
+    output_dir/   run.json  metrics.jsonl  diagnostics.jsonl  evaluations.jsonl  unreadable_images.jsonl  ...
 
 The files that grow have a line of JSON for each entry, with the optimiser step that wrote it, so that a run that goes
 on from an earlier step can drop what came after it. `docs/architecture.md` lists all that a run leaves behind.
@@ -20,11 +20,12 @@ RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+DIAGNOSTICS_FILE = "diagnostics.jsonl"
 UNREADABLE_FILE = "unreadable_images.jsonl"
 RECIPE_FILE = "recipe.yaml"
 EVAL_RESULTS_FOLDER = ".eval_results"  # the Hub's name for the folder of machine-readable scores
 
-_GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, UNREADABLE_FILE)
+GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, DIAGNOSTICS_FILE, UNREADABLE_FILE)
 
 # What may differ between a run and its continuation: none of it changes a weight (the global batch is compared).
 _FREE_ARGUMENTS = frozenset(
@@ -43,6 +44,8 @@ _FREE_ARGUMENTS = frozenset(
         "label_column_name",
         "max_eval_samples",
         "eval_steps",
+        "diagnostics_steps",
+        "on_collapse",
         "max_broken_share",
         "license",
         "push_to_hub",
@@ -54,7 +57,7 @@ _FREE_ARGUMENTS = frozenset(
 )
 # What a run writes, and `overwrite_output_dir` deletes.
 _RUN_ENTRIES = (
-    RUN_FILE, REPORT_FILE, RECIPE_FILE, *_GROWING_FILES, "README.md", "config.json", "model.safetensors",
+    RUN_FILE, REPORT_FILE, RECIPE_FILE, *GROWING_FILES, "README.md", "config.json", "model.safetensors",
     "preprocessor_config.json", "pretraining", "figures", "trackers", *CODE_FILES, EVAL_RESULTS_FOLDER,
 )  # fmt: skip
 
@@ -186,7 +189,7 @@ def prepare_output_dir(
     start_step = 0 if checkpoint is None else checkpoint.step
     kept = {
         name: [] if checkpoint is None else read_rows(checkpoint.path.parent / name, up_to_step=start_step)
-        for name in _GROWING_FILES
+        for name in GROWING_FILES
     }
     if run.overwrite_output_dir and output_dir.exists():
         _delete_run(output_dir)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import config_fields, find_latest, restore, save_checkpoint
+from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import (
     Batch,
@@ -57,10 +58,12 @@ from ijepa_hf.report import (
     EvaluationSets,
     describe_machine,
     evaluate_encoder,
+    first_readable_pixels,
     load_evaluation_sets,
     render_report,
     write_report,
 )
+from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due
 from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
     UNREADABLE_FILE,
@@ -212,6 +215,7 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         ValueError: If an argument is bad, the folder is another run's, or the data do not fit; found before any work.
         FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
         NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
+        CollapseError: If the features were judged to have collapsed and `on_collapse` is `stop`; a checkpoint is kept.
         UploadIncompleteError: If the finished run did not arrive on the Hub; says what finishes it.
     """
     assert run.output_dir is not None  # parse_arguments
@@ -234,15 +238,8 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     check_output_dir(output_dir, arguments, run)
     pushes = run.push_to_hub and accelerator.is_main_process
     if is_finished(output_dir, run):
-        if accelerator.is_main_process:
-            print(f"{output_dir} holds this run, finished. Its report:\n")
-            print(render_report(output_dir))
-        accelerator.end_training()
-        if pushes:
-            with _uploading(run, output_dir, arguments, plan.num_steps) as uploader:
-                print(f"\n{uploader.finish(plan.num_steps)}")
+        _show_finished(accelerator, run, output_dir, arguments, plan)
         return output_dir
-
     if checkpoint is not None:
         check_checkpoint(checkpoint, arguments, plan)
     start_step = 0 if checkpoint is None else checkpoint.step
@@ -277,6 +274,7 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
             stream=images.stream_state(layouts),
             unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
             uploader=uploader,
+            diagnostics=_make_diagnostics(accelerator, images, crops, evaluation, config, data, run, plan),
         )  # fmt: skip
         loader = images.loader(
             crops,
@@ -289,9 +287,10 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
             rank=accelerator.process_index,
             pin_memory=accelerator.device.type == "cuda",
         )
-        with contextlib.ExitStack() as stack:
-            stack.callback(close_loader, loader)
+        try:
             _run_steps(state, loader, start_step)
+        finally:
+            close_loader(loader)
         if accelerator.is_main_process:
             _report(state)
         accelerator.wait_for_everyone()
@@ -300,6 +299,19 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         if uploader is not None:  # last: other ranks need not wait for it
             print(f"\n{uploader.finish(plan.num_steps)}")
     return output_dir
+
+
+def _show_finished(
+    accelerator: Accelerator, run: PretrainingArguments, output_dir: Path, arguments: dict[str, Any], plan: Plan
+) -> None:
+    """Prints the report again, and uploads what has not been."""
+    if accelerator.is_main_process:
+        print(f"{output_dir} holds this run, finished. Its report:\n")
+        print(render_report(output_dir))
+    accelerator.end_training()
+    if run.push_to_hub and accelerator.is_main_process:
+        with _uploading(run, output_dir, arguments, plan.num_steps) as uploader:
+            print(f"\n{uploader.finish(plan.num_steps)}")
 
 
 def _report(state: "_RunState") -> None:
@@ -338,6 +350,7 @@ class _RunState:
     stream: dict[str, Any] | None
     unreadable: UnreadableLog
     uploader: HubUploader | None
+    diagnostics: RunDiagnostics | None
 
     def save(self, step: int) -> None:
         """Writes a checkpoint and the two-part folder, and has them uploaded where that was asked for."""
@@ -388,6 +401,8 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
         total=plan.num_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process, mininterval=1.0
     )
     with contextlib.closing(progress), contextlib.closing(_open_metrics_log(state)) as metrics:
+        if start_step == 0:
+            _diagnose(state, 0, progress, metrics)
         for step in range(start_step, plan.num_steps):
             with clock.waiting():
                 micro_batches = [next(batches) for _ in range(run.gradient_accumulation_steps)]
@@ -408,6 +423,8 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(_stop_message(step + 1, error, values, state.output_dir)) from None
             done = step + 1
+            if state.diagnostics is not None:
+                state.diagnostics.note_step(None if values.encoder_is_frozen else values.ema_momentum)
             progress.update()
             clock.steps += 1
             is_last = done == plan.num_steps
@@ -435,6 +452,32 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
                     accelerator.wait_for_everyone()
                 if done % every == 0 or is_last:
                     state.save(done)
+                _diagnose(state, done, progress, metrics)
+
+
+def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) -> None:
+    """Measures and judges the features where that is due; ends the run where it was asked to.
+
+    Raises:
+        CollapseError: On every rank, after a checkpoint, if a failure was found and `on_collapse` is `stop`.
+    """
+    plan = state.plan
+    if not is_due(step, state.run.diagnostics_steps, plan.global_batch_size, plan.num_steps):
+        return
+    failure: list[str | None] = [None]
+    if state.diagnostics is not None:
+        epoch = round(step / plan.steps_per_epoch, 4)
+        before = state.diagnostics.verdict
+        verdict = state.diagnostics.measure(state.model, step, epoch, metrics.tell_trackers)
+        if before is None or before.name != verdict.name:
+            progress.write(f"step {step} verdict: {verdict}")
+        if verdict.is_failure:
+            failure = [f"stopped at step {step}: {verdict}"]
+    if state.run.on_collapse == "stop":
+        broadcast_object_list(failure)
+        if failure[0] is not None:
+            state.save(step)
+            raise CollapseError(failure[0])
 
 
 def _open_metrics_log(state: _RunState) -> MetricsLog:
@@ -550,6 +593,37 @@ def _make_readers(
     # pixels travel as bytes where the images are bytes, and are normalised on the device
     collator = IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=plan.global_batch_size)
     return crops, BatchMaker(collator)
+
+
+def _make_diagnostics(
+    accelerator: Accelerator,
+    images: TrainingImages,
+    crops: CropReader,
+    evaluation: EvaluationSets | None,
+    config: IJepaConfig,
+    data: DataArguments,
+    run: PretrainingArguments,
+    plan: Plan,
+) -> RunDiagnostics | None:
+    """The images that are measured: held-out ones where a split was named, else some that are trained on."""
+    if run.diagnostics_steps == 0 or not accelerator.is_main_process:
+        return None
+    masks: dict[str, Tensor] = {}
+    if evaluation is not None and config.masking_strategy != "regions":
+        pixels = first_readable_pixels(evaluation.test, config, data.image_mean, data.image_std, MONITOR_IMAGES)
+    else:
+        size = min(MONITOR_IMAGES, images.num_images)
+        make_batch = BatchMaker(IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=size))
+        inputs = images.first_batch(crops, make_batch, size=size, seed=run.seed).inputs
+        pixels = normalize(inputs["pixel_values"], data.image_mean, data.image_std)
+        if config.masking_strategy == "regions":  # masks come with the images
+            masks = {name: inputs[name].to(accelerator.device) for name in ("context_indices", "target_indices")}
+    batch = make_monitor_batch(config, pixels.to(accelerator.device), **masks)
+    return RunDiagnostics(
+        CollapseMonitor(batch, chunk_size=min(MONITOR_IMAGES, run.per_device_train_batch_size)),
+        Path(str(run.output_dir)),
+        num_steps=plan.num_steps,
+    )
 
 
 def _set_up_model(model: IJepaForPretraining, model_arguments: ModelArguments, run: PretrainingArguments) -> None:

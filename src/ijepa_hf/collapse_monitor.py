@@ -1,0 +1,236 @@
+"""Measures a model on one fixed batch, so that rows of different steps can be compared.
+
+A row holds every number of `diagnostics` for the target encoder, the context encoder and the predictor, on pooled and
+on patch features, and how far the target encoder has moved. `collapse_verdict` judges rows. Numbers are taken in eval
+mode, without gradients and without a random draw, so that measuring never changes a run.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import keyed_generator
+from ijepa_hf.diagnostics import (
+    cross_image_gap,
+    dead_dimensions,
+    effective_rank,
+    lidar,
+    mean_pairwise_cosine,
+    normalized_std,
+    position_share,
+    prediction_skill,
+    rankme,
+    residual_ratio,
+    spectrum_slope,
+    stable_rank,
+)
+from ijepa_hf.masking import draw_masks
+from ijepa_hf.modeling_ijepa import TARGET_NORM_EPS, IJepaForPretraining, gather_patches
+
+MONITOR_IMAGES = 64  # with 8x8 patches 4,096 rows, and 64 images a position
+LIDAR_VIEWS = 4  # masks of an image; the paper takes 10, at 2.5 times the cost
+SPECTRUM_ROWS = 1024  # patches whose spectrum is taken
+
+_DRAW_VIEWS = 11  # beside the streams of `data`
+_SAMPLED_WEIGHTS = 65_536
+_METRICS = {
+    "cosine": mean_pairwise_cosine,
+    "std": normalized_std,
+    "rankme": rankme,
+    "effective_rank": effective_rank,
+    "stable_rank": stable_rank,
+    "spectrum_slope": spectrum_slope,
+    "dead_dimensions": dead_dimensions,
+}
+
+
+@dataclass(frozen=True)
+class MonitorBatch:
+    """What is measured: fixed images and fixed masks.
+
+    Args:
+        pixel_values: Floating `[B, C, height, width]`, normalised; B at least 2.
+        views: V tensors int64 `[B, K]`, the patches that the context encoder sees; the first goes to the predictor.
+        target_indices: int64 `[B, M, P]`.
+    """
+
+    pixel_values: Tensor
+    views: tuple[Tensor, ...]
+    target_indices: Tensor
+
+
+def make_monitor_batch(
+    config: IJepaConfig, pixel_values: Tensor, *, context_indices: Tensor | None = None,
+    target_indices: Tensor | None = None,
+) -> MonitorBatch:  # fmt: skip
+    """Puts masks to images.
+
+    Args:
+        config: Says which masks; they are always the same, whatever a run's seed.
+        pixel_values: Floating `[B, C, height, width]`, normalised.
+        context_indices: int64 `[B, K]` or `[B, S, K]`, where masks come with the images (`regions`).
+        target_indices: int64 `[B, M, P]`, likewise.
+
+    Returns:
+        The batch, on the device of the images.
+
+    Raises:
+        ValueError: For fewer than two images.
+    """
+    if len(pixel_values) < 2:
+        raise ValueError(f"{len(pixel_values)} image is too few to tell a collapse; give at least 2, better 64.")
+    if context_indices is not None and target_indices is not None:
+        sets = context_indices[:, None] if context_indices.ndim == 2 else context_indices
+        views = tuple(sets.unbind(1))
+    else:
+        masks = [
+            draw_masks(config.mask_settings(), len(pixel_values), keyed_generator(_DRAW_VIEWS, view))
+            for view in range(LIDAR_VIEWS)
+        ]
+        views = tuple(_first_set(drawn.context_indices) for drawn in masks)
+        target_indices = masks[0].target_indices
+    device = pixel_values.device
+    return MonitorBatch(pixel_values, tuple(view.to(device) for view in views), target_indices.to(device))
+
+
+def _first_set(context_indices: Tensor) -> Tensor:
+    return context_indices if context_indices.ndim == 2 else context_indices[:, 0]
+
+
+class CollapseMonitor:
+    """Measures the same model again and again.
+
+    Args:
+        batch: The images and masks, on the model's device.
+        chunk_size: Images in a forward pass.
+    """
+
+    def __init__(self, batch: MonitorBatch, chunk_size: int = MONITOR_IMAGES) -> None:
+        self.batch, self.chunk_size = batch, chunk_size
+        self._last_target: Tensor | None = None
+
+    @torch.no_grad()
+    def measure(self, model: IJepaForPretraining) -> dict[str, Any]:
+        """Takes a row of numbers.
+
+        Args:
+            model: In any mode, which it keeps.
+
+        Returns:
+            `loss` of the fixed batch; for each of `target`, `context` and `prediction`, and each of `pooled` and
+            `patch`, the numbers of `diagnostics` under names such as `target_patch_rankme`; `..._position_share` of
+            each; `context_lidar` (None without several views); `cross_image_gap` and `possible_gap`, the most that it
+            can be; `prediction_skill`; `prediction_image_ratio` and `prediction_place_ratio` (see `residual_ratio`);
+            `target_distance`, of both encoders' weights, relative to the context encoder's; `target_moved`, the share
+            of that way that the target encoder has gone since the last row (None in the first).
+
+        Raises:
+            ValueError: If features are NaN or infinite.
+        """
+        with _evaluating(model):
+            parts = [self._forward(model, start) for start in range(0, len(self.batch.pixel_values), self.chunk_size)]
+        features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {**measure_features(features, self.batch.target_indices), **self._measure_weights(model)} | {
+            "loss": float(model.compute_loss(features["prediction"], features["block"]))
+        }
+
+    def _forward(self, model: IJepaForPretraining, start: int) -> dict[str, Tensor]:
+        chunk = slice(start, start + self.chunk_size)
+        pixels, blocks = self.batch.pixel_values[chunk].to(model.dtype), self.batch.target_indices[chunk]
+        target = model.target_encoder(pixels).last_hidden_state.float()
+        if model.config.normalize_targets:
+            target = nn.functional.layer_norm(target, target.shape[-1:], eps=TARGET_NORM_EPS)
+        seen = [model.context_encoder(pixels, context_indices=view[chunk]).last_hidden_state
+                for view in self.batch.views]  # fmt: skip
+        return {
+            "target": target,
+            "context": model.context_encoder(pixels).last_hidden_state.float(),
+            "views": torch.stack([view.float().mean(dim=1) for view in seen], dim=1),
+            "block": gather_patches(target, blocks),
+            "prediction": model.predict(seen[0], self.batch.views[0][chunk], blocks).float(),
+        }
+
+    def _measure_weights(self, model: IJepaForPretraining) -> dict[str, float | None]:
+        target, context = _sampled_weights(model.target_encoder), _sampled_weights(model.context_encoder)
+        last, self._last_target = self._last_target, target
+        moved = None
+        if last is not None:
+            way = (context - last).norm()
+            moved = float((target - last).norm() / way) if way > 0 else None
+        return {"target_distance": float((target - context).norm() / context.norm()), "target_moved": moved}
+
+
+def measure_features(features: dict[str, Tensor], target_indices: Tensor) -> dict[str, Any]:
+    """The numbers of a row that come from features.
+
+    Args:
+        features: `target` `[B, N, D]`, of the whole image, as the loss has them; `context` `[B, N, D]`, of the whole
+            image; `views` `[B, V, D]`, pooled, of what the context encoder sees; `block` and `prediction`
+            `[B, M, P, D]`. All but `target` can be missing.
+        target_indices: int64 `[B, M, P]`.
+
+    Returns:
+        See `CollapseMonitor.measure`; without what needs missing features.
+    """
+    row: dict[str, Any] = {}
+    count, patches, _ = features["target"].shape
+    everywhere = torch.arange(patches).repeat(count)
+    places = target_indices.flatten().cpu()
+    for name in ("target", "context", "prediction"):
+        if name not in features:
+            continue
+        matrices = features[name].flatten(1, -2).cpu()  # [B, patches, D]
+        rows = matrices.flatten(0, 1)
+        for kind, matrix in (("pooled", matrices.mean(dim=1)), ("patch", _spread(rows))):
+            row |= {f"{name}_{kind}_{metric}": compute(matrix) for metric, compute in _METRICS.items()}
+        row[f"{name}_position_share"] = position_share(rows, places if name == "prediction" else everywhere)
+    if "views" in features:
+        views = features["views"].cpu()
+        row["context_lidar"] = lidar(views) if views.shape[1] > 1 else None
+    if "prediction" in features:
+        row |= _measure_predictions({name: matrix.cpu() for name, matrix in features.items()}, target_indices.cpu())
+    return row
+
+
+def _measure_predictions(features: dict[str, Tensor], target_indices: Tensor) -> dict[str, float]:
+    count = len(target_indices)
+    predictions, targets = features["prediction"].flatten(0, 2), features["block"].flatten(0, 2)
+    others = gather_patches(features["target"].roll(1, dims=0), target_indices).flatten(0, 2)
+    images = torch.arange(count).repeat_interleave(target_indices[0].numel())
+    return {
+        "cross_image_gap": cross_image_gap(predictions, targets, others),
+        "possible_gap": cross_image_gap(targets, targets, others),
+        "prediction_skill": prediction_skill(predictions, targets),
+        "prediction_image_ratio": residual_ratio(predictions, targets, target_indices.flatten()),
+        "prediction_place_ratio": residual_ratio(predictions, targets, images),
+    }
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """At most `SPECTRUM_ROWS` rows, from everywhere."""
+    if len(rows) <= SPECTRUM_ROWS:
+        return rows
+    return rows[torch.from_numpy(np.linspace(0, len(rows) - 1, SPECTRUM_ROWS).round().astype(np.int64))]
+
+
+def _sampled_weights(encoder: nn.Module) -> Tensor:
+    parameters = list(encoder.parameters())
+    stride = max(1, sum(parameter.numel() for parameter in parameters) // _SAMPLED_WEIGHTS)
+    return torch.cat([parameter.detach().flatten()[::stride].float() for parameter in parameters]).cpu()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

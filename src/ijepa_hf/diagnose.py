@@ -1,0 +1,253 @@
+"""`ijepa-hf diagnose`: a verdict on a run or a model, with the numbers behind it, a picture, and an exit code.
+
+A run has been measured while it trained (`diagnostics.jsonl`) and is judged by all its rows. A model's folder or Hub
+repository is measured now, on images that are given: both encoders and the predictor where it has them, the encoder
+alone for any other vision backbone of transformers.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, HfArgumentParser
+
+from ijepa_hf.arguments import DataArguments, nearest_name
+from ijepa_hf.collapse_demo import run_demo
+from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
+from ijepa_hf.collapse_verdict import HEALTHY, LOSS_RISING, UNKNOWN, CollapseVerdict, judge_collapse
+from ijepa_hf.data import ImageRows
+from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
+from ijepa_hf.evaluation.backbones import load_backbone
+from ijepa_hf.evaluation.image_settings import check_model_name, commit_of, read_image_settings
+from ijepa_hf.image_transforms import normalize, resize
+from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
+from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_rows, read_run
+from ijepa_hf.sources import find_image_column, load_split
+
+EXIT_CODES = {HEALTHY: 0, LOSS_RISING: 0, UNKNOWN: 6}
+FAILURE_EXIT_CODE = 5
+
+_TABLE = (
+    ("pooled_cosine", "mean pairwise cosine, images"),
+    ("patch_cosine", "mean pairwise cosine, patches"),
+    ("pooled_std", "deviation, images"),
+    ("patch_std", "deviation, patches"),
+    ("pooled_rankme", "RankMe, images"),
+    ("patch_rankme", "RankMe, patches"),
+    ("pooled_effective_rank", "effective rank, images"),
+    ("patch_effective_rank", "effective rank, patches"),
+    ("patch_stable_rank", "stable rank, patches"),
+    ("patch_spectrum_slope", "spectrum slope, patches"),
+    ("patch_dead_dimensions", "dead dimensions, patches"),
+    ("position_share", "variance explained by position"),
+)
+_SINGLE = (
+    ("context_lidar", "LiDAR of the context encoder, images"),
+    ("cross_image_gap", "cross-image gap"),
+    ("possible_gap", "the most it can be"),
+    ("prediction_skill", "share of the targets' variance predicted"),
+    ("prediction_image_ratio", "variation of predictions between images"),
+    ("prediction_place_ratio", "variation of predictions between places"),
+    ("target_distance", "distance of the encoders' weights"),
+    ("target_moved", "way gone by the target encoder"),
+    ("ema_expected", "way that its momentum makes"),
+)
+
+
+def _flag(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class DiagnoseFlags:
+    """The flags of `ijepa-hf diagnose`."""
+
+    dataset_name: str | None = _flag(
+        "Images to measure a model on, as for ijepa-hf pretrain; those of its run if not given. A run that has rows "
+        "is measured again only where this is given."
+    )
+    dataset_config_name: str | None = _flag("Configuration of the Hub data set.")
+    split_name: str | None = _flag("Split of the images; the held-out one of MODEL's run, else test, if not given.")
+    image_column_name: str | None = _flag("Column of the images; found by itself if there is only one.")
+    max_samples: int = _flag("Images, spread evenly over the split.", MONITOR_IMAGES)
+    model_revision: str | None = _flag("Branch, tag or commit of MODEL on the Hub.")
+    output: str | None = _flag("PNG to draw a run's rows into; figures/diagnostics.png of the run if not given.")
+    json: bool = _flag("Print the verdict and all numbers as JSON.", False)
+    demo: bool = _flag(
+        "Train a healthy and a collapsing model on the built-in `shapes`, beside each other, and judge both.", False
+    )
+    output_dir: str = _flag("Folder of the demo's runs.", "runs/collapse-demo")
+
+
+def build_diagnose_parser() -> HfArgumentParser:
+    """Returns the parser of `ijepa-hf diagnose`."""
+    parser = HfArgumentParser(
+        DiagnoseFlags,
+        prog="ijepa-hf diagnose",
+        allow_abbrev=False,
+        description="Judge whether the features of a run or a model have collapsed, with the numbers, the reason, and "
+        "the next flag to try.",
+        epilog=f"Exit codes: 0 healthy (the loss may rise), {FAILURE_EXIT_CODE} something is wrong, "
+        f"{EXIT_CODES[UNKNOWN]} not judged yet, 2 a flag or a file is wrong.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", nargs="?", help="A run's or model's folder, or a Hub id.")
+    return parser
+
+
+def diagnose(argv: Sequence[str]) -> tuple[str, int]:
+    """Runs the command.
+
+    Args:
+        argv: What follows `ijepa-hf diagnose`.
+
+    Returns:
+        What is to be printed, and the exit code.
+
+    Raises:
+        FileNotFoundError: If the run, the model or the images do not exist.
+        OSError: If a model cannot be loaded.
+        ValueError: If a flag is bad or unknown, or the images cannot be used.
+    """
+    named, unknown = build_diagnose_parser().parse_known_args(argv)
+    if unknown:
+        known = {f"--{entry.name}" for entry in dataclasses.fields(DiagnoseFlags)}
+        raise ValueError(
+            f"{unknown[0]!r} is no flag of ijepa-hf diagnose{nearest_name(unknown[0].split('=')[0], known)}"
+        )
+    values = dict(vars(named))
+    model = values.pop("model")
+    flags = DiagnoseFlags(**values)
+    if flags.demo == (model is not None):
+        raise ValueError("name one run or model to diagnose, or give --demo alone.")
+    if flags.demo:
+        return run_demo(Path(flags.output_dir)), 0
+    if flags.max_samples < 2:
+        raise ValueError(f"max_samples={flags.max_samples} must be at least 2, better {MONITOR_IMAGES}.")
+    check_model_name(model, flags.model_revision)
+    rows = [] if flags.dataset_name is not None else read_rows(Path(model) / DIAGNOSTICS_FILE)
+    figure = None
+    if rows:
+        figure = _draw(rows, Path(model), flags.output)
+    else:
+        if flags.output is not None:
+            raise ValueError(f"output={flags.output!r}: {model!r} has no rows over steps to draw; leave it out.")
+        rows = [measure_model(model, flags)]
+    verdict = judge_collapse(rows)
+    code = EXIT_CODES.get(verdict.name, FAILURE_EXIT_CODE)
+    if flags.json:
+        return json.dumps({"verdict": describe_verdict(verdict), "rows": rows}, indent=2), code
+    return render_diagnosis(rows, verdict, figure), code
+
+
+def describe_verdict(verdict: CollapseVerdict) -> dict[str, Any]:
+    """Returns a verdict as JSON can hold it."""
+    return {**dataclasses.asdict(verdict), "is_failure": verdict.is_failure}
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], run: Path, output: str | None) -> Path:
+    path = run / "figures" / "diagnostics.png" if output is None else Path(output)
+    if path.suffix != ".png":
+        raise ValueError(f"output={output!r} must end in .png.")
+    if output is None:
+        path.parent.mkdir(exist_ok=True)
+    elif not path.parent.is_dir():
+        raise FileNotFoundError(f"output={output!r}: there is no folder {str(path.parent)!r}; make it first.")
+    draw_diagnostics_figure({run.name: rows}, path, title=run.resolve().name)
+    return path
+
+
+def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
+    """Measures a model on images.
+
+    Args:
+        model: A folder or Hub id.
+        flags: About the images.
+
+    Returns:
+        A row, without `step`.
+
+    Raises:
+        FileNotFoundError: If the images do not exist.
+        OSError: If the model cannot be loaded.
+        ValueError: If the images cannot be used, or no data set was named and the model's run names none.
+    """
+    commit = commit_of(model, flags.model_revision)
+    config = AutoConfig.from_pretrained(model, revision=commit)
+    settings = read_image_settings(model, config, revision=commit)
+    data = DataArguments(dataset_name=flags.dataset_name, dataset_config_name=flags.dataset_config_name)
+    split = flags.split_name or "test"
+    if data.dataset_name is None:
+        run = read_run(Path(model))
+        if run is None:
+            raise ValueError(
+                f"{model!r} holds no run whose images could be used; name some with --dataset_name, such as digits, a "
+                "Hub id, or a folder."
+            )
+        data.dataset_name = run["arguments"]["dataset_name"]
+        data.dataset_config_name = run["arguments"].get("dataset_config_name")
+        held_out = run["arguments"].get("eval_split_name") or run["arguments"].get("train_split_name", "train")
+        split = flags.split_name or held_out
+    dataset = load_split(data, split)
+    column = find_image_column(dataset, flags.image_column_name)
+    images = ImageRows(dataset, column, len(settings.mean))
+    chosen = torch.linspace(0, len(images) - 1, min(flags.max_samples, len(images))).round().long().tolist()
+    pixels = torch.stack(
+        [normalize(resize(images[index], settings.shape), settings.mean, settings.std) for index in chosen]
+    )
+    if _has_predictor(model, commit):
+        full: Any = IJepaForPretraining.from_pretrained(model, revision=commit or "main", dtype=torch.float32)
+        return CollapseMonitor(make_monitor_batch(full.config, pixels)).measure(full)
+    backbone = load_backbone(model, settings.shape, revision=commit)
+    patches = torch.cat([backbone.tokens(part).patches for part in pixels.split(16)]).flatten(1, 2)
+    return measure_features({"target": patches}, torch.empty(len(patches), 0, 0, dtype=torch.int64))
+
+
+def _has_predictor(model: str, commit: str | None) -> bool:
+    from transformers.utils import cached_file
+
+    for subfolder in ("", PRETRAINING_SUBFOLDER):
+        path = cached_file(
+            model, "config.json", revision=commit, subfolder=subfolder, _raise_exceptions_for_missing_entries=False
+        )
+        if path is not None:
+            architectures = json.loads(Path(path).read_text("utf-8")).get("architectures") or []
+            if IJepaForPretraining.__name__ in architectures:
+                return True
+    return False
+
+
+def render_diagnosis(rows: Sequence[Mapping[str, Any]], verdict: CollapseVerdict, figure: Path | None) -> str:
+    """The text of a verdict.
+
+    Args:
+        rows: All rows; the last is shown.
+        verdict: On them.
+        figure: What was drawn, if anything.
+
+    Returns:
+        Several lines of plain text.
+    """
+    last = rows[-1]
+    parts = [part for part in ("target", "context", "prediction") if f"{part}_patch_std" in last]
+    titles = {"target": "target encoder", "context": "context encoder", "prediction": "predictor"}
+    of_step = "" if last.get("step") is None else f" at step {last['step']}"
+    lines = [f"{'':<42}" + "".join(f"{titles[part]:>17}" for part in parts)]
+    lines += [f"{text:<42}" + "".join(f"{last[f'{part}_{name}']:>17.4g}" for part in parts) for name, text in _TABLE]
+    lines += [f"{text:<42}{last[name]:>17.4g}" for name, text in _SINGLE if last.get(name) is not None]
+    return "\n".join(
+        [
+            f"verdict{of_step}: {verdict.name}",
+            "",
+            verdict.reason,
+            *([verdict.advice] if verdict.advice else []),
+            "",
+            *lines,
+            *(["", f"picture: {figure}"] if figure is not None else []),
+        ]
+    )

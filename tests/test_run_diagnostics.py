@@ -1,0 +1,124 @@
+"""Rows of a run: when they are taken, what is kept of them, who hears of them, and how a run stops on a collapse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_flags, tiny_model, tiny_run
+
+from ijepa_hf.cli import main
+from ijepa_hf.collapse_monitor import CollapseMonitor, make_monitor_batch
+from ijepa_hf.run_diagnostics import MOST_SHARE, RunDiagnostics, is_due, steps_between
+
+COLLAPSING = {"ema_momentum": 0.0, "final_ema_momentum": 0.0, "learning_rate": 0.1, "max_train_steps": 40,
+              "checkpointing_steps": 100}  # fmt: skip
+
+
+def diagnostics(folder: Path) -> RunDiagnostics:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monitor = CollapseMonitor(make_monitor_batch(tiny_model().config, images))
+    return RunDiagnostics(monitor, folder, num_steps=10)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(16, 320), (64, 100), (2048, 100), (1, 5120)])
+def test_rows_are_so_seldom_that_their_images_are_a_hundredth_of_the_runs(batch: int, steps: int):
+    assert steps_between(batch) == steps
+    assert MOST_SHARE * steps * batch >= 0.8 * 64 or steps == 100
+
+
+def test_rows_are_due_at_the_first_and_last_step_and_in_between():
+    assert [step for step in range(11) if is_due(step, 4, 16, 10)] == [0, 4, 8, 10]
+    assert [step for step in range(11) if is_due(step, 0, 16, 10)] == []
+    assert [step for step in range(1001) if is_due(step, None, 64, 1000)] == [*range(0, 1001, 100)]
+
+
+def test_a_row_is_kept_told_and_judged(tmp_path: Path):
+    told: list[Any] = []
+    run = diagnostics(tmp_path)
+    model = tiny_model()
+    verdict = run.measure(model, 0, 0.0, lambda row, step: told.append((step, row)))
+    assert (verdict.name, run.verdict) == ("not judged yet", verdict)
+    run.note_step(0.9)
+    run.note_step(None)  # the moving average stood still
+    run.note_step(0.5)
+    run.measure(model, 3, 0.25, lambda row, step: told.append((step, row)))
+    first, second = rows_of(tmp_path)
+    assert (first["step"], first["progress"], first["ema_expected"]) == (0, 0.0, 0.0)
+    assert (second["step"], second["progress"], second["epoch"]) == (3, 0.3, 0.25)
+    assert second["ema_expected"] == pytest.approx(1 - 0.9 * 0.5)
+    assert [step for step, _ in told] == [0, 3]
+    assert told[1][1]["target_patch_rankme"] == second["target_patch_rankme"]
+    assert None not in told[0][1].values()
+
+
+def test_rows_of_a_run_that_goes_on_are_judged_together(tmp_path: Path):
+    diagnostics(tmp_path).measure(tiny_model(), 0, 0.0, lambda row, step: None)
+    again = diagnostics(tmp_path)
+    assert again.verdict is not None
+    assert again.verdict.name == "not judged yet"
+    assert again.measure(tiny_model(), 5, 0.5, lambda row, step: None).name != "not judged yet"
+
+
+def test_a_training_takes_rows_of_held_out_images_where_there_are_some(tmp_path: Path):
+    run = tiny_run(tmp_path / "a", diagnostics_steps=3, eval_split_name="test")
+    other = tiny_run(tmp_path / "b", diagnostics_steps=3)
+    assert [row["step"] for row in rows_of(run)] == [0, 3, 6]
+    assert rows_of(run)[0]["loss"] != rows_of(other)[0]["loss"]  # other images, the same network
+    assert rows_of(run)[0]["target_distance"] == 0
+    expected = rows_of(run)[1]["ema_expected"]
+    momenta = [json.loads(line)["ema_momentum"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert expected == pytest.approx(1 - momenta[0] * momenta[1] * momenta[2])
+
+
+def test_rows_change_no_bit_of_the_run(tmp_path: Path):
+    with_rows, without = tiny_run(tmp_path / "a", diagnostics_steps=1), tiny_run(tmp_path / "b", diagnostics_steps=0)
+    assert not (without / "diagnostics.jsonl").exists()
+    assert (with_rows / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path):
+    whole = tiny_run(tmp_path / "whole", diagnostics_steps=2)
+    half = tiny_run(tmp_path / "half", diagnostics_steps=2)
+    (half / "report.json").unlink()
+    tiny_run(half, diagnostics_steps=2, resume_from_checkpoint=str(half / "checkpoint-4"))
+    for one, other in zip(rows_of(whole), rows_of(half), strict=True):
+        # the way since the row before is not known to a run that has just begun
+        assert {**one, "target_moved": None} == {**other, "target_moved": None}
+
+
+def test_a_collapse_is_said_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    flags = tiny_flags(tmp_path / "run", diagnostics_steps=5, **COLLAPSING)
+    assert main(["pretrain", *flags]) == 0
+    assert "verdict: complete collapse" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_collapse_stops_the_run_where_that_is_asked_for_with_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = tiny_flags(tmp_path / "run", diagnostics_steps=5, on_collapse="stop", **COLLAPSING)
+    assert main(["pretrain", *flags]) == 5
+    message = capsys.readouterr().err
+    assert "ijepa-hf pretrain: stopped at step" in message
+    assert "--learning_rate" in message
+    step = rows_of(tmp_path / "run")[-1]["step"]
+    assert step < 40
+    assert (tmp_path / "run" / f"checkpoint-{step}").is_dir()
+    assert not (tmp_path / "run" / "report.json").exists()
+    assert main(["diagnose", str(tmp_path / "run")]) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"on_collapse": "cry"}, "on_collapse='cry' must be 'warn' or 'stop'"),
+     ({"diagnostics_steps": -1}, "diagnostics_steps=-1 must be at least 0")],
+)  # fmt: skip
+def test_bad_flags_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: Any, message: str):
+    assert main(["pretrain", *tiny_flags(tmp_path / "run", **flags)]) == 2
+    assert message in capsys.readouterr().err
