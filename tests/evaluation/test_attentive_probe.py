@@ -181,7 +181,7 @@ def test_divergence_is_said_and_not_chosen():
     x, y = one_telling_patch(60)
     # NaN looks like class 0 to argmax, which is nearly always right here.
     rare = np.arange(60) % 20 == 0
-    assert not predict_attentive(x, rare, x, epochs=3, batch_size=16, learning_rates=(1e30, 1e-4)).any()
+    assert predict_attentive(x, rare, x, epochs=20, batch_size=16, learning_rates=(1e30, 1e-2)).mean() < 0.3
     with pytest.raises(ValueError, match=r"diverged with learning_rates=\(1e\+30,\): give lower ones"):
         predict_attentive(x, y, x, epochs=3, batch_size=16, learning_rates=(1e30,))
 
