@@ -117,12 +117,13 @@ def draw_cosine_figure(
         show_picture(row[0], picture)
         grid = own[0].shape
         patch_size = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
-        for axis, cosines, place, color in zip(row[1:], own, places, cycle(BLOCK_COLORS), strict=False):
-            shown = _heat(axis, cosines, picture, lowest, 1.0)
-            block = np.zeros(grid, dtype=bool)
+        blocks = [np.zeros(grid, dtype=bool) for _ in places]
+        for block, place in zip(blocks, places, strict=True):
             block[place] = True
-            for marked in (row[0], axis):
-                _draw_outline(marked, block, patch_size, color)
+        _draw_outlines(row[0], blocks, patch_size)
+        for number, (axis, cosines) in enumerate(zip(row[1:], own, strict=True)):
+            shown = _heat(axis, cosines, picture, lowest, 1.0)
+            _draw_outlines(axis, [blocks[number]], patch_size, first_color=number)
     _color_bar(figure, axes, shown, "cosine to the marked patch")
     figure.savefig(path, dpi=DPI)
     return figure
@@ -501,17 +502,22 @@ def _heat(axis: Axes, values: np.ndarray, picture: np.ndarray, low: float, high:
 
 
 def _outline_blocks(axis: Axes, targets: Tensor, picture: np.ndarray, patch_size: tuple[int, int]) -> None:
-    for indices, color in zip(targets, cycle(BLOCK_COLORS), strict=False):
-        _draw_outline(axis, mark_patches(indices, picture, patch_size), patch_size, color)
+    _draw_outlines(axis, [mark_patches(indices, picture, patch_size) for indices in targets], patch_size)
 
 
-def _draw_outline(axis: Axes, block: np.ndarray, patch_size: tuple[int, int], color: str) -> None:
-    edges = outline(block, patch_size)
+def _draw_outlines(
+    axis: Axes, blocks: Sequence[np.ndarray], patch_size: tuple[int, int], first_color: int = 0
+) -> None:
+    """Blocks, each in its colour."""
+    edges, colors = [], []
+    for number, block in enumerate(blocks, first_color):
+        own = outline(block, patch_size)
+        edges += own
+        colors += [BLOCK_COLORS[number % len(BLOCK_COLORS)]] * len(own)
     # dark below, so that the colour is seen on any ground
-    for width, shade in ((2.8, "#222222"), (1.6, color)):
-        axis.add_collection(
-            LineCollection(edges, colors=shade, linewidths=width, clip_on=False, capstyle="round"), autolim=False
-        )
+    for width, shade in ((2.8, "#222222"), (1.6, colors)):
+        lines = LineCollection(edges, colors=shade, linewidths=width, clip_on=False, capstyle="round")
+        axis.add_collection(lines, autolim=False)
 
 
 def _color_bar(figure: Figure, axes: np.ndarray, shown: Any, label: str) -> None:

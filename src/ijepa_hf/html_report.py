@@ -65,7 +65,8 @@ th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); tex
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 .arguments td { text-align: left; white-space: normal; vertical-align: top; }
 figure { margin: .5rem 0 0; }
-figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
+figure img { display: block; max-width: min(100%, 44rem); height: auto; background: #ffffff; border-radius: 4px; }
+.wide img { max-width: 100%; }
 @media (max-width: 40rem) { th, td { padding-right: .5rem; font-size: .92rem; }
   th:first-child, td:first-child { min-width: 7rem; } .wide img { max-width: none; width: 40rem; } }
 summary { cursor: pointer; margin-top: 2rem; font-weight: 600; }
