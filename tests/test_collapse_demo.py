@@ -1,0 +1,39 @@
+"""The demo, shortened: two trainings in processes of their own, both verdicts, one picture."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ijepa_hf import collapse_demo
+from ijepa_hf.cli import main
+
+
+def test_the_twins_get_two_verdicts_and_one_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    short = {"max_train_steps": 60, "max_train_samples": 128, "warmup_epochs": 1, "diagnostics_steps": 15}
+    monkeypatch.setattr(collapse_demo, "_RUN", {**collapse_demo._RUN, **short})
+    folder = tmp_path / "demo"
+    assert main(["diagnose", "--demo", "--output_dir", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "--ema_momentum 0.0" in text
+    healthy, collapsing = text.split("\nhealthy")[1].split("\ncollapsing")
+    assert "collapse:" not in healthy
+    assert "complete collapse:" in collapsing
+    assert f"picture: {folder / 'collapse.png'}" in text
+    with Image.open(folder / "collapse.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(["diagnose", "--demo", "--output_dir", str(tmp_path)]) == 2
+    assert "holds something else than a demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_training_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(collapse_demo, "_RUN", {**collapse_demo._RUN, "patch_size": 7})
+    with pytest.raises(RuntimeError, match=r"failed with exit code 2:\n[\s\S]*patch_size"):
+        collapse_demo.run_demo(tmp_path / "demo")
