@@ -1,0 +1,208 @@
+"""The report of a run as one file: it shows what the run's files say, escaped, and asks for nothing from elsewhere."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa_hf.html_report import render_html_report, write_html_report
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Reads a page and fails on a tag that is not closed in its place."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data + "\n"
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def write_run(folder: Path, *, finished: bool = True, **arguments) -> Path:
+    folder.mkdir(parents=True)
+    values = {"output_dir": str(folder), "dataset_name": "digits", "seed": 3, "weight_decay": None, **arguments}
+    (folder / "run.json").write_text(json.dumps({"arguments": values, "config": {}}))
+    rows = [{"step": step, "loss": 1 / step, "target_rankme": 5.0 + step} for step in (1, 2, 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if finished:
+        report = {
+            "step": 4,
+            "epochs": 2.0,
+            "machine": {"device": "a CPU"},
+            "num_eval_images": 360,
+            "scores": [
+                {"features": "trained encoder", "knn": 0.801, "linear": 0.944, "rankme": 7.26},
+                {"features": "untrained <new>", "knn": 0.5, "linear": 0.95, "rankme": 2.0},
+                {"features": "raw pixels", "knn": 0.9, "linear": 0.9, "rankme": 30.0},
+            ],
+            "arguments": values,
+        }
+        (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def add_picture(folder: Path, name: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    (folder / "figures").mkdir(exist_ok=True)
+    path = folder / "figures" / name
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    return path.read_bytes()
+
+
+def pictures_of(page: Page) -> dict[str, bytes]:
+    found = {}
+    for image in page.all("img"):
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/png;base64"
+        found[image["alt"]] = base64.b64decode(data, validate=True)
+    return found
+
+
+def test_a_finished_run_shows_scores_curves_pictures_and_arguments(tmp_path):
+    run = write_run(tmp_path / "run")
+    names = {"masks.png": "Masks", "predictions.png": "Predictions", "pca.png": "Patch features"}
+    files = {heading: add_picture(run, name) for name, heading in names.items()}
+    files["Spectrum"] = add_picture(run, "spectrum.png")
+    page = Page(render_html_report(run))
+    shown = pictures_of(page)
+    assert list(shown) == ["Curves", "Masks", "Predictions", "Patch features", "Spectrum"]
+    for heading, content in files.items():
+        assert shown[heading] == content
+    curves = np.asarray(Image.open(io.BytesIO(shown["Curves"])).convert("RGB"))
+    assert len(np.unique(curves.reshape(-1, 3), axis=0)) > 20
+    for text in ("80.1", "94.4", "7.3", "untrained <new>", "360 held-out images", "Raw pixels win, by 9.9"):
+        assert text in page.text, text
+    assert "finished: 4 steps, 2 epochs" in page.text
+    assert "loss 0.2500" in page.text
+    assert "seed\n3" in page.text
+    assert "weight_decay" not in page.text  # None is no setting
+    assert len(page.all("details")) == 1
+
+
+def test_the_page_is_for_phones_and_for_light_and_dark(tmp_path):
+    text = render_html_report(write_run(tmp_path / "run"))
+    page = Page(text)
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert {"charset": "utf-8"} in page.all("meta")
+    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
+    assert text.startswith("<!DOCTYPE html>")
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def test_nothing_is_fetched_and_nothing_runs(tmp_path):
+    run = write_run(tmp_path / "run")
+    add_picture(run, "masks.png")
+    text = render_html_report(run)
+    page = Page(text)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form", "a"})
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http" not in text
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_whatever_comes_from_the_run_is_escaped(tmp_path):
+    harm = '<script>alert("1")</script>'
+    run = write_run(tmp_path / "<script>x<b>", dataset_name=harm, license=f"'{harm}'", **{harm: "&amp;"})
+    (run / "verdict.json").write_text(json.dumps({"name": harm, "reason": harm, harm: harm}))
+    text = render_html_report(run)
+    assert "<script" not in text
+    page = Page(text)
+    assert page.text.count(harm) >= 5
+    assert "<script>x<b>" in page.text
+    assert "&amp;" in page.text
+
+
+def test_a_run_that_is_under_way_has_what_there_is(tmp_path):
+    run = write_run(tmp_path / "run", finished=False)
+    page = Page(render_html_report(run))
+    assert list(pictures_of(page)) == ["Curves"]
+    assert "not finished: last logged step 4" in page.text
+    assert "Scores" not in page.text
+    (run / "metrics.jsonl").write_text("")
+    page = Page(render_html_report(run))
+    assert pictures_of(page) == {}
+    assert "nothing logged yet" in page.text
+
+
+@pytest.mark.parametrize("place", ["verdict.json", "report.json"])
+@pytest.mark.parametrize("is_failure", [True, False])
+def test_a_verdict_is_shown_first_where_there_is_one(tmp_path, place: str, is_failure: bool):
+    run = write_run(tmp_path / "run")
+    judged = {"name": "collapsed", "reason": "All alike.", "is_failure": is_failure, "cosine": 0.98765, "list": [1]}
+    if place == "verdict.json":
+        (run / place).write_text(json.dumps(judged))
+    else:
+        report = json.loads((run / place).read_text())
+        (run / place).write_text(json.dumps({**report, "verdict": judged}))
+    page = Page(render_html_report(run))
+    (box,) = [attributes for attributes in page.all("div") if "verdict" in (attributes.get("class") or "")]
+    assert box["class"] == ("verdict bad" if is_failure else "verdict")
+    for text in ("collapsed", "All alike.", "cosine 0.9877"):
+        assert text in page.text
+    assert page.text.index("All alike.") < page.text.index("Scores")
+
+
+def test_a_verdict_that_is_a_sentence_is_shown_too(tmp_path):
+    run = write_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "verdict": "healthy"}))
+    assert "healthy" in Page(render_html_report(run)).text
+
+
+def test_only_wide_pictures_are_scrolled(tmp_path):
+    run = write_run(tmp_path / "run")
+    add_picture(run, "masks.png", (1300, 20))
+    add_picture(run, "pca.png", (1100, 20))
+    text = render_html_report(run)
+    assert '<div class="wide"><img alt="Masks"' in text
+    assert '<div><img alt="Patch features"' in text
+    assert '<div><img alt="Curves"' in text
+
+
+def test_what_is_no_run_or_damaged_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run"):
+        render_html_report(tmp_path)
+    run = write_run(tmp_path / "run")
+    (run / "verdict.json").write_text("{")
+    with pytest.raises(ValueError, match=r"verdict\.json is damaged"):
+        render_html_report(run)
+    (run / "verdict.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"verdict\.json holds no object"):
+        render_html_report(run)
+    (run / "verdict.json").unlink()
+    (run / "figures").mkdir()
+    (run / "figures" / "pca.png").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"pca\.png is no PNG"):
+        render_html_report(run)
+
+
+def test_the_file_is_written_whole(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_html_report(run, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text("utf-8") == render_html_report(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
