@@ -124,7 +124,7 @@ def _nearest(train: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray, n
                     cosine, near = _all_cosines(train, lengths[0], queries), None
                 else:
                     near = np.sort(candidates[some], axis=1)  # so that a stable order is that of the training images
-                    cosine = np.einsum("qd,qnd->qn", queries, _divide(train[near], lengths[0][near]))
+                    cosine = np.einsum("qd,qnd->qn", queries, train[near].astype(np.float64)) / lengths[0][near]
                 cosine = cosine.round(_DECIMALS)
                 order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
                 similarities[at] = np.take_along_axis(cosine, order, axis=1)
