@@ -1,4 +1,4 @@
-"""Backbones of many kinds against the stock models called by hand: the right tokens, in the right order, and refusals."""
+"""Backbones of many kinds against the stock models called by hand: the right tokens in their order, and refusals."""
 
 import json
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from accelerate.utils import parse_flag_from_env
 from threadpoolctl import threadpool_limits
@@ -37,6 +38,7 @@ from ijepa_hf.evaluation.backbones import (
     raw_pixels,
     untrained_twin,
 )
+from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_boxes, predict_segmentation
 from ijepa_hf.evaluation.evaluate_arguments import OF_CLASSES, OF_PATCHES, OF_POOLED, EvaluationArguments
 from ijepa_hf.evaluation.feature_store import fingerprint_images, store_features
 from ijepa_hf.evaluation.features import iterate_features
@@ -47,6 +49,7 @@ from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.knn import predict_knn
 from ijepa_hf.evaluation.labelled_data import (
     LabelledSplits,
+    SegmentationMaps,
     TargetSplits,
     choose_labelled,
     load_labelled_splits,
@@ -75,6 +78,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST_LABELS = 5  # of a linear probe: four to fit and one to choose on
 _MOST_COUNTS = 20  # different whole numbers that are classes of their own
+_IGNORED = 255  # class of pixels that do not count, in maps of classes
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn")
 
 
@@ -98,7 +102,7 @@ def evaluate_model(arguments: EvaluationArguments) -> str:
         torch.set_num_threads(arguments.num_cpu_threads)
     with threadpool_limits(arguments.num_cpu_threads):
         subject = _open_model(arguments)
-        data = _load_data(arguments, len(subject.settings.mean))
+        data = _load_data(arguments, subject.settings)
         backbone = _load_row(MODEL, subject, arguments)
         _check_model(backbone, arguments)
         _check_labels(data, arguments)
@@ -195,7 +199,7 @@ class _Data:
     fingerprints: dict[str, str]
     classes: LabelledSplits | None
     numbers: TargetSplits | None
-    masks: TargetSplits | None
+    masks: "_Masks | None"
     boxes: TargetSplits | None
 
     def describe(self, arguments: EvaluationArguments) -> dict[str, Any]:
@@ -211,19 +215,59 @@ class _Data:
         }
 
 
-def _load_data(arguments: EvaluationArguments, num_channels: int) -> _Data:
-    methods = set(arguments.method)
+class _Masks(NamedTuple):
+    """Maps of classes, resized as the images are: uint8 `[n, height, width]`, 255 where a pixel does not count."""
+
+    train: np.ndarray
+    test: np.ndarray
+    num_classes: int
+
+
+def _load_data(arguments: EvaluationArguments, settings: ImageSettings) -> _Data:
+    methods, num_channels = set(arguments.method), len(settings.mean)
 
     def targets(method: str, columns: Sequence[str], kind: Any) -> TargetSplits | None:
         return load_target_splits(arguments, num_channels, columns, kind) if method in methods else None
 
     classes = load_labelled_splits(arguments, num_channels) if methods & set(OF_CLASSES) else None
     numbers = targets("regression", arguments.numbers(), "number")
-    masks = targets("segmentation", [arguments.mask_column_name], "mask")
+    maps = targets("segmentation", [arguments.mask_column_name], "mask")
     boxes = targets("localization", [arguments.boxes_column_name], "boxes")
-    splits = next(part for part in (classes, numbers, masks, boxes) if part is not None)
+    splits = next(part for part in (classes, numbers, maps, boxes) if part is not None)
     fingerprints = {"train": fingerprint_images(splits.train), "test": fingerprint_images(splits.test)}
+    masks = None if maps is None else _read_masks(maps, settings.shape, arguments)
     return _Data(splits.train, splits.test, fingerprints, classes, numbers, masks, boxes)
+
+
+def _read_masks(maps: TargetSplits, shape: tuple[int, int], arguments: EvaluationArguments) -> _Masks:
+    train, test = (_resized_maps(part, shape) for part in (maps.train_targets, maps.test_targets))
+    classes, others = (np.setdiff1d(part, [_IGNORED]) for part in (train, test))
+    unknown = np.setdiff1d(others, np.arange(classes.max(initial=0) + 1))
+    if len(unknown):
+        raise ValueError(
+            f"the split {arguments.eval_split_name!r} has pixels of class {unknown[0]} in "
+            f"{arguments.mask_column_name!r}, above {classes.max(initial=0)}, the highest of the training split."
+        )
+    if len(classes) < 2:
+        raise ValueError(
+            f"train_split_name={arguments.train_split_name!r} has pixels of one class only in "
+            f"{arguments.mask_column_name!r}; a segmentation needs at least two."
+        )
+    return _Masks(train, test, int(classes.max()) + 1)
+
+
+def _resized_maps(maps: SegmentationMaps, shape: tuple[int, int]) -> np.ndarray:
+    resized = np.empty((len(maps), *shape), np.uint8)
+    for index in range(len(maps)):
+        pixels = maps[index]
+        if pixels.max(initial=0) > _IGNORED:
+            raise ValueError(
+                f"{maps.part.name_row(index)}: {maps.column!r} has the class {pixels.max()}; classes are 0 to "
+                f"{_IGNORED - 1}, and {_IGNORED} is for pixels that do not count."
+            )
+        picture = PIL.Image.fromarray(pixels.astype(np.uint8))
+        resized[index] = np.asarray(picture.resize(shape[::-1], PIL.Image.Resampling.NEAREST))
+    return resized
 
 
 def _check_labels(data: _Data, arguments: EvaluationArguments) -> None:
@@ -286,7 +330,7 @@ class _Features:
         return np.array(train), np.array(test)
 
     def patches(self) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 `[n, rows, columns, D]` of training and of test images, read-only, on disk."""
+        """Float32 `[n, rows, columns, D]` of training and of test images, mapped from the disk."""
         grid = self.backbone.grid_size
         if self.row == RAW_PIXELS:
             return self._both("patches of pixels", lambda pixels: raw_patches(pixels, grid), {"grid": grid})
@@ -416,6 +460,53 @@ def _regress(features: _Features, method: str) -> list[Score]:
     return scores
 
 
+def _segment(features: _Features, method: str) -> list[Score]:
+    from ijepa_hf.evaluation.metrics import MeanIoU, new_metric
+
+    arguments, masks = features.arguments, features.data.masks
+    assert masks is not None
+    train_patches, test_patches = features.patches()
+    predicted = predict_segmentation(
+        train_patches,
+        masks.train,
+        test_patches,
+        num_classes=masks.num_classes,
+        mask_shape=features.subject.settings.shape,
+        seed=arguments.seed,
+        ignore_index=_IGNORED,
+        device=_device(arguments),
+    )
+    counted = masks.test != _IGNORED
+    with new_metric(MeanIoU) as metric:
+        value = metric.compute(predictions=predicted[counted], references=masks.test[counted])["mIoU"]
+    intersections, unions = confusion_counts(predicted, masks.test, masks.num_classes, _IGNORED)
+
+    def of_draws(weights: np.ndarray) -> np.ndarray:
+        shared, either = weights @ intersections, weights @ unions
+        shares = np.divide(shared, either, out=np.zeros_like(shared), where=either > 0)
+        return shares.sum(axis=1) / (either > 0).sum(axis=1)
+
+    interval = bootstrap_interval(of_draws, len(masks.test), arguments.seed)
+    settings = {"layers": arguments.layers}
+    column = arguments.mask_column_name
+    return [_score(features, method, column, "mIoU", value, interval, settings, len(masks.test))]
+
+
+def _localize(features: _Features, method: str) -> list[Score]:
+    from ijepa_hf.evaluation.metrics import BoxIoU, new_metric
+
+    arguments, boxes = features.arguments, features.data.boxes
+    assert boxes is not None
+    train_patches, test_patches = features.patches()
+    predicted = predict_boxes(train_patches, boxes.train_targets, test_patches, seed=arguments.seed)
+    with new_metric(BoxIoU) as metric:
+        value = metric.compute(predictions=predicted, references=boxes.test_targets)["IoU"]
+    interval = mean_interval(box_iou(predicted, boxes.test_targets), arguments.seed)
+    settings = {"layers": arguments.layers}
+    column = arguments.boxes_column_name
+    return [_score(features, method, column, "IoU", value, interval, settings, len(predicted))]
+
+
 def _finetuned(row: str, arguments: EvaluationArguments, subject: _Subject) -> Score:
     folder = arguments.folder() / FINETUNE_FOLDER / row
     shared = {name: getattr(arguments, name) for name in _DATA_FLAGS}
@@ -456,6 +547,8 @@ _METHODS: dict[str, Callable[[_Features, str], list[Score]]] = {
     **dict.fromkeys(("knn", "linear", "linear_sgd", "attentive"), _classify),
     "low_shot": _classify_with_few_labels,
     "regression": _regress,
+    "segmentation": _segment,
+    "localization": _localize,
 }
 
 

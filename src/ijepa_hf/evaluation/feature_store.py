@@ -40,7 +40,7 @@ class StoredFeatures:
 
     Args:
         folder: Where they lie.
-        shards: float32 `[n_i, ...]`, read-only maps of the files, in order.
+        shards: float32 `[n_i, ...]`, maps of the files in order; what is written to them stays in memory.
         item_shape: Of an image's features.
     """
 
@@ -71,7 +71,7 @@ class StoredFeatures:
         return found
 
     def whole(self) -> np.ndarray:
-        """All features as one array that needs no memory: `[n, ...]`, read-only.
+        """All features as one array that needs no memory, `[n, ...]`; what is written to it never reaches the files.
 
         Where there are several shards, they are first copied into a temporary file in the folder, which takes as much
         disk again and is gone when the array is.
@@ -82,7 +82,7 @@ class StoredFeatures:
             for shard in self.shards:
                 file.write(np.ascontiguousarray(shard).data)
             file.flush()
-            return np.memmap(file, np.float32, "r", shape=self.shape)
+            return np.memmap(file, np.float32, "c", shape=self.shape)
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _map_shard(path: Path) -> np.ndarray:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[_TENSOR]
     offset = 8 + length + entry["data_offsets"][0]
-    return np.memmap(path, np.dtype("<f4"), "r", offset, tuple(entry["shape"]))
+    return np.memmap(path, np.dtype("<f4"), "c", offset, tuple(entry["shape"]))
 
 
 def _sha256(path: Path) -> str:

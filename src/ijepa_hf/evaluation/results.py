@@ -186,7 +186,7 @@ def _spread(score: Score) -> str:
 def update_card(card: Path, model_name: str, dataset: Mapping[str, str], scores: Sequence[Score]) -> None:
     """Adds the model's own scores to the `model-index` of a card; everything else in it stays.
 
-    An entry with the same task, data, split, metric and name is replaced.
+    A metric with the same name, on the same task, data and split, is replaced, unless its entry names a source.
 
     Args:
         card: A README.md.
@@ -219,16 +219,17 @@ def update_card(card: Path, model_name: str, dataset: Mapping[str, str], scores:
 
 
 def _eval_result(score: Score, dataset: Mapping[str, str]) -> EvalResult:
-    hub_name = METRICS[score.metric][0]
     settings = ", ".join(f"{name} {value}" for name, value in score.settings.items() if value is not None)
+    # the Hub keeps all scores of one task and one data set together, so that the method is in the metric's name
+    task = _TASKS.get(score.method, "image-classification")
     return EvalResult(
-        task_type=_TASKS.get(score.method, "image-classification"),
-        task_name=f"{score.method} of {score.target}",
+        task_type=task,
+        task_name=task.replace("-", " ").capitalize(),
         dataset_type=dataset["type"],
         dataset_name=dataset["name"],
         dataset_split=dataset["split"],
-        metric_type=hub_name,
-        metric_name=f"{score.metric}, {score.method}{' with ' if settings else ''}{settings}",
+        metric_type=METRICS[score.metric][0],
+        metric_name=f"{score.metric}, {score.method} of {score.target}{' with ' if settings else ''}{settings}",
         metric_value=round(score.value, _HUB_DIGITS),
         metric_args={"interval_95": [round(end, _HUB_DIGITS) for end in score.interval], **score.settings},
     )
@@ -237,12 +238,23 @@ def _eval_result(score: Score, dataset: Mapping[str, str]) -> EvalResult:
 def _add_entry(entries: list[dict[str, Any]], new: dict[str, Any]) -> None:
     """Puts the metrics of a result into a card's results: in the place of the same ones, else beside them."""
     for entry in entries:
-        if all(entry.get(part) == new[part] for part in ("task", "dataset")):
+        # what somebody else has measured stays as it is
+        if _subject(entry) == _subject(new) and "source" not in entry:
+            metrics = entry.setdefault("metrics", [])
             for metric in new["metrics"]:
-                names = [(old.get("type"), old.get("name")) for old in entry.setdefault("metrics", [])]
+                names = [(old.get("type"), old.get("name")) for old in metrics]
                 if (metric["type"], metric["name"]) in names:
-                    entry["metrics"][names.index((metric["type"], metric["name"]))] = metric
+                    metrics[names.index((metric["type"], metric["name"]))] = metric
                 else:
-                    entry["metrics"].append(metric)
+                    metrics.append(metric)
             return
     entries.append(new)
+
+
+def _subject(entry: Mapping[str, Any]) -> list[Any]:
+    """What a result is about: the kind of task, and the data."""
+    data = entry.get("dataset") or {}
+    return [
+        (entry.get("task") or {}).get("type"),
+        *(data.get(part) for part in ("type", "config", "split", "revision")),
+    ]
