@@ -194,9 +194,9 @@ def test_divergence_is_said_and_not_chosen():
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be 0 or more"),
         ({"num_heads": 3}, "num_heads=3 must divide the width of the features, 8"),
         ({"train_y": np.zeros(20)}, "20 labels of 1 classes"),
-        ({"test_patches": np.zeros((2, 11, 8))}, "train_x has 12 x 8 columns and test_x has 11 x 8"),
-        ({"test_patches": np.zeros((2, 8))}, r"test_x of shape \(2, 8\) must be \[n, N, D\]"),
-        ({"train_patches": np.full((20, 12, 8), np.nan)}, "train_x holds NaN"),
+        ({"test_patches": np.zeros((2, 11, 8))}, "train_patches has 12 x 8 N x D and test_patches has 11 x 8"),
+        ({"test_patches": np.zeros((2, 8))}, r"test_patches of shape \(2, 8\) must be \[n, N, D\]"),
+        ({"train_patches": np.full((20, 12, 8), np.nan)}, "train_patches holds NaN"),
     ],
 )
 def test_impossible_arguments_are_named(change: dict, message: str):

@@ -167,9 +167,12 @@ def test_mean_and_deviation_are_those_of_all_patches(monkeypatch):
             r"train_masks of shape \(20, 4\) must be \[n, height, width\]",
         ),
         ({"train_masks": np.full((20, 4, 4), 255)}, "0 images with a pixel that is not ignore_index=255"),
-        ({"train_masks": np.zeros((19, 4, 4), dtype=int)}, "must have the same n"),
-        ({"test_patches": np.zeros((2, 48, 5))}, r"test_x of shape \(2, 48, 5\) must be \[n, rows, columns, D\]"),
-        ({"test_patches": np.full((2, 8, 6, 5), np.nan)}, "test_x holds NaN"),
+        ({"train_masks": np.zeros((19, 4, 4), dtype=int)}, r"train_masks of shape \(19, 4, 4\) must have the same n"),
+        (
+            {"test_patches": np.zeros((2, 48, 5))},
+            r"test_patches of shape \(2, 48, 5\) must be \[n, rows, columns, D\]",
+        ),
+        ({"test_patches": np.full((2, 8, 6, 5), np.nan)}, "test_patches holds NaN"),
     ],
 )
 def test_impossible_arguments_of_segmentation_are_named(change: dict, message: str):
@@ -347,5 +350,7 @@ def test_predicted_boxes_must_be_in_order_and_as_many_as_the_true_ones():
         box_iou(truth[:, [2, 1, 0, 3]], truth)
     with pytest.raises(ValueError, match=r"predicted of shape \(2, 4\) must have the shape of truth, \(1, 4\)"):
         box_iou(np.tile(truth, (2, 1)), truth)
+    with pytest.raises(ValueError, match="train_boxes has 4 boxes: give at least 5"):
+        predict_boxes(np.zeros((4, 2, 2, 3)), np.tile(truth, (4, 1)), np.zeros((2, 2, 2, 3)))
     with pytest.raises(ValueError, match=r"must hold finite numbers \[n, 4\]"):
         predict_boxes(np.zeros((20, 2, 2, 3)), np.zeros((20, 5)), np.zeros((2, 2, 2, 3)))

@@ -50,7 +50,7 @@ def test_what_is_not_finite_is_found_in_the_last_row_of_many_and_in_half_precisi
 @pytest.mark.parametrize(
     ("train_x", "train_y", "test_x", "message"),
     [
-        (np.zeros((4, 2, 3)), np.zeros(4), np.zeros((4, 3, 3)), "train_x has 2 x 3 columns and test_x has 3 x 3"),
+        (np.zeros((4, 2, 3)), np.zeros(4), np.zeros((4, 3, 3)), "train_x has 2 x 3 N x D and test_x has 3 x 3"),
         (np.zeros((4, 3)), np.zeros(4), np.zeros((4, 2, 3)), r"train_x of shape \(4, 3\) must be \[n, N, D\]"),
         (np.zeros((4, 2, 0)), np.zeros(4), np.zeros((4, 2, 0)), "no axis empty"),
         (np.full((4, 2, 3), "a"), np.zeros(4), np.zeros((4, 2, 3)), "train_x of dtype <U1 must hold real numbers"),

@@ -67,7 +67,9 @@ def predict_attentive(
     Source: the attentive probe of V-JEPA (arXiv 2404.08471), section 4 and appendix on evaluation. The settings of the
         optimiser are ours, for data sets much smaller than theirs.
     """
-    check_features(train_patches, train_y, test_patches, layout="n, N, D")
+    check_features(
+        train_patches, train_y, test_patches, layout="n, N, D", names=("train_patches", "train_y", "test_patches")
+    )
     check_classes(train_y, _LEAST_LABELS)
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1.")

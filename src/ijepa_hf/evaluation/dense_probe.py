@@ -68,7 +68,13 @@ def predict_segmentation(
     Source: the linear protocol for segmentation of DINOv2 (arXiv 2304.07193), section 7.4, without its augmentations;
         the settings of the optimiser are ours.
     """
-    check_features(train_patches, train_masks, test_patches, layout=_LAYOUT)
+    check_features(
+        train_patches,
+        train_masks,
+        test_patches,
+        layout=_LAYOUT,
+        names=("train_patches", "train_masks", "test_patches"),
+    )
     if num_classes < 2 or len(train_patches) < _LEAST_IMAGES:
         raise ValueError(
             f"num_classes={num_classes} must be at least 2, and the {len(train_patches)} training images at least "
@@ -241,8 +247,16 @@ def predict_boxes(
     Source: the task of locating a single object, as in ILSVRC (Russakovsky et al., arXiv 1409.0575, section 4.2); the
         read-out is ours.
     """
-    check_features(train_patches, train_boxes, test_patches, layout=_LAYOUT)
+    check_features(
+        train_patches,
+        train_boxes,
+        test_patches,
+        layout=_LAYOUT,
+        names=("train_patches", "train_boxes", "test_patches"),
+    )
     _check_boxes("train_boxes", train_boxes)
+    if len(train_boxes) < _LEAST_IMAGES:
+        raise ValueError(f"train_boxes has {len(train_boxes)} boxes: give at least {_LEAST_IMAGES}.")
     edges = predict_ridge(_cells(train_patches), np.asarray(train_boxes), _cells(test_patches), seed=seed)
     edges = edges.clip(0, 1)
     return np.concatenate([np.minimum(edges[:, :2], edges[:, 2:]), np.maximum(edges[:, :2], edges[:, 2:])], axis=1)

@@ -10,7 +10,14 @@ HELD_OUT_SHARE = 0.2
 _NUMBERS_AT_ONCE = 2**22  # 32 MB in float64
 
 
-def check_features(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, layout: str = "n, D") -> None:
+def check_features(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    *,
+    layout: str = "n, D",
+    names: tuple[str, str, str] = ("train_x", "train_y", "test_x"),
+) -> None:
     """Refuse features that a probe cannot work with: no labels for them, NaN, or test features of another kind.
 
     Reads each array once, some rows at a time, so that a memory-mapped one stays on disk.
@@ -20,12 +27,14 @@ def check_features(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray,
         train_y: [n_train, ...] what is to be predicted.
         test_x: test features, n_test first.
         layout: names of the features' axes, with commas; all but the first must agree between train and test.
+        names: what the caller calls the three arrays, for the messages.
 
     Raises:
         ValueError: an array of another number of axes, or empty; `train_y` of another length than `train_x`; train and
             test features of different sizes; features that are no real numbers, or not finite.
     """
-    for name, features in (("train_x", train_x), ("test_x", test_x)):
+    train_name, target_name, test_name = names
+    for name, features in ((train_name, train_x), (test_name, test_x)):
         if np.ndim(features) != len(layout.split(", ")) or 0 in np.shape(features):
             raise ValueError(
                 f"{name} of shape {np.shape(features)} must be [{layout}], with n at least 1 and no axis empty."
@@ -34,15 +43,17 @@ def check_features(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray,
             raise ValueError(f"{name} of dtype {np.asarray(features).dtype} must hold real numbers.")
     if np.ndim(train_y) == 0 or len(train_y) != len(train_x):
         raise ValueError(
-            f"train_x of shape {np.shape(train_x)} and train_y of shape {np.shape(train_y)} must have the same n."
+            f"{train_name} of shape {np.shape(train_x)} and {target_name} of shape {np.shape(train_y)} must have the "
+            "same n."
         )
     if np.shape(train_x)[1:] != np.shape(test_x)[1:]:
+        axes = "columns" if layout == "n, D" else layout.removeprefix("n, ").replace(", ", " x ")
         train_size, test_size = (" x ".join(map(str, np.shape(x)[1:])) for x in (train_x, test_x))
         raise ValueError(
-            f"train_x has {train_size} columns and test_x has {test_size}: they must come from the same encoder, of "
-            "images of one size."
+            f"{train_name} has {train_size} {axes} and {test_name} has {test_size}: they must come from the same "
+            "encoder and from images of one size."
         )
-    for name, features in (("train_x", train_x), ("test_x", test_x)):
+    for name, features in ((train_name, train_x), (test_name, test_x)):
         for rows in in_pieces(features):
             if not np.isfinite(features[rows]).all():
                 raise ValueError(f"{name} holds NaN or infinity: the encoder's output is broken, or its input was.")
