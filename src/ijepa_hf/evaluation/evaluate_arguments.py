@@ -134,7 +134,7 @@ def build_evaluate_parser() -> HfArgumentParser:
         prog="ijepa-hf evaluate",
         allow_abbrev=False,
         description="Score the frozen features of a vision model, beside those of the same network untrained and raw "
-        "pixels, each with its 95 %% interval. Nothing is chosen on the held-out split.",
+        "pixels, each with its 95 % interval. Nothing is chosen on the held-out split.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="A run's folder, or the Hub id or folder of a vision model.")
