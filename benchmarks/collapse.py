@@ -1,7 +1,7 @@
 """Collapse on purpose: trains healthy and broken runs, and asks which of them the monitor names, and when.
 
     python benchmarks/collapse.py run --output_dir runs/collapse        trains what is missing (hours on one core)
-    python benchmarks/collapse.py judge --output_dir runs/collapse      judges the rows; writes the results as JSON
+    python benchmarks/collapse.py judge --output_dir runs/collapse      judges the rows; --results writes JSON
 
 Each run is `ijepa-hf pretrain` in a process of its own, broken by replacing a part of the model or by its flags. The
 thresholds of `collapse_verdict` were fixed on `digits`; `shapes` and `cifar10` are judged with the same. Broken runs
@@ -20,8 +20,8 @@ from typing import Any
 HEALTHY_SEEDS = range(8)
 BROKEN_SEEDS = (0,)
 BROKEN_SHARE = 0.3  # of its length that a broken run is trained for
+WHOLE = ("healthy", "targets not normalised")  # trained to the end; the latter to see whether it is broken at all
 LIMIT_SHARE = 0.25  # of its length within which a broken run has to be named
-RESULTS = Path(__file__).parent / "results" / "collapse.json"
 
 _NETWORK = {
     "hidden_size": 64,
@@ -54,9 +54,10 @@ DATASETS: dict[str, dict[str, Any]] = {
 
 def gradient_into_target() -> None:
     """The targets are the context encoder's own, and learn: no stop-gradient and no moving average."""
+    from torch.nn.functional import layer_norm
+
     from ijepa_hf import IJepaForPretraining
     from ijepa_hf.modeling_ijepa import TARGET_NORM_EPS, gather_patches
-    from torch.nn.functional import layer_norm
 
     def encode_targets(self: Any, pixel_values: Any, target_indices: Any) -> Any:
         features = self.context_encoder(pixel_values).last_hidden_state
@@ -159,7 +160,7 @@ def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str)
     }  # fmt: skip
     if replace is not None:
         replace()
-    if kind != "healthy":
+    if kind not in WHOLE:
         measure = RunDiagnostics.measure
 
         def measure_and_stop(self: Any, model: Any, step: int, *args: Any) -> Any:
@@ -174,6 +175,63 @@ def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str)
     (output_dir / "done").touch()
 
 
+def judge(root: Path, datasets: list[str]) -> dict[str, Any]:
+    """Judges the rows of all finished runs, row by row as a run would have been."""
+    from ijepa_hf.collapse_verdict import judge_collapse
+    from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_rows
+
+    judged = []
+    for run in runs(datasets):
+        path = folder(root, run)
+        if not (path / "done").exists():
+            print(f"missing: {' / '.join(map(str, run))}")
+            continue
+        rows = read_rows(path / DIAGNOSTICS_FILE)
+        verdicts = [judge_collapse(rows[: count + 1]) for count in range(len(rows))]
+        failures = [verdict for verdict in verdicts if verdict.is_failure]
+        num_steps = round(rows[-1]["step"] / rows[-1]["progress"])
+        report = path / "report.json"
+        scores = json.loads(report.read_text("utf-8"))["scores"] if report.exists() else []
+        judged.append(
+            {
+                "dataset": run[0], "run": run[1], "seed": run[2],
+                "num_steps": num_steps, "last_step": rows[-1]["step"],
+                "first_failure": failures[0].name if failures else None,
+                "first_failure_step": failures[0].step if failures else None,
+                "names": sorted({verdict.name for verdict in failures}),
+                "share": failures[0].step / num_steps if failures and failures[0].step is not None else None,
+                "last_verdict": verdicts[-1].name,
+                "knn": scores[0]["knn"] if scores else None,
+                "untrained_knn": max(row["knn"] for row in scores[1:3]) if scores else None,
+            }
+        )  # fmt: skip
+    return {"limit_share": LIMIT_SHARE, "runs": judged}
+
+
+def render(results: dict[str, Any]) -> str:
+    """The tables of docs/collapse.md."""
+    lines = ["| broken on purpose | " + " | ".join(DATASETS) + " |", "| --- |" + " --- |" * len(DATASETS)]
+    found = {(row["dataset"], row["run"], row["seed"]): row for row in results["runs"]}
+    for kind in BROKEN:
+        cells = []
+        for dataset in DATASETS:
+            row = found.get((dataset, kind, 0))
+            if row is None:
+                cells.append("not run")
+            elif row["first_failure"] is None:
+                cells.append(f"**not named** by step {row['last_step']}")
+            else:
+                late = "" if row["share"] <= LIMIT_SHARE else "**late:** "
+                cells.append(f"{late}{row['first_failure']}, step {row['first_failure_step']}")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    cells = []
+    for dataset in DATASETS:
+        healthy = [row for row in results["runs"] if row["dataset"] == dataset and row["run"] == "healthy"]
+        alarms = [row for row in healthy if row["first_failure"] is not None]
+        cells.append(f"{len(healthy)} seeds, {len(alarms)} false alarms")
+    return "\n".join([*lines, "| **healthy** | " + " | ".join(cells) + " |"])
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,6 +240,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
     parser.add_argument("--cifar10", default="uoft-cs/cifar10", help="Hub id or folder")
     parser.add_argument("--every", type=int, default=50, help="steps between two rows")
+    parser.add_argument("--results", type=Path, help="judge: JSON to write")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     named = parser.parse_args()
@@ -195,6 +254,10 @@ def main() -> None:
         with ThreadPoolExecutor(named.processes) as pool:
             list(pool.map(lambda run: _train_apart(run, named), missing))
         return
+    results = judge(named.output_dir, named.datasets)
+    print(render(results))
+    if named.results is not None:
+        named.results.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 def _train_apart(run: tuple[str, str, int], named: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ from ijepa_hf.diagnostics import (
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import TARGET_NORM_EPS, IJepaForPretraining, gather_patches
 
-MONITOR_IMAGES = 64  # with 8x8 patches 4,096 rows, and 64 images a position
+MONITOR_IMAGES = 48  # with 8x8 patches 3,072 rows, and 48 images a position
 LIDAR_VIEWS = 4  # masks of an image; the paper takes 10, at 2.5 times the cost
 SPECTRUM_ROWS = 1024  # patches whose spectrum is taken
 

@@ -5,6 +5,7 @@ noise of one is no alarm. Thresholds were fixed on runs on `digits`, healthy and
 other data unchanged: docs/collapse.md has the table.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ PATIENCE = 2  # rows in which a failure has to hold
 LEAST_STD = 0.2  # of patches of unit length, where 1 is all directions alike: below is complete collapse
 LEAST_RANK = 4.0  # effective rank of centred patches: below is dimensional collapse
 MOST_POSITION_SHARE = 0.9  # of the variance of patches: above is positional collapse
-LEAST_RATIO = 3e-3  # of predictions' variation beside their targets': below, the predictor is dead
-PREDICTOR_PROGRESS = 0.1  # share of the run before which a predictor need not have learned anything
+LEAST_RATIO = 0.01  # of predictions' variation beside their targets': below, the predictor is dead
+PREDICTOR_PROGRESS = 0.15  # share of the run before which a predictor need not have learned anything
 LEAST_MOVED = 0.1  # of the way that the target encoder should have gone: below, the moving average is stuck
 LEAST_EXPECTED = 1e-3  # of the way to the context encoder, between two rows
 EMA_PROGRESS = 0.9  # share of the run after which a target encoder may stand still, as its schedule says
@@ -49,6 +50,10 @@ class CollapseVerdict:
     def is_failure(self) -> bool:
         """Whether something is wrong."""
         return self.name in FAILURES
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields and `is_failure`, as JSON can hold them."""
+        return {**dataclasses.asdict(self), "numbers": dict(self.numbers), "is_failure": self.is_failure}
 
     def __str__(self) -> str:
         return " ".join([f"{self.name}: {self.reason}", *([self.advice] if self.advice else [])])

@@ -141,13 +141,8 @@ def diagnose(argv: Sequence[str]) -> tuple[str, int]:
     verdict = judge_collapse(rows)
     code = EXIT_CODES.get(verdict.name, FAILURE_EXIT_CODE)
     if flags.json:
-        return json.dumps({"verdict": describe_verdict(verdict), "rows": rows}, indent=2), code
+        return json.dumps({"verdict": verdict.as_dict(), "rows": rows}, indent=2), code
     return render_diagnosis(rows, verdict, figure), code
-
-
-def describe_verdict(verdict: CollapseVerdict) -> dict[str, Any]:
-    """Returns a verdict as JSON can hold it."""
-    return {**dataclasses.asdict(verdict), "is_failure": verdict.is_failure}
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], run: Path, output: str | None) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ijepa_hf import __version__
 from ijepa_hf.arguments import DataArguments
+from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import ImageRows, resized_pixels
 from ijepa_hf.diagnostics import rankme
@@ -42,6 +43,7 @@ from ijepa_hf.model_card import (
 )
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.run_folder import (
+    DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -147,6 +149,7 @@ def write_report(
         starting_encoder: The encoder before the first step, where it was a trained one.
     """
     rows, evaluations = read_rows(output_dir / METRICS_FILE), read_rows(output_dir / EVALUATIONS_FILE)
+    diagnostics = read_rows(output_dir / DIAGNOSTICS_FILE)
     (output_dir / "figures").mkdir(exist_ok=True)
     if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
         draw_curves_figure(rows, output_dir / "figures" / "curves.png", evaluations)
@@ -157,6 +160,7 @@ def write_report(
         "parameters_encoder": sum(parameter.numel() for parameter in model.target_encoder.parameters()),
         "log": _summarise(rows) if rows else None,
         "evaluations": evaluations,
+        "collapse_verdict": judge_collapse(diagnostics).as_dict() if diagnostics else None,
         "num_unreadable_images": len(read_rows(output_dir / UNREADABLE_FILE)),
         "scores": []
         if evaluation is None
@@ -388,6 +392,9 @@ def render_report(output_dir: Path) -> str:
             f"RankMe of the targets {log['target_rankme_last']:.1f}; "
             f"{100 * log['data_wait_share']:.0f} % of the time went into waiting for images"
         )
+    if report.get("collapse_verdict"):  # runs of earlier versions have none
+        found = report["collapse_verdict"]
+        lines.append(" ".join([f"verdict: {found['name']}:", found["reason"], found["advice"]]).strip())
     if report["num_unreadable_images"]:
         lines.append(
             f"{report['num_unreadable_images']} images could not be read and were skipped; "

@@ -1,18 +1,22 @@
-"""Measures and judges a run while it goes on: `diagnostics.jsonl`, the trackers, a warning, or an early end."""
+"""Measures, judges and draws a run while it goes on: `diagnostics.jsonl`, a warning or an early end, pictures."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor
 from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
+from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
+from ijepa_hf.feature_figures import draw_training_figures
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, append_rows, read_rows
 
-COST_IN_STEPS = 0.8  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
+COST_IN_STEPS = 1.2  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
 MOST_SHARE = 0.01  # of the time, that goes into rows
 LEAST_STEPS = 100  # between two rows; their spectra cost the same whatever the batch
+MOST_DRAWING_SHARE = 0.02  # of the time, that goes into pictures before the end
 
 
 class CollapseError(ArithmeticError):
@@ -62,6 +66,7 @@ class RunDiagnostics:
         self.rows = read_rows(self.path)
         self.verdict: CollapseVerdict | None = judge_collapse(self.rows) if self.rows else None
         self._kept = 1.0  # of the target encoder as it was at the last row
+        self._begin, self._drawing = time.monotonic(), 0.0  # seconds
 
     def note_step(self, ema_momentum: float | None) -> None:
         """Counts an optimiser step.
@@ -99,3 +104,22 @@ class RunDiagnostics:
         tell({name: value for name, value in row.items() if value is not None}, step)
         self.verdict = judge_collapse(self.rows)
         return self.verdict
+
+    def draw(self, model: IJepaForPretraining, *, is_last: bool) -> None:
+        """Draws the features, predictions, spectrum and rows of the fixed images into the run's `figures`.
+
+        Before the end only where pictures have taken less than `MOST_DRAWING_SHARE` of the time so far, which a long
+        run can afford at each checkpoint and a short one cannot.
+
+        Args:
+            model: The model, which is left as it is.
+            is_last: Whether the run is at its end.
+        """
+        begin = time.monotonic()
+        if not is_last and self._drawing > MOST_DRAWING_SHARE * (begin - self._begin):
+            return
+        batch, folder = self.monitor.batch, self.path.parent
+        draw_training_figures(model, batch.pixel_values, batch.views[0], batch.target_indices, folder)
+        if self.rows:
+            draw_diagnostics_figure({folder.name: self.rows}, folder / "figures" / "diagnostics.png")
+        self._drawing += time.monotonic() - begin

@@ -80,6 +80,7 @@ from ijepa_hf.visualization import draw_masks_figure
 MASK_FIGURE_IMAGES = 6
 MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
 HIGH_REDRAW_RATE = 0.4
+CHUNK_OF_BATCHES = 4  # in one forward pass of the monitor: without gradients it takes less memory than a step on one
 LAST_UPLOAD_SECONDS = 60.0  # that a run which stops by itself waits for the upload of its last good state
 
 logger = logging.getLogger(__name__)
@@ -453,6 +454,8 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
                 if done % every == 0 or is_last:
                     state.save(done)
                 _diagnose(state, done, progress, metrics)
+                if state.diagnostics is not None and (done % every == 0 or is_last):
+                    state.diagnostics.draw(state.model, is_last=is_last)
 
 
 def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) -> None:
@@ -620,7 +623,7 @@ def _make_diagnostics(
             masks = {name: inputs[name].to(accelerator.device) for name in ("context_indices", "target_indices")}
     batch = make_monitor_batch(config, pixels.to(accelerator.device), **masks)
     return RunDiagnostics(
-        CollapseMonitor(batch, chunk_size=min(MONITOR_IMAGES, run.per_device_train_batch_size)),
+        CollapseMonitor(batch, chunk_size=min(MONITOR_IMAGES, CHUNK_OF_BATCHES * run.per_device_train_batch_size)),
         Path(str(run.output_dir)),
         num_steps=plan.num_steps,
     )

@@ -1,0 +1,97 @@
+"""What the collapse monitor costs: the time of a row beside that of the steps between two rows.
+
+    python benchmarks/monitor_cost.py --output benchmarks/results/monitor_cost.json
+
+Rows and steps of one model alternate in one process, on one thread, so that whatever else the machine does falls on
+both. `share` is row / (steps between two rows x step): the part of the time that goes into rows, to stay under 1 %.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ijepa_hf.arguments import as_flags, load_recipe, parse_arguments
+from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
+from ijepa_hf.data import keyed_generator
+from ijepa_hf.masking import draw_masks
+from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.plan import StepValues
+from ijepa_hf.run_diagnostics import steps_between
+from ijepa_hf.training import CHUNK_OF_BATCHES, make_optimizer, training_step
+
+RECIPES = ("digits", "cifar10-vit-micro", "cifar10-vit-tiny")
+STEPS_A_ROUND = {"digits": 20, "cifar10-vit-micro": 2, "cifar10-vit-tiny": 1}
+
+
+def measure(recipe: str, rounds: int) -> dict[str, Any]:
+    """Returns the medians over rounds for one recipe."""
+    model_arguments, _, run = parse_arguments(as_flags({**load_recipe(recipe), "output_dir": "unused"}))
+    config = model_arguments.to_config()
+    model = new_model(config, 0).train()
+    optimizer = make_optimizer(model, run)
+    accelerator = Accelerator(cpu=True)
+    batch = run.per_device_train_batch_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, config.num_channels, *config.image_shape, generator=generator)
+    masks = draw_masks(config.mask_settings(), batch, keyed_generator(0))
+    inputs = {
+        "pixel_values": pixels,
+        "context_indices": masks.context_indices,
+        "target_indices": masks.target_indices,
+    }
+    values = StepValues(learning_rate=1e-4, weight_decay=0.04, ema_momentum=0.996, encoder_is_frozen=False)
+    held_out = torch.randn(MONITOR_IMAGES, config.num_channels, *config.image_shape, generator=generator)
+    monitor = CollapseMonitor(
+        make_monitor_batch(config, held_out), chunk_size=min(MONITOR_IMAGES, CHUNK_OF_BATCHES * batch)
+    )
+    every, steps = steps_between(batch), STEPS_A_ROUND[recipe]
+    row_times, step_times = [], []
+    for number in range(rounds + 1):
+        begin = time.perf_counter()
+        for _ in range(steps):
+            training_step(accelerator, model, model, optimizer, [inputs], values)
+        between = time.perf_counter()
+        monitor.measure(model)
+        end = time.perf_counter()
+        if number:  # the first warms up
+            step_times.append((between - begin) / steps)
+            row_times.append(end - between)
+    shares = [row / (every * step) for row, step in zip(row_times, step_times, strict=True)]
+    return {
+        "recipe": recipe,
+        "batch": batch,
+        "steps_between_rows": every,
+        "row_in_steps": statistics.median(row / step for row, step in zip(row_times, step_times, strict=True)),
+        "share": statistics.median(shares),
+        "share_middle_half": [statistics.quantiles(shares, n=4)[0], statistics.quantiles(shares, n=4)[2]],
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path)
+    named = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(recipe, named.rounds) for recipe in RECIPES]
+    for row in rows:
+        print(
+            f"{row['recipe']:<20} a row is {row['row_in_steps']:.2f} steps, taken every {row['steps_between_rows']}: "
+            f"{100 * row['share']:.2f} % of the time"
+        )
+    if named.output:
+        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+        named.output.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
