@@ -115,8 +115,9 @@ def predict_linear_sgd(
     normalisation has no scale and offset of its own, which the linear layer makes superfluous.
 
     A learning rate is meant for 256 images a step and multiplied by batch size / 256. A step takes `batch_size`
-    images, or all where there are fewer; what is left over at the end of an epoch waits for the next shuffle. On a few thousand images 50 epochs are few steps:
-    the published protocol then stops early, where `predict_linear` runs to the end.
+    images, or all where there are fewer; what is left over at the end of an epoch waits for the next shuffle. On a
+    few thousand images 50 epochs are few steps: the published protocol then stops early, where `predict_linear` runs
+    to the end.
 
     Args:
         train_x: [n_train, D] features, finite; n_train at least 5.
