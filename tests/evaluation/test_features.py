@@ -1,14 +1,18 @@
 """Feature extraction against the model called by hand."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import IJepaConfig, IJepaModel, ResNetConfig, ResNetModel
 
 from ijepa_hf.evaluation import extract_features
+from ijepa_hf.evaluation.features import iterate_features
+from ijepa_hf.image_transforms import normalize, resize
 
 
 @pytest.fixture
@@ -114,3 +118,79 @@ def test_a_model_without_hidden_states_is_named():
 
     with pytest.raises(ValueError, match="output of Loss has no last_hidden_state"):
         extract_features(Loss(), images())
+
+
+# -- images as they lie on disk --------------------------------------------------------------------------------------
+
+
+def pictures(count: int) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (10 + index, 12, 3), dtype=np.uint8)) for index in range(count)]
+
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+
+
+def iterated(images, parts, batch_size=3, encode=lambda pixels: pixels.flatten(1)):
+    options = {"shape": (8, 6), "mean": MEAN, "std": STD, "batch_size": batch_size}
+    return list(iterate_features(images, parts, encode, **options))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_images_are_resized_and_normalised_in_order_part_by_part(batch_size: int):
+    images = pictures(11)
+    found = iterated(images, [range(5, 11), range(0, 4)], batch_size)
+    expected = [normalize(resize(image, (8, 6)), MEAN, STD).flatten().numpy() for image in images]
+    assert [len(part) for part in found] == [6, 4]
+    np.testing.assert_allclose(found[0], expected[5:11], atol=1e-6)
+    np.testing.assert_allclose(found[1], expected[:4], atol=1e-6)
+
+
+def test_a_parts_batches_do_not_depend_on_the_other_parts():
+    sizes: list[list[int]] = []
+    for parts in ([range(0, 5), range(5, 12)], [range(5, 12)]):
+        seen: list[int] = []
+        iterated(pictures(12), parts, encode=lambda pixels, seen=seen: seen.append(len(pixels)) or pixels.flatten(1))
+        sizes.append(seen)
+    assert sizes == [[3, 2, 3, 3, 1], [3, 3, 1]]
+
+
+def test_pictures_and_float_arrays_meet_in_one_batch():
+    images = [pictures(1)[0], np.random.default_rng(0).random((3, 9, 9), dtype=np.float32)]
+    found = np.concatenate(iterated(images, [range(2)]))
+    expected = [normalize(resize(image, (8, 6)), MEAN, STD).flatten().numpy() for image in images]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_only_a_few_batches_are_read_ahead():
+    read: list[int] = []
+    lock = threading.Lock()
+
+    class Counted(list):
+        def __getitem__(self, index):
+            with lock:
+                read.append(index)
+            return super().__getitem__(index)
+
+    ahead = []
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        ahead.append(len(read) - 2 * len(ahead))
+        return pixels.flatten(1)
+
+    iterated(Counted(pictures(20)), [range(20)], batch_size=2, encode=encode)
+    assert sorted(read) == list(range(20))
+    assert max(ahead) <= 2 * 3
+
+
+def test_an_image_that_cannot_be_read_stops_the_work_and_is_named():
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 4:
+                raise ValueError("image 4 of the data set: cut off.")
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match="image 4 of the data set: cut off. No image is skipped"):
+        iterated(Broken(pictures(7)), [range(7)])
+    with pytest.raises(ValueError, match="batch_size=0 must be 1 or more"):
+        iterated(pictures(2), [range(2)], batch_size=0)

@@ -121,10 +121,11 @@ class EvaluationArguments(EvaluationFlags):
         """Returns the folder that all is written to."""
         if self.output_dir is not None:
             return Path(self.output_dir)
-        names = [
-            Path(name).resolve().name if Path(name).exists() else name for name in (self.model, self.dataset_name)
-        ]
-        return Path(EVALUATIONS_FOLDER, *(re.sub(r"[^\w.-]+", "-", name.split("/")[-1]) for name in names))
+        names = []
+        for name in (self.model, str(self.dataset_name)):
+            name = Path(name).resolve().name if Path(name).exists() else name.split("/")[-1]
+            names.append(re.sub(r"[^\w.-]+", "-", name))
+        return Path(EVALUATIONS_FOLDER, *names)
 
 
 def build_evaluate_parser() -> HfArgumentParser:
