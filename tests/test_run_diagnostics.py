@@ -1,6 +1,8 @@
 """Rows of a run: when they are taken, what is kept of them, who hears of them, and how a run stops on a collapse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ijepa_hf.cli import main
 from ijepa_hf.collapse_monitor import CollapseMonitor, make_monitor_batch
 from ijepa_hf.run_diagnostics import MOST_SHARE, RunDiagnostics, is_due, steps_between
 
+ROOT = Path(__file__).resolve().parent.parent
 COLLAPSING = {"ema_momentum": 0.0, "final_ema_momentum": 0.0, "learning_rate": 0.1, "max_train_steps": 40,
               "checkpointing_steps": 100}  # fmt: skip
 
@@ -112,6 +115,19 @@ def test_a_collapse_stops_the_run_where_that_is_asked_for_with_a_checkpoint(
     assert (tmp_path / "run" / f"checkpoint-{step}").is_dir()
     assert not (tmp_path / "run" / "report.json").exists()
     assert main(["diagnose", str(tmp_path / "run")]) == 5
+
+
+def test_all_ranks_stop_on_a_collapse_that_one_has_measured(tmp_path: Path, child_environment: dict[str, str]):
+    flags = tiny_flags(
+        tmp_path / "run", **COLLAPSING, diagnostics_steps=5, on_collapse="stop", per_device_train_batch_size=4
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(ROOT / "scripts" / "run_ijepa_pretraining.py"), *flags]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "stopped at step" in done.stderr
+    step = rows_of(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "checkpoint.json").exists()
 
 
 @pytest.mark.parametrize(
