@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def make_features(train: int, test: int, columns: int) -> tuple[np.ndarray, np.n
     features = generator.standard_normal((train + test, columns), dtype=np.float32)
     features = 3 * features + centres[labels] + 1
     return features[:train], labels[:train], features[train:]
+
+
+def write_features(folder: Path, sizes: tuple[int, int, int]) -> None:
+    """Write what `make_features` makes, a file a part."""
+    for part, array in zip(PARTS, make_features(*sizes), strict=True):
+        np.save(folder / f"{part}.npy", array)
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, from a fresh process that ends with it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def our_labels(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int) -> np.ndarray:
@@ -97,13 +110,11 @@ def main() -> None:
     sizes = (arguments.train, arguments.test, arguments.columns)
     runs: dict[str, list[tuple[float, float, int, np.ndarray]]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() as folder:
-        for part, array in zip(PARTS, make_features(*sizes), strict=True):
-            np.save(Path(folder) / f"{part}.npy", array)
+        # A process begins with the resident size of the one that starts it as its peak, so this one stays small.
+        in_a_process(write_features, Path(folder), sizes)
         for _ in range(arguments.rounds):
             for name in METHODS:
-                # A child that is forked would begin with its parent's peak.
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    runs[name].append(pool.apply(measure, (name, Path(folder), arguments.k)))
+                runs[name].append(in_a_process(measure, name, Path(folder), arguments.k))
     rows: dict[str, dict[str, Any]] = {
         name: {
             "seconds": [round(seconds, 2) for seconds, _, _, _ in taken],
