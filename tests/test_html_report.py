@@ -153,7 +153,8 @@ def test_a_run_that_is_under_way_has_what_there_is(tmp_path):
 @pytest.mark.parametrize("is_failure", [True, False])
 def test_a_verdict_is_shown_first_where_there_is_one(tmp_path, place: str, is_failure: bool):
     run = write_run(tmp_path / "run")
-    judged = {"name": "collapsed", "reason": "All alike.", "is_failure": is_failure, "cosine": 0.98765, "list": [1]}
+    judged = {"name": "collapsed", "reason": "All alike.", "is_failure": is_failure, "step": 40, "list": [1]}
+    judged["numbers"] = {"cosine": 0.98765}
     if place == "verdict.json":
         (run / place).write_text(json.dumps(judged))
     else:
@@ -162,7 +163,7 @@ def test_a_verdict_is_shown_first_where_there_is_one(tmp_path, place: str, is_fa
     page = Page(render_html_report(run))
     (box,) = [attributes for attributes in page.all("div") if "verdict" in (attributes.get("class") or "")]
     assert box["class"] == ("verdict bad" if is_failure else "verdict")
-    for text in ("collapsed", "All alike.", "cosine 0.9877"):
+    for text in ("collapsed", "All alike.", "step 40, cosine 0.9877"):
         assert text in page.text
     assert page.text.index("All alike.") < page.text.index("Scores")
 

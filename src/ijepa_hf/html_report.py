@@ -162,13 +162,14 @@ def _verdict(judged: Any) -> str:
         return ""
     if not isinstance(judged, Mapping):
         return f'<div class="verdict"><p>{escape(str(judged))}</p></div>'
-    known = ("name", "verdict", "reason", "advice", "is_failure")
+    known = ("name", "verdict", "reason", "advice", "is_failure", "numbers")
     heading = judged.get("name") or judged.get("verdict") or ""
     lines = [f"<p><strong>{escape(str(heading))}</strong></p>"] if heading else []
     lines += [f"<p>{escape(str(judged[key]))}</p>" for key in ("reason", "advice") if judged.get(key)]
-    numbers = {
-        key: value for key, value in judged.items() if key not in known and isinstance(value, int | float | str)
-    }
+    numbers = {key: value for key, value in judged.items() if key not in known}
+    if isinstance(judged.get("numbers"), Mapping):
+        numbers |= judged["numbers"]
+    numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float | str)}
     if numbers:
         listed = ", ".join(f"{key} {_short(value)}" for key, value in numbers.items())
         lines.append(f'<p class="faint">{escape(listed)}</p>')
