@@ -188,6 +188,8 @@ def test_neighbours_stand_in_a_row_behind_their_image_with_name_and_cosine(tmp_p
             assert text == f"class {numbers[row, place]}\ncosine {cosines[row, place]:.2f}"
     assert figure.axes[0].texts[0].get_text() == "cat"
     check_png(path)
+    long = draw_retrieval_figure(queries, ["W" * 30, "x" * 24], gallery[numbers], names, cosines, path)
+    assert [long.axes[panel].texts[0].get_text() for panel in (0, 4)] == ["W" * 23 + "\u2026", "x" * 24]
     unnamed = draw_retrieval_figure(queries, ["", ""], gallery[numbers], [[""] * 3] * 2, cosines, path)
     assert unnamed.axes[1].texts[0].get_text() == "cosine 0.90"
 

@@ -51,6 +51,7 @@ from ijepa_hf.panels import (
 TRAINING_IMAGES = 64  # of a batch, at most: gallery, and spectrum
 TRAINING_ROWS = 4
 
+_LONGEST_NAME = 24  # characters below a panel
 _LINE = 0.17  # inches of a line of text below a panel
 _BAR_ROOM = 0.85  # inches for a colour bar and its labels
 
@@ -225,7 +226,7 @@ def draw_retrieval_figure(
 
     Args:
         queries: `[q, height, width, 3]`, from 0 to 1.
-        query_names: What stands below each, such as its label; may be empty.
+        query_names: What stands below each, such as its label; may be empty. Cut to 24 characters, which fit.
         neighbours: `[q, k, height, width, 3]`, the most like first.
         neighbour_names: Likewise, k for each.
         similarity: `[q, k]`, cosines.
@@ -249,10 +250,10 @@ def draw_retrieval_figure(
         axes, queries, query_names, neighbours, neighbour_names, similarity, strict=True
     ):
         show_picture(row[0], query)
-        _below(row[0], [name] if named else [])
+        _below(row[0], [_cut(name)] if named else [])
         for axis, image, its_name, cosine in zip(row[1:], images, names, cosines, strict=True):
             show_picture(axis, image)
-            _below(axis, [*([its_name] if named else []), f"cosine {cosine:.2f}"])
+            _below(axis, [*([_cut(its_name)] if named else []), f"cosine {cosine:.2f}"])
     figure.savefig(path, dpi=DPI)
     return figure
 
@@ -541,6 +542,10 @@ def _below(axis: Axes, lines: Sequence[str]) -> None:
     )  # fmt: skip
 
 
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "\u2026"
+
+
 def _foot_of_figure(figure: Figure, text: str) -> None:
     """A line of text below everything, for which the figure grows."""
     width, height = figure.get_size_inches()
@@ -548,7 +553,7 @@ def _foot_of_figure(figure: Figure, text: str) -> None:
     figure.set_size_inches(width, grown)
     pars = figure.subplotpars
     figure.subplots_adjust(top=1 - (1 - pars.top) * height / grown, bottom=(pars.bottom * height + 0.24) / grown)
-    figure.text(0.5, 0.08 / grown, text, ha="center", va="bottom", fontsize=10, color=TEXT_COLOR)
+    figure.text(0.5, 0.08 / grown, text, ha="center", va="bottom", fontsize=9, color=TEXT_COLOR)
 
 
 def _lines_of_blocks(target_indices: Tensor) -> int:
