@@ -1,4 +1,4 @@
-"""The command line: `ijepa-hf pretrain`, `finetune`, `prepare`, `visualize`, `convert` and `push`.
+"""The command line: `ijepa-hf pretrain`, `finetune`, `evaluate`, `prepare`, `visualize`, `convert` and `push`.
 
 Exit codes: 0 done; 1 an unexpected error; 2 something the user can mend (a flag, a file, a folder), said in one line;
 3 training stopped because the loss was NaN or infinite; 4 training is finished, but its upload did not arrive whole;

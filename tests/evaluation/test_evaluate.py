@@ -10,7 +10,7 @@ import torch
 from image_zoo import BROKEN, write_zoo
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, jaccard_score, r2_score
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, r2_score
 from tiny import scrambled_model
 from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
 
@@ -18,6 +18,7 @@ from ijepa_hf.cli import main
 from ijepa_hf.evaluation import evaluate as module
 from ijepa_hf.evaluation.evaluate import evaluate_model
 from ijepa_hf.evaluation.evaluate_arguments import EvaluationArguments
+from ijepa_hf.evaluation.intervals import bootstrap_interval
 from ijepa_hf.evaluation.results import ROWS
 from ijepa_hf.export import export_model, image_processor_fields
 
@@ -183,6 +184,33 @@ def test_scores_are_scikit_learns_of_what_the_probes_said(everything):
         predicted = spied.results("predict_segmentation")[row].ravel()
         expected = jaccard_score(masks, predicted, average="macro", labels=np.union1d(masks, predicted))
         assert value("segmentation", "mask", "mIoU", row) == pytest.approx(expected)
+
+
+def test_intervals_are_those_of_scores_computed_draw_by_draw(everything):
+    _, scores, spied, _ = everything
+    columns = squares(NUM_TEST, 1)
+    sides, quantities = np.float32(columns["side"]).astype(float), spied.results("predict_ridge")[0][:, 0]
+    pairs = zip(columns["mask"], spied.results("predict_segmentation")[0], strict=True)
+    confusions = [confusion_matrix(np.asarray(mask).ravel(), found.ravel(), labels=range(4)) for mask, found in pairs]
+
+    def r2(drawn):
+        return r2_score(sides[drawn], quantities[drawn])
+
+    def mean_iou(drawn):
+        counts = sum(confusions[index] for index in drawn)
+        unions = counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal()
+        return np.mean(counts.diagonal()[unions > 0] / unions[unions > 0])
+
+    for metric, statistic in (("R2", r2), ("mIoU", mean_iou)):
+        expected = bootstrap_interval(
+            lambda weights, of=statistic: np.array(
+                [of(np.repeat(range(NUM_TEST), row.astype(int))) for row in weights]
+            ),
+            NUM_TEST,
+            seed=0,
+        )
+        score = next(score for score in scores if score["metric"] == metric)
+        assert score["interval"] == pytest.approx(expected)
 
 
 def test_features_are_those_of_the_stock_processor_and_model(everything, model):

@@ -438,7 +438,11 @@ def _classify_with_few_labels(features: _Features, method: str) -> list[Score]:
 
 
 def _regress(features: _Features, method: str) -> list[Score]:
-    """R2 of a ridge regression, and as in the paper's table the top-1 of the numbers as classes."""
+    """R2 of a ridge regression, and as in the paper's table the top-1 of the numbers as classes.
+
+    A column of few different whole numbers is its own classes (test numbers are rounded to whole ones); others are cut
+    into bins with as many training images each.
+    """
     arguments, numbers = features.arguments, features.data.numbers
     assert numbers is not None
     train_x, test_x = features.pooled()
