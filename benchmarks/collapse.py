@@ -41,12 +41,12 @@ DATASETS: dict[str, dict[str, Any]] = {
     "digits": {"recipe": "digits"},
     "shapes": {
         **_NETWORK, "dataset_name": "shapes", "eval_split_name": "test", "max_eval_samples": 200, "image_size": 48,
-        "patch_size": 6, "min_crop_scale": 0.5, "per_device_train_batch_size": 32, "max_train_steps": 1200,
+        "patch_size": 6, "min_crop_scale": 0.5, "per_device_train_batch_size": 32, "max_train_steps": 900,
         "warmup_epochs": 0.6, "num_cpu_threads": 1,
     },
     "cifar10": {
         **_NETWORK, "eval_split_name": "test", "max_eval_samples": 200, "image_size": 32, "patch_size": 4,
-        "min_crop_scale": 0.3, "per_device_train_batch_size": 32, "max_train_steps": 1200, "warmup_epochs": 0.06,
+        "min_crop_scale": 0.3, "per_device_train_batch_size": 32, "max_train_steps": 900, "warmup_epochs": 0.06,
         "num_cpu_threads": 1, "max_train_samples": 50_000,
     },
 }  # fmt: skip

@@ -30,7 +30,7 @@ LAYERS = {
     "modeling_ijepa": 2,
     "sources": 3,
     "export": 3,
-    "evaluation.features": 3,
+    "evaluation.features": 4,
     "evaluation.knn": 3,
     "data": 4,
     "evaluation.linear_probe": 4,

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_flags, tiny_model, tiny_run
+from tiny import final_weights, tiny_flags, tiny_model, tiny_run
 
+from ijepa_hf import run_diagnostics
 from ijepa_hf.cli import main
 from ijepa_hf.collapse_monitor import CollapseMonitor, make_monitor_batch
 from ijepa_hf.run_diagnostics import MOST_SHARE, RunDiagnostics, is_due, steps_between
@@ -68,6 +69,37 @@ def test_rows_of_a_run_that_goes_on_are_judged_together(tmp_path: Path):
     assert again.measure(tiny_model(), 5, 0.5, lambda row, step: None).name != "not judged yet"
 
 
+def test_a_run_leaves_rows_and_pictures_behind(tmp_path: Path):
+    run = tiny_run(tmp_path / "run", diagnostics_steps=None)
+    assert [row["step"] for row in rows_of(run)] == [0, 6]
+    names = {"masks.png", "curves.png", "pca.png", "predictions.png", "spectrum.png", "diagnostics.png"}
+    assert {path.name for path in (run / "figures").iterdir()} == names
+    report = json.loads((run / "report.json").read_text())
+    assert report["collapse_verdict"]["step"] == 6
+    assert report["collapse_verdict"]["reason"] in (run / "README.md").read_text().replace(").", ".")
+
+
+def test_pictures_before_the_end_wait_until_they_are_a_small_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = [0.0]
+    drawn: list[float] = []
+    monkeypatch.setattr(run_diagnostics.time, "monotonic", lambda: now[0])
+
+    def draw(*_: Any) -> None:
+        drawn.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr(run_diagnostics, "draw_training_figures", draw)
+    run, model = diagnostics(tmp_path), tiny_model()
+    for moment in (1.0, 49.0, 51.0, 52.0, 99.0, 160.0, 180.0):
+        now[0] = max(now[0], moment)
+        run.draw(model, is_last=False)
+    assert drawn == [51.0, 160.0]  # 2 % of 51 s are a second; after 2 s of drawing, 100 s are needed
+    run.draw(model, is_last=True)
+    assert drawn[-1] == 180.0
+
+
 def test_a_training_takes_rows_of_held_out_images_where_there_are_some(tmp_path: Path):
     run = tiny_run(tmp_path / "a", diagnostics_steps=3, eval_split_name="test")
     other = tiny_run(tmp_path / "b", diagnostics_steps=3)
@@ -80,9 +112,10 @@ def test_a_training_takes_rows_of_held_out_images_where_there_are_some(tmp_path:
 
 
 def test_rows_change_no_bit_of_the_run(tmp_path: Path):
-    with_rows, without = tiny_run(tmp_path / "a", diagnostics_steps=1), tiny_run(tmp_path / "b", diagnostics_steps=0)
+    with_rows, without = tiny_run(tmp_path / "a", diagnostics_steps=1), tiny_run(tmp_path / "b")
     assert not (without / "diagnostics.jsonl").exists()
-    assert (with_rows / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
+    ours, theirs = final_weights(with_rows), final_weights(without)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path):

@@ -70,6 +70,7 @@ def tiny_flags(output_dir: Path | str, **changes: Any) -> list[str]:
         "warmup_epochs": 0.25,
         "checkpointing_steps": 2,
         "logging_steps": 1,
+        "diagnostics_steps": 0,  # rows and pictures cost as much as such a run
         **changes,
     }
     flags: list[str] = []

@@ -276,7 +276,7 @@ class PretrainingArguments:
     )
     diagnostics_steps: int | None = _help(
         "Measure the features of a fixed batch and judge whether they collapse, every so many optimiser steps; 0 is "
-        "off. If not given, so seldom that it takes under 1 % of the time.",
+        "off. If not given, so seldom that it takes less than a hundredth of the time.",
         None,
     )
     on_collapse: str = _help("warn: say it and go on; stop: save, and end with exit code 5.", "warn")

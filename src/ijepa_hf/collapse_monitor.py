@@ -5,8 +5,6 @@ on patch features, and how far the target encoder has moved. `collapse_verdict` 
 mode, without gradients and without a random draw, so that measuring never changes a run.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +28,7 @@ from ijepa_hf.diagnostics import (
     spectrum_slope,
     stable_rank,
 )
+from ijepa_hf.feature_views import evaluating
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import TARGET_NORM_EPS, IJepaForPretraining, gather_patches
 
@@ -115,7 +114,6 @@ class CollapseMonitor:
         self.batch, self.chunk_size = batch, chunk_size
         self._last_target: Tensor | None = None
 
-    @torch.no_grad()
     def measure(self, model: IJepaForPretraining) -> dict[str, Any]:
         """Takes a row of numbers.
 
@@ -133,7 +131,7 @@ class CollapseMonitor:
         Raises:
             ValueError: If features are NaN or infinite.
         """
-        with _evaluating(model):
+        with evaluating(model):
             parts = [self._forward(model, start) for start in range(0, len(self.batch.pixel_values), self.chunk_size)]
         features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {**measure_features(features, self.batch.target_indices), **self._measure_weights(model)} | {
@@ -223,14 +221,3 @@ def _sampled_weights(encoder: nn.Module) -> Tensor:
     parameters = list(encoder.parameters())
     stride = max(1, sum(parameter.numel() for parameter in parameters) // _SAMPLED_WEIGHTS)
     return torch.cat([parameter.detach().flatten()[::stride].float() for parameter in parameters]).cpu()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -13,19 +13,25 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.evaluation.knn import NEIGHBOURS
 from ijepa_hf.export import write_atomically
 from ijepa_hf.model_card import verdict
-from ijepa_hf.run_folder import EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_rows, read_run
+from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_rows, read_run
 from ijepa_hf.visualization import draw_curves_figure
 
-VERDICT_FILE = "verdict.json"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FITS_A_PHONE = 1200  # pixels; wider pictures are scrolled there
 
 # File in `figures`, heading, what is to be seen.
 _FIGURES = (
     ("masks.png", "Masks", "The first images of the run: what the context encoder sees, and what is predicted."),
+    (
+        "diagnostics.png",
+        "Signs of collapse",
+        "What was measured on one fixed batch: deviation and rank of patches, what their position alone explains, and "
+        "how far predictions tell images apart. Dashed: where a verdict begins.",
+    ),
     (
         "predictions.png",
         "Predictions",
@@ -107,14 +113,14 @@ def render_html_report(run: Path) -> str:
             f"html={str(run)!r}: there is no run (no run.json) in it; give the --output_dir of a pretraining."
         )
     report = _read_json(run / REPORT_FILE)
-    judged = _read_json(run / VERDICT_FILE) or (report or {}).get("verdict")
+    measured = read_rows(run / DIAGNOSTICS_FILE)
     rows = read_rows(run / METRICS_FILE)
     arguments = record["arguments"]
     name = escape(run.resolve().name)
     sections = [
         f"<h1>{name}</h1>",
         _state(report, rows, arguments),
-        _verdict(judged),
+        _verdict(judge_collapse(measured)) if measured else "",
         _scores(report),
         _curves(rows, read_rows(run / EVALUATIONS_FILE)),
         *(_figure(run / "figures" / file, heading, text) for file, heading, text in _FIGURES),
@@ -156,29 +162,11 @@ def _state(report: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], 
     return f'<p class="faint">{escape("; ".join(parts))}.</p>'
 
 
-def _verdict(judged: Any) -> str:
-    """What the run was judged to be: a name, a reason, and whatever else was written."""
-    if not judged:
-        return ""
-    if not isinstance(judged, Mapping):
-        return f'<div class="verdict"><p>{escape(str(judged))}</p></div>'
-    known = ("name", "verdict", "reason", "advice", "is_failure", "numbers")
-    heading = judged.get("name") or judged.get("verdict") or ""
-    lines = [f"<p><strong>{escape(str(heading))}</strong></p>"] if heading else []
-    lines += [f"<p>{escape(str(judged[key]))}</p>" for key in ("reason", "advice") if judged.get(key)]
-    numbers = {key: value for key, value in judged.items() if key not in known}
-    if isinstance(judged.get("numbers"), Mapping):
-        numbers |= judged["numbers"]
-    numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float | str)}
-    if numbers:
-        listed = ", ".join(f"{key} {_short(value)}" for key, value in numbers.items())
-        lines.append(f'<p class="faint">{escape(listed)}</p>')
-    kind = "verdict bad" if judged.get("is_failure") else "verdict"
+def _verdict(judged: CollapseVerdict) -> str:
+    lines = [f"<p><strong>{escape(judged.name)}</strong></p>"]
+    lines += [f"<p>{escape(text)}</p>" for text in (judged.reason, judged.advice) if text]
+    kind = "verdict bad" if judged.is_failure else "verdict"
     return f'<div class="{kind}">{"".join(lines)}</div>'
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _scores(report: Mapping[str, Any] | None) -> str:

@@ -17,6 +17,7 @@ COST_IN_STEPS = 1.2  # what a row costs, in optimiser steps on as many images; m
 MOST_SHARE = 0.01  # of the time, that goes into rows
 LEAST_STEPS = 100  # between two rows; their spectra cost the same whatever the batch
 MOST_DRAWING_SHARE = 0.02  # of the time, that goes into pictures before the end
+LEAST_DRAWING_SECONDS = 1.0  # that the first pictures are taken to need
 
 
 class CollapseError(ArithmeticError):
@@ -116,7 +117,8 @@ class RunDiagnostics:
             is_last: Whether the run is at its end.
         """
         begin = time.monotonic()
-        if not is_last and self._drawing > MOST_DRAWING_SHARE * (begin - self._begin):
+        spent = max(self._drawing, LEAST_DRAWING_SECONDS)
+        if not is_last and spent > MOST_DRAWING_SHARE * (begin - self._begin):
             return
         batch, folder = self.monitor.batch, self.path.parent
         draw_training_figures(model, batch.pixel_values, batch.views[0], batch.target_indices, folder)

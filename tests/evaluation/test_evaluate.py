@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from fakehub import FakeHub
 from image_zoo import BROKEN, write_zoo
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetMode
 
 from ijepa_hf.cli import main
 from ijepa_hf.evaluation import evaluate as module
+from ijepa_hf.evaluation import metrics
 from ijepa_hf.evaluation.evaluate import evaluate_model
 from ijepa_hf.evaluation.evaluate_arguments import EvaluationArguments
 from ijepa_hf.evaluation.intervals import bootstrap_interval
@@ -106,19 +109,28 @@ def read(arguments) -> list[dict]:
 
 
 class Spied:
-    """Keeps what each probe was given and gave."""
+    """Keeps what each probe was given and gave, and what was scored."""
 
     def __init__(self, monkeypatch) -> None:
         self.calls: list[tuple[str, tuple, np.ndarray]] = []
         for name in dir(module):
             if name.startswith("predict_"):
                 monkeypatch.setattr(module, name, self.wrapped(name, getattr(module, name)))
+        for kind in (metrics.Top1, metrics.R2, metrics.MeanIoU, metrics.BoxIoU):
+            monkeypatch.setattr(kind, "_compute", self.scored(kind._compute))
 
     def wrapped(self, name, probe):
         def call(*arguments, **options):
             result = probe(*arguments, **options)
             self.calls.append((name, arguments, result.copy()))
             return result
+
+        return call
+
+    def scored(self, compute):
+        def call(metric, predictions, references):
+            self.calls.append(("scored", (), np.array(predictions)))
+            return compute(metric, predictions, references)
 
         return call
 
@@ -262,7 +274,7 @@ def test_shuffled_test_labels_change_no_prediction_and_bring_the_score_to_chance
     after = Spied(monkeypatch)
     scores = scores_of(tell(dataset_name=str(shuffled), method=EVERYTHING))
     assert [name for name, _, _ in after.calls] == [name for name, _, _ in before.calls]
-    assert len(after.calls) > 30
+    assert len(after.calls) > 60
     for (_, _, mine), (_, _, theirs) in zip(before.calls, after.calls, strict=True):
         assert mine.dtype == theirs.dtype
         assert np.array_equal(mine, theirs)
@@ -334,6 +346,43 @@ def test_the_card_gets_the_models_own_scores(tell, model, capsys):
     assert "name: top-1, knn of label with k 5, temperature 0.07, pooling mean, layers 1" in text
     assert text.count("value:") == 1
     assert text.endswith("# Encoder\n")
+
+
+# -- models of the Hub -----------------------------------------------------------------------------------------------
+
+REPO = "me/birds"
+
+
+@pytest.fixture
+def fake(model, tmp_path, monkeypatch):
+    """A Hub with the model at the tag v1, and other weights on main."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # shared by the process, with the address of the Hub of the first test that used it; not in every version
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    with FakeHub() as fake:
+        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
+        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        names = ("config.json", "model.safetensors", "preprocessor_config.json")
+        fake.create(REPO, files={name: (model / name).read_bytes() for name in names})
+        fake.repos[REPO].branches["v1"] = fake.commit(REPO).sha
+        export_model(scrambled_model(7), tmp_path / "other", step=1, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        fake.change(REPO, {name: (tmp_path / "other" / name).read_bytes() for name in names})
+        yield fake
+
+
+def test_a_revision_of_the_hub_is_scored_with_its_own_weights_and_is_known_by_its_commit(tell, fake, tmp_path):
+    local = scores_of(tell(method=["knn"], output_dir=str(tmp_path / "local")))
+    told = tell(method=["knn"], model=REPO, model_revision="v1")
+    assert scores_of(told) == local
+    commit = fake.commit(REPO, "v1").sha
+    stored = json.loads((told.folder() / "evaluation.json").read_text())
+    assert stored["model"] == {"name": REPO, "repo": REPO, "commit": commit}
+    fake.repos[REPO].branches["v1"] = fake.commit(REPO).sha
+    with pytest.raises(ValueError, match=rf"model\.commit is '{commit}' there, '{fake.commit(REPO).sha}' here"):
+        evaluate_model(told)
 
 
 # -- what is refused, before any feature is extracted ----------------------------------------------------------------

@@ -97,16 +97,16 @@ my_own: [1, {a: b}]
 model-index:
 - name: birds
   results:
-  - task: {type: image-classification, name: Birds}
-    dataset: {type: me/digits, name: digits, split: test}
-    metrics:
-    - {type: accuracy, value: 0.1, name: "top-1, knn of label with k 3"}
-    - {type: accuracy, value: 0.2, name: "by hand", verified: false}
   - task: {type: image-classification}
     dataset: {type: me/digits, name: digits, split: test}
     metrics:
     - {type: accuracy, value: 0.3, name: "top-1, knn of label with k 3"}
     source: {url: "https://example.org", name: mine}
+  - task: {type: image-classification, name: Birds}
+    dataset: {type: me/digits, name: digits, split: test}
+    metrics:
+    - {type: accuracy, value: 0.1, name: "top-1, knn of label with k 3"}
+    - {type: accuracy, value: 0.2, name: "by hand", verified: false}
 - name: second
   results: []
 ---
@@ -135,10 +135,10 @@ def test_scores_become_entries_of_the_cards_model_index_and_nothing_is_lost(tmp_
     (birds, second), (old, _) = after["model-index"], before["model-index"]
     assert second == {"name": "second", "results": []}
     assert birds["name"] == "birds"
-    entry, foreign, counted = birds["results"]
-    assert foreign == old["results"][1]
-    assert entry["task"] == old["results"][0]["task"]
-    assert entry["metrics"][1] == old["results"][0]["metrics"][1]
+    foreign, entry, counted = birds["results"]
+    assert foreign == old["results"][0]
+    assert entry["task"] == old["results"][1]["task"]
+    assert entry["metrics"][1] == old["results"][1]["metrics"][1]
     assert entry["metrics"][0] == {
         "type": "accuracy",
         "value": 0.1235,

@@ -5,7 +5,6 @@ The mean is how the paper evaluates ("average-pooled patches"), and what the sto
 next batches in threads while the model works.
 """
 
-import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ijepa_hf.feature_views import evaluating
 from ijepa_hf.image_transforms import normalize, resize
 
 _BATCHES_AHEAD = 2
@@ -140,7 +140,7 @@ def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     parameter = next(model.parameters())
     pooled = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         for images in pixel_values.split(batch_size):
             output = model(pixel_values=images.to(parameter.device, parameter.dtype))
             hidden = getattr(output, "last_hidden_state", None)
@@ -152,15 +152,3 @@ def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size
             patches = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
             pooled.append(patches.float().mean(dim=1).cpu())
     return torch.cat(pooled).numpy()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while. Module by module, because parts of a model may be frozen in eval mode for good."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
