@@ -41,8 +41,8 @@ from ijepa_hf.shapes import draw_shape_scene
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # name: images, their side in pixels, format, the model's side, patch, width, layers, images a batch
 CASES = {
-    "32x32 PNG, 6 layers of 192": (1000, 32, "PNG", 32, 4, 192, 6, 64),
-    "320x320 JPEG to 224x224, 12 layers of 192": (96, 320, "JPEG", 224, 16, 192, 12, 16),
+    "32x32 PNG, 6 layers of 192": (400, 32, "PNG", 32, 4, 192, 6, 64),
+    "320x320 JPEG to 224x224, 12 layers of 192": (48, 320, "JPEG", 224, 16, 192, 12, 16),
 }
 
 
