@@ -440,6 +440,8 @@ def empty_masks(columns, features, split):
         (empty_masks, {"method": ["segmentation"]}, "has pixels of one class only in 'mask'"),
         (None, {"method": ["localization"], "boxes_column_name": "box"}, "column 'box' .* there are: 'boxes'"),
         (None, {"eval_split_name": "validation"}, "has no split 'validation'"),
+        (None, {"device": "gpu"}, "device='gpu' cannot be used; write cpu or cuda"),
+        (None, {"device": "cuda:99"}, "device='cuda:99' cannot be used; write cpu or cuda"),
     ],
 )
 def test_data_that_a_method_cannot_use_are_refused_before_the_work(tell, tmp_path, change, flags, message):

@@ -170,7 +170,13 @@ def _load_row(row: str, subject: _Subject, arguments: EvaluationArguments) -> Ba
 
 def _device(arguments: EvaluationArguments) -> torch.device:
     if arguments.device is not None:
-        return torch.device(arguments.device)
+        try:
+            device = torch.device(arguments.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={arguments.device!r} cannot be used; write cpu or cuda: {reason}") from error
+        return device
     has_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     return torch.device("cuda" if has_gpu else "cpu")
 
