@@ -47,6 +47,20 @@ def test_the_penalty_is_the_one_that_does_best_on_held_out_training_images():
     assert linear_accuracy(*digits()) > direct(*digits(), 1e-2) + 0.005
 
 
+def test_weaker_penalties_are_not_tried_once_two_in_a_row_did_no_better(monkeypatch: pytest.MonkeyPatch):
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 300)
+    x = np.hstack([generator.normal(size=(300, 40)) + 0.2 * (2 * y[:, None] - 1), generator.normal(size=(300, 200))])
+    tried: list[float] = []
+    probe = linear_probe._probe
+    monkeypatch.setattr(linear_probe, "_probe", lambda penalty: (tried.append(penalty), probe(penalty))[1])
+    linear_accuracy(x, y, x, y)
+    *search, chosen = tried
+    best = search.index(chosen)
+    assert search == list(linear_probe._PENALTIES[: best + 3])  # the best and two more
+    assert 10.0 not in search
+
+
 def test_separable_classes_are_separated():
     generator = np.random.default_rng(0)
     y = np.arange(60) % 3
