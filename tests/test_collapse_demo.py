@@ -17,7 +17,7 @@ def test_the_twins_get_two_verdicts_and_one_picture(
     folder = tmp_path / "demo"
     assert main(["diagnose", "--demo", "--output_dir", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "--ema_momentum 0.0" in text
+    assert "--ema_momentum 0.0 --final_ema_momentum 0.0 --normalize_targets False" in text
     healthy, collapsing = text.split("\nhealthy")[1].split("\ncollapsing")
     assert "collapse:" not in healthy
     assert "complete collapse:" in collapsing

@@ -1,7 +1,7 @@
 """`ijepa-hf diagnose --demo`: two trainings on drawn scenes, one healthy, one that collapses, and both verdicts.
 
 Offline, about two minutes on two cores. The twins differ by three flags only: the second has no moving average
-(momentum 0) and ten times the learning rate. Each is `ijepa-hf pretrain` in a process of its own.
+(momentum 0), and its targets are not normalised. Each is `ijepa-hf pretrain` in a process of its own.
 """
 
 import os
@@ -43,7 +43,7 @@ _RUN: dict[str, Any] = {
 }
 TWINS: dict[str, dict[str, Any]] = {
     "healthy": {},
-    "collapsing": {"ema_momentum": 0.0, "final_ema_momentum": 0.0, "learning_rate": 1e-2},
+    "collapsing": {"ema_momentum": 0.0, "final_ema_momentum": 0.0, "normalize_targets": False},
 }
 _ENTRIES = {"collapse.png", *TWINS, *(f"{name}.log" for name in TWINS)}
 
@@ -111,7 +111,9 @@ def _wait(processes: dict[str, subprocess.Popen[bytes]], folders: dict[str, Path
         while True:
             running = [process for process in processes.values() if process.poll() is None]
             done = [read_rows(folder / DIAGNOSTICS_FILE) for folder in folders.values()]
-            progress.update(sum(rows[-1]["step"] for rows in done if rows) - progress.n)
+            moved = sum(rows[-1]["step"] for rows in done if rows) - progress.n
+            if moved:
+                progress.update(moved)
             for name, process in processes.items():
                 if process.poll() not in (None, 0):
                     log = folders[name].with_suffix(".log").read_text("utf-8", errors="replace")
