@@ -99,6 +99,9 @@ def test_the_cosine_of_a_patch_to_itself_is_1_and_to_others_that_of_scikit_learn
     assert cosines[3, 2] == pytest.approx(-1, abs=1e-12)
     expected = cosine_similarity(features.flatten(0, 1).double().numpy(), features[1, 3][None].double().numpy())
     np.testing.assert_allclose(cosines.ravel(), expected[:, 0], atol=1e-12)
+    features[4, 0, 0] = math.nan  # of another patch than the one that is looked at
+    with pytest.raises(ValueError, match="1 of 320 features are NaN"):
+        cosine_map(features, 1, 3)
 
 
 def test_differing_patches_are_one_of_each_kind():
@@ -124,6 +127,10 @@ def test_nearest_images_are_those_of_a_full_matrix():
     for k in (0, 31):
         with pytest.raises(ValueError, match="k must be 1 to 30"):
             find_nearest_images(queries, gallery, k)
+    gallery[2, 1], queries[0, 0] = np.inf, np.nan
+    for first, second in ((random(4, 6).numpy(), gallery), (queries, random(30, 6).numpy())):
+        with pytest.raises(ValueError, match=r"1 of \d+ features are NaN or infinite: the weights are damaged"):
+            find_nearest_images(first, second, 3)
 
 
 # ---- boxes ----------------------------------------------------------------------------------------------------------

@@ -85,12 +85,12 @@ def test_every_figure_is_drawn_of_a_run(model, tmp_path):
 
 
 def test_other_vision_models_have_pictures_of_features(dinov2, photos, drawn):
-    run(dinov2, "--figure", "pca", "--dataset_name", photos, "--split", "train")
+    run(dinov2, "--figure", "pca", "--dataset_name", photos, "--split_name", "train")
     shown, colors, path = drawn["draw_pca_figure"]
     assert shown.shape == (6, 32, 32, 3)
     assert colors.colors.shape == (6, 4, 4, 3)
     assert path == Path("pca.png")
-    run(dinov2, "--figure", "cosine", "--dataset_name", photos, "--split", "train", "--num_images", 2)
+    run(dinov2, "--figure", "cosine", "--dataset_name", photos, "--split_name", "train", "--num_images", 2)
     _, features, places, _ = drawn["draw_cosine_figure"]
     assert features.shape == (2, 4, 4, 16)
     assert [len(set(own)) for own in places] == [3, 3]
@@ -131,7 +131,7 @@ def test_a_file_needs_no_data_set_and_its_box_is_in_its_own_pixels(model, photos
 
 
 def test_expected_patches_come_from_other_images_and_not_from_copies(model, photos, drawn):
-    flags = ["--figure", "expectation", "--dataset_name", photos, "--split", "train", "--seed", 2]
+    flags = ["--figure", "expectation", "--dataset_name", photos, "--split_name", "train", "--seed", 2]
     # in the order of the folders cat comes first; 09.png and 11.png, the copies, are a cat and its twin 10.png a dog
     said = run(model, *flags, "--image", photos / "dog" / "10.png", "--box", "0,0,30,20")
     assert "of each of 10 images" in said
@@ -145,7 +145,7 @@ def test_expected_patches_come_from_other_images_and_not_from_copies(model, phot
 
 
 def test_tiles_are_the_pixels_of_the_patches_found(model, photos, drawn):
-    run(model, "--figure", "expectation", "--dataset_name", photos, "--split", "train", "--image", 0)
+    run(model, "--figure", "expectation", "--dataset_name", photos, "--split_name", "train", "--image", 0)
     found, tiles = drawn["draw_expectation_figure"][3:5]
     resized = [
         np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR))
@@ -164,7 +164,7 @@ def test_tiles_are_the_pixels_of_the_patches_found(model, photos, drawn):
 
 
 def test_neighbours_have_the_names_of_their_labels(model, photos, drawn):
-    flags = ["--dataset_name", photos, "--split", "train", "--num_neighbors", 3]
+    flags = ["--dataset_name", photos, "--split_name", "train", "--k", 3]
     said = run(model, "--figure", "retrieval", *flags, "--num_images", 2)
     queries, names, neighbours, their_names, cosines, _ = drawn["draw_retrieval_figure"]
     assert "neighbours among 10 images" in said or "neighbours among 9 images" in said
@@ -205,16 +205,17 @@ def test_a_run_is_written_as_one_file(tmp_path):
         ("MODEL --figure pca --dataset_name digits --output nowhere/a.png", "no folder"),
         ("MODEL --figure pca --dataset_name digits --gallery_size 3", "gallery_size is for"),
         ("MODEL --figure pca --dataset_name digits --image 1 --box 1,1,2,2", "box is for"),
-        ("MODEL --figure error --dataset_name digits --num_neighbors 3", "num_neighbors is for"),
+        ("MODEL --figure error --dataset_name digits --k 3", "k is for"),
         ("MODEL --figure spectrum --dataset_name digits --image 3", "give --gallery_size"),
         ("MODEL --figure pca --dataset_name digits --image 3 --num_images 2", "give one"),
         ("MODEL --figure pca --dataset_name digits --num_images 0", "num_images=0 must be 1"),
+        ("MODEL --figure spectrum --dataset_name digits --gallery_size 1", "use --gallery_size 2 or more"),
         ("MODEL --figure pca --dataset_name digits --num_images 361", "has 360 images"),
         ("MODEL --figure pca --dataset_name digits --seed -1", "seed=-1 must be 0"),
         ("MODEL --figure pca --dataset_name digits --image 360", "numbered 0 to 359"),
         ("MODEL --figure pca --dataset_name digits --image -1", "no such file"),
         ("MODEL --figure pca --dataset_name digits --image a.png", "there is no such file"),
-        ("MODEL --figure pca --dataset_name digits --split nope", "has no split 'nope'"),
+        ("MODEL --figure pca --dataset_name digits --split_name nope", "has no split 'nope'"),
         ("MODEL --figure error --dataset_name digits --box 1,1,2,2", "say which with --image"),
         ("MODEL --figure error --dataset_name digits --image 1 --box 1,1,2", "four whole numbers"),
         ("MODEL --figure error --dataset_name digits --image 1 --box 1,1,2,x", "four whole"),
@@ -226,8 +227,8 @@ def test_a_run_is_written_as_one_file(tmp_path):
         ("MODEL --figure error --dataset_name digits --image 1 --box 0,0,0,3", "is empty"),
         ("MODEL --figure retrieval --dataset_name digits --gallery_size 355", "has 354 images"),
         (
-            "MODEL --figure retrieval --dataset_name digits --gallery_size 4 --num_neighbors 5",
-            "num_neighbors=5, but the gallery has 4",
+            "MODEL --figure retrieval --dataset_name digits --gallery_size 4 --k 5",
+            "k=5, but the gallery has 4",
         ),
         ("./nowhere --figure pca --dataset_name digits", "there is no such folder"),
         ("ENCODER --figure error --dataset_name digits", "is an I-JEPA encoder without one"),
@@ -256,14 +257,28 @@ def test_mistakes_are_one_line_before_any_weight_is_used(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("figure", ["pca", "cosine", "retrieval", "spectrum"])
+def test_features_that_are_no_numbers_are_said_and_not_drawn(figure, dinov2, tmp_path):
+    folder, picture = tmp_path / "damaged", tmp_path / "picture.png"
+    broken = Dinov2Model.from_pretrained(dinov2)
+    broken.layernorm.bias.data[3] = torch.nan
+    broken.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_bytes((dinov2 / "preprocessor_config.json").read_bytes())
+    with pytest.raises(ValueError, match="NaN or infinit"):
+        run(folder, "--figure", figure, "--dataset_name", "digits", "--output", picture)
+    assert not picture.exists()
+
+
 def test_a_data_set_of_one_image_has_no_gallery_and_regions_need_a_box(model, tmp_path, drawn):
     load_digits("test").select([0]).to_parquet(str(tmp_path / "one.parquet"))
-    flags = ["--dataset_name", tmp_path / "one.parquet", "--split", "train"]
+    flags = ["--dataset_name", tmp_path / "one.parquet", "--split_name", "train"]
     with pytest.raises(ValueError, match="has 0 images beside those that are looked at"):
         run(model, "--figure", "retrieval", *flags)
+    with pytest.raises(ValueError, match="needs 2 images, and the split 'train' has 1"):
+        run(model, "--figure", "spectrum", *flags)
     rows = load_digits("test").select([0, 1, 1])
     rows.to_parquet(str(tmp_path / "copies.parquet"))
-    flags = ["--dataset_name", tmp_path / "copies.parquet", "--split", "train", "--image", 1]
+    flags = ["--dataset_name", tmp_path / "copies.parquet", "--split_name", "train", "--image", 1]
     run(model, "--figure", "retrieval", *flags)
     with pytest.raises(ValueError, match="look just like"):
         run(model, "--figure", "retrieval", *flags, "--gallery_size", 1, "--seed", _seed_that_takes_the_copy())
@@ -288,7 +303,7 @@ def test_arrays_of_other_ranges_are_shown_on_one_scale(tmp_path, drawn):
     export_model(scrambled_model(num_channels=1), tmp_path / "gray", step=1, image_mean=[300.0], image_std=[100.0])
     arrays = np.random.default_rng(0).uniform(100, 500, (5, 32, 32)).astype(np.float32)
     np.save(tmp_path / "scans.npy", arrays)
-    flags = ["--dataset_name", tmp_path / "scans.npy", "--split", "train", "--num_images", 2]
+    flags = ["--dataset_name", tmp_path / "scans.npy", "--split_name", "train", "--num_images", 2]
     run(tmp_path / "gray", "--figure", "retrieval", *flags)
     queries, _, neighbours, *_ = drawn["draw_retrieval_figure"]
     scaled = (arrays - arrays.min()) / (arrays.max() - arrays.min())

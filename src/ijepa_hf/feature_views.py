@@ -120,7 +120,11 @@ def cosine_map(features: Tensor, row: int, column: int) -> np.ndarray:
 
     Returns:
         float64 `[rows, columns]`, from -1 to 1.
+
+    Raises:
+        ValueError: If features are not finite.
     """
+    _check_finite(features)
     units = nn.functional.normalize(features.double(), dim=-1)
     return (units @ units[row, column]).numpy()
 
@@ -158,10 +162,12 @@ def find_nearest_images(queries: np.ndarray, gallery: np.ndarray, k: int) -> tup
         Their numbers in the gallery, int64 `[q, k]`, the most like first, and their cosines, float64 `[q, k]`.
 
     Raises:
-        ValueError: If the gallery has fewer than k images.
+        ValueError: If the gallery has fewer than k images, or features are not finite.
     """
     if not 1 <= k <= len(gallery):
         raise ValueError(f"k={k} neighbours of a gallery of {len(gallery)} images: k must be 1 to {len(gallery)}.")
+    for features in (queries, gallery):
+        _check_finite(torch.tensor(features))
     search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(gallery)
     distances, indices = search.kneighbors(queries)
     return indices, 1.0 - distances

@@ -239,7 +239,7 @@ def _figure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--figure", choices=list(FIGURES), help="What to draw.")
     parser.add_argument("--dataset_name", help="Images, as for ijepa-hf pretrain: digits, shapes, a Hub id, a folder.")
     parser.add_argument("--dataset_config_name", help="Configuration of the Hub data set.")
-    parser.add_argument("--split", default="test", help="Split that images, and a gallery, are taken from.")
+    parser.add_argument("--split_name", default="test", help="Split that images, and a gallery, are taken from.")
     parser.add_argument("--image_column_name", help="Column of the images; found by itself if there is only one.")
     parser.add_argument("--label_column_name", help="Column of the labels, for the names below images.")
     parser.add_argument("--image", metavar="N|PATH", help="One image: its number in the split, or a file.")
@@ -256,9 +256,7 @@ def _figure_parser() -> argparse.ArgumentParser:
         help="Other images of the split that are searched, or whose spectrum is drawn; as many as there are, at most "
         f"{_GALLERY_SIZE}, if not given.",
     )
-    parser.add_argument(
-        "--num_neighbors", type=int, help=f"Neighbours of an image (retrieval); {_NEIGHBOURS} if not given."
-    )
+    parser.add_argument("--k", type=int, help=f"Neighbours of an image (retrieval); {_NEIGHBOURS} if not given.")
     parser.add_argument("--model_revision", help="Branch, tag or commit of MODEL on the Hub.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of which images, patches and blocks are drawn.")
     parser.add_argument("--output", help="PNG to write; FIGURE.png if not given.")
@@ -327,17 +325,19 @@ def _check_flags(named: argparse.Namespace) -> tuple[int, int, int, int] | None:
         raise ValueError(
             f"figure={named.figure!r} needs {needs}: write --dataset_name followed by digits, a Hub id or a folder."
         )
-    for name, figures in (("gallery_size", _WITH_GALLERY), ("num_neighbors", ("retrieval",)), ("box", _OF_PREDICTOR)):
+    for name, figures in (("gallery_size", _WITH_GALLERY), ("k", ("retrieval",)), ("box", _OF_PREDICTOR)):
         if getattr(named, name) is not None and named.figure not in figures:
             raise ValueError(f"{name} is for {' and '.join(figures)}; leave it out with --figure {named.figure}.")
     if named.figure == "spectrum" and (named.image is not None or named.num_images is not None):
         raise ValueError("figure='spectrum' is of many images: give --gallery_size, not --image or --num_images.")
     if named.image is not None and named.num_images is not None:
         raise ValueError("image and num_images are two ways to choose images; give one.")
-    for name, least in (("num_images", 1), ("gallery_size", 1), ("num_neighbors", 1), ("seed", 0)):
+    for name, least in (("num_images", 1), ("gallery_size", 1), ("k", 1), ("seed", 0)):
         value = getattr(named, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be {least} or more.")
+    if named.figure == "spectrum" and named.gallery_size == 1:
+        raise ValueError("gallery_size=1: a spectrum is of how images differ; use --gallery_size 2 or more.")
     if is_file and not Path(named.image).expanduser().is_file():
         raise FileNotFoundError(
             f"image={named.image!r}: there is no such file; give a picture's path, or a number of the split."
@@ -398,7 +398,7 @@ def _read_images(
         decoded = [source.images[index] for index in chosen]
         names = [source.name(index) for index in chosen]
         if named.figure != "spectrum":
-            lines.append(f"images of the split {named.split!r}: {', '.join(map(str, chosen))}")
+            lines.append(f"images of the split {named.split_name!r}: {', '.join(map(str, chosen))}")
     images = _Images(_as_pixels([resize(image, settings.shape) for image in decoded]), names)
     masks = None
     if config is not None:
@@ -444,9 +444,9 @@ class _Source:
             dataset_config_name=named.dataset_config_name,
             image_column_name=named.image_column_name,
         )
-        self.dataset, self.split = load_split(arguments, named.split), named.split
+        self.dataset, self.split = load_split(arguments, named.split_name), named.split_name
         if not len(self.dataset):
-            raise ValueError(f"dataset_name={named.dataset_name!r}: the split {named.split!r} has no images.")
+            raise ValueError(f"dataset_name={named.dataset_name!r}: the split {named.split_name!r} has no images.")
         self.images = ImageRows(self.dataset, find_image_column(self.dataset, named.image_column_name), channels)
         self.label = find_label_column(self.dataset, named.label_column_name)
 
@@ -482,6 +482,8 @@ class _Source:
         order = keyed_generator(named.seed, _DRAW_GALLERY).permutation(len(self.dataset)).tolist()
         others = [index for index in order if index not in left_out]
         wanted = min(_GALLERY_SIZE, len(others)) if named.gallery_size is None else named.gallery_size
+        if named.figure == "spectrum" and len(others) < 2:
+            raise ValueError(f"figure='spectrum' needs 2 images, and the split {self.split!r} has {len(others)}.")
         if not others or wanted > len(others):
             raise ValueError(
                 f"gallery_size={wanted or 1}, but the split {self.split!r} has {len(others)} images beside those that "
@@ -496,8 +498,8 @@ class _Source:
             names = [name for name, is_copy in zip(names, copies, strict=True) if not is_copy]
             if not names:
                 raise ValueError(f"all {wanted} images of the gallery look just like one that is looked at.")
-        if named.num_neighbors is not None and named.num_neighbors > len(names):
-            raise ValueError(f"num_neighbors={named.num_neighbors}, but the gallery has {len(names)} images.")
+        if named.k is not None and named.k > len(names):
+            raise ValueError(f"k={named.k}, but the gallery has {len(names)} images.")
         return _Images(pixels, names)
 
 
@@ -547,14 +549,14 @@ def _draw_features(request: _Request, backbone: Backbone, output: Path) -> list[
         draw_spectrum_figure(matrices, output)
         return []
     queries = torch.cat([part.mean(dim=(1, 2)) for part in _patches(backbone, request, request.images)])
-    neighbours = min(_NEIGHBOURS, len(gallery)) if named.num_neighbors is None else named.num_neighbors
+    neighbours = min(_NEIGHBOURS, len(gallery)) if named.k is None else named.k
     found, cosines = find_nearest_images(queries.numpy(), gallery.numpy(), neighbours)
     names = [[request.gallery.names[index] for index in row] for row in found]
     shown = [request.pictures(_Images(request.gallery.pixels[torch.from_numpy(row)], [])) for row in found]
     draw_retrieval_figure(
         request.pictures(request.images), request.images.names, np.stack(shown), names, cosines, output
     )
-    return [f"neighbours among {len(gallery)} images of the split {named.split!r}"]
+    return [f"neighbours among {len(gallery)} images of the split {named.split_name!r}"]
 
 
 def _patches(backbone: Backbone, request: _Request, images: _Images) -> Iterator[Tensor]:
@@ -582,7 +584,7 @@ def _draw_predictions(request: _Request, weights: StartingWeights, output: Path)
     tiles = _tiles(request, expectation.expected, model), _tiles(request, expectation.nearest_to_truth, model)
     draw_expectation_figure(pictures, context, targets, expectation, tiles, config.patch_shape, output)
     return [
-        f"gallery: {config.num_patches} patches of each of {len(request.gallery)} images of the split {named.split!r}",
+        f"gallery: {config.num_patches} patches of each of {len(request.gallery)} images of the split {named.split_name!r}",
         f"cosine of predictions to what is shown {float(expectation.expected.similarity.mean()):.3f}, to the truth "
         f"{float(expectation.truth_similarity.mean()):.3f}; of the truth to its nearest in the gallery "
         f"{float(expectation.nearest_to_truth.similarity.mean()):.3f}",
