@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.image_transforms import decode_image, normalize, random_resized_crop, resize
+from ijepa_hf.image_transforms import decode_image, normalize, random_resized_crop, resize, stack_images
 from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
 
 DRAW_ORDER, _DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
@@ -132,7 +132,7 @@ def resized_pixels(images: Iterable[Any], config: IJepaConfig, mean: Sequence[fl
     Returns:
         float32 `[n, num_channels, height, width]`.
     """
-    pixels = _stack([resize(image, config.image_shape) for image in images])
+    pixels = stack_images([resize(image, config.image_shape) for image in images])
     return normalize(pixels, mean, std)
 
 
@@ -400,14 +400,14 @@ class IJepaDataCollator:
         keys = [row["sample_key"] for row in rows if "sample_key" in row]
         if keys:
             masks = self._masks_of_step(keys, rows)
-            pixels = _stack([row["pixel_values"] for row in rows])
+            pixels = stack_images([row["pixel_values"] for row in rows])
         else:
             generator = np.random.Generator(np.random.Philox(int(torch.randint(2**62, ()))))
             regions = [self._own_regions(row) for row in rows] if self.has_own_regions else []
             masks = (
                 masks_from_maps(regions, self.settings) if regions else draw_masks(self.settings, len(rows), generator)
             )
-            pixels = _stack([self._pixels_of(row, generator) for row in rows])
+            pixels = stack_images([self._pixels_of(row, generator) for row in rows])
         if self.normalize:
             pixels = normalize(pixels, self.image_mean, self.image_std)
         return {
@@ -461,13 +461,6 @@ class IJepaDataCollator:
                 "image_column_name, and with transformers.Trainer set remove_unused_columns=False."
             )
         return column
-
-
-def _stack(pixels: list[Tensor]) -> Tensor:
-    """One tensor of images; where 8-bit ones and floats (from 16-bit files) meet, all become floats in [0, 1]."""
-    if len({image.dtype for image in pixels}) > 1:
-        pixels = [image / 255 if image.dtype == torch.uint8 else image for image in pixels]
-    return torch.stack(pixels)
 
 
 class Batch(NamedTuple):

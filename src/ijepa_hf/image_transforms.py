@@ -186,6 +186,20 @@ def resize(image: Image.Image | np.ndarray, size: tuple[int, int]) -> torch.Tens
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
+def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of images; where 8-bit ones and floats (from 16-bit files) meet, all become floats in [0, 1].
+
+    Args:
+        images: each [C, height, width] of one shape, uint8 or float32; at least one.
+
+    Returns:
+        [B, C, height, width], uint8 if all images are, else float32.
+    """
+    if len({image.dtype for image in images}) > 1:
+        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+    return torch.stack(list(images))
+
+
 def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Scale pixels to the model's range: (pixel - mean) / std, channel by channel, on the tensor's own device.
 

@@ -52,7 +52,7 @@ from ijepa_hf.feature_views import (
     target_features,
 )
 from ijepa_hf.html_report import write_html_report
-from ijepa_hf.image_transforms import decode_image, normalize, resize
+from ijepa_hf.image_transforms import decode_image, normalize, resize, stack_images
 from ijepa_hf.loading import open_training_images
 from ijepa_hf.mask_audit import audit_masks, render_audit
 from ijepa_hf.masking import STRATEGY_FIELDS, draw_masks
@@ -399,7 +399,7 @@ def _read_images(
         names = [source.name(index) for index in chosen]
         if named.figure != "spectrum":
             lines.append(f"images of the split {named.split_name!r}: {', '.join(map(str, chosen))}")
-    images = _Images(_as_pixels([resize(image, settings.shape) for image in decoded]), names)
+    images = _Images(stack_images([resize(image, settings.shape) for image in decoded]), names)
     masks = None
     if config is not None:
         *masks_and_line, line = _choose_masks(named, config, box, [_shape_of(image) for image in decoded])
@@ -490,7 +490,7 @@ class _Source:
                 "are looked at."
             )
         taken = others[:wanted]
-        pixels = _as_pixels([resize(self.images[index], shape) for index in taken])
+        pixels = stack_images([resize(self.images[index], shape) for index in taken])
         names = [self.name(index) for index in taken]
         if named.figure != "spectrum":
             copies = [bool((shown == image).flatten(1).all(dim=1).any()) for image in pixels]
@@ -501,12 +501,6 @@ class _Source:
         if named.k is not None and named.k > len(names):
             raise ValueError(f"k={named.k}, but the gallery has {len(names)} images.")
         return _Images(pixels, names)
-
-
-def _as_pixels(images: list[Tensor]) -> Tensor:
-    if len({image.dtype for image in images}) > 1:
-        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
-    return torch.stack(images)
 
 
 def _shape_of(image: Any) -> tuple[int, int]:
@@ -584,7 +578,8 @@ def _draw_predictions(request: _Request, weights: StartingWeights, output: Path)
     tiles = _tiles(request, expectation.expected, model), _tiles(request, expectation.nearest_to_truth, model)
     draw_expectation_figure(pictures, context, targets, expectation, tiles, config.patch_shape, output)
     return [
-        f"gallery: {config.num_patches} patches of each of {len(request.gallery)} images of the split {named.split_name!r}",
+        f"gallery: {config.num_patches} patches of each of {len(request.gallery)} images of the split "
+        f"{named.split_name!r}",
         f"cosine of predictions to what is shown {float(expectation.expected.similarity.mean()):.3f}, to the truth "
         f"{float(expectation.truth_similarity.mean()):.3f}; of the truth to its nearest in the gallery "
         f"{float(expectation.nearest_to_truth.similarity.mean()):.3f}",

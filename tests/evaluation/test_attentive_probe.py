@@ -99,11 +99,20 @@ def test_the_learning_rate_that_does_best_on_held_out_training_images_is_chosen(
     )
 
 
-def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_as_a_cosine_that_never_stands_still():
-    shares = [attentive_probe._share_of_rate(step, 100) for step in range(100)]
-    np.testing.assert_allclose(shares[:10], np.arange(1, 11) / 10)
-    np.testing.assert_allclose(shares[9:], [(1 + np.cos(np.pi * i / 91)) / 2 for i in range(91)], atol=1e-12)
-    assert attentive_probe._share_of_rate(0, 1) == 0.5
+def test_the_rate_rises_for_a_tenth_of_the_steps_and_then_falls(monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def recording(optimizer, closure=None):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    x, y = one_telling_patch(60)
+    predict_attentive(x, y, x[:2], learning_rates=(0.01,), epochs=5, batch_size=15)
+    final = rates[-20:]  # of the probe that is trained on all 60 images
+    np.testing.assert_allclose(final[:2], [0.005, 0.01])
+    np.testing.assert_allclose(final[2:], [0.005 * (1 + np.cos(np.pi * i / 19)) for i in range(1, 19)])
 
 
 def test_weight_decay_acts_on_matrices_only(monkeypatch):

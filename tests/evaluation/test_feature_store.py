@@ -10,11 +10,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import ViTConfig, ViTModel
 
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation import feature_store
-from ijepa_hf.evaluation.feature_store import differences, fingerprint_images, store_features
+from ijepa_hf.evaluation.feature_store import differences, fingerprint_images, fingerprint_model, store_features
 from ijepa_hf.sources import load_digits
 
 IDENTITY = {"model": {"sha256": "a"}, "transform": {"size": [32, 32], "mean": [0.5]}}
@@ -253,3 +255,23 @@ def test_differences_are_named_by_their_place():
     mine = {"a": {"b": [1, 2], "c": 3}, "d": None}
     other = {"a": {"b": [1, 4], "c": 3}, "e": 5}
     assert differences(mine, other) == ["a.b is [1, 4] there, [1, 2] here", "e is 5 there, None here"]
+
+
+def test_a_fingerprint_is_of_weights_and_configuration_or_of_the_commit(tmp_path):
+    model = ViTModel(ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model.save_pretrained(tmp_path)
+    first = fingerprint_model(str(tmp_path), None)
+    assert sorted(first["sha256"]) == ["config.json", "model.safetensors"]
+    model.save_pretrained(tmp_path)
+    assert fingerprint_model(str(tmp_path), None) == first
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(tmp_path)
+    changed = fingerprint_model(str(tmp_path), None)
+    assert [name for name in first["sha256"] if changed["sha256"][name] != first["sha256"][name]] == [
+        "model.safetensors"
+    ]
+    assert fingerprint_model("some/model", "c0ffee") == {"repo": "some/model", "commit": "c0ffee"}
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file"):
+        fingerprint_model(str(tmp_path), None)

@@ -622,6 +622,9 @@ def test_an_encoder_whose_weights_would_stay_random_is_refused(tell, pretrained,
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"does not hold 16 weights of .*encoder \(the first is ijepa\.layers\.1"):
         load_classifier(tell(model=str(folder)), NAMES)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"shallow'.* is damaged or not whole .* copy it again"):
+        load_classifier(tell(model=str(folder)), NAMES)
 
 
 # -- errors before work ----------------------------------------------------------------------------------------------

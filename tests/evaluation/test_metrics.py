@@ -43,9 +43,9 @@ def test_mean_iou_is_scikit_learns_mean_jaccard_score_of_the_classes_that_occur(
 
 
 def test_box_iou_is_the_mean_of_the_shares_worked_out_by_hand():
-    truth = [[0, 0, 4, 4]] * 5
-    mine = [[0, 0, 4, 4], [2, 2, 6, 6], [4, 0, 8, 4], [1, 1, 3, 3], [3, 3, 1, 1]]
-    # equal; 4 of 28; touching; 4 of 16; a box turned inside out has no area
+    truth = np.array([[0, 0, 4, 4]] * 5) / 8
+    mine = np.array([[0, 0, 4, 4], [2, 2, 6, 6], [4, 0, 8, 4], [1, 1, 3, 3], [3, 3, 3, 3]]) / 8
+    # equal; 4 of 28; touching; 4 of 16; an empty box
     assert computed(BoxIoU, mine, truth) == {"IoU": pytest.approx((1 + 4 / 28 + 0 + 4 / 16 + 0) / 5)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ijepa_hf.evaluation.splits import check_classes, check_features, hold_out
-from ijepa_hf.schedules import learning_rate_at
+from ijepa_hf.schedules import rate_share_at
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,10 @@ def _train(
             groups.append({"params": chosen, "lr": rate, "weight_decay": weight_decay if decays else 0.0})
     optimizer = torch.optim.AdamW(groups)
     steps = epochs * -(-len(rows) // batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+    warmup = int(_WARMUP_SHARE * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_share_at(step, warmup_steps=warmup, total_steps=steps)
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(epochs), desc=f"attentive probe, {len(probes)} at once", unit="epoch", disable=None):
         order = rows[torch.randperm(len(rows), generator=generator).numpy()]
@@ -176,18 +179,6 @@ def _train(
             torch.stack([nn.functional.cross_entropy(probe(features), targets) for probe in probes]).sum().backward()
             optimizer.step()
             schedule.step()
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """Of the learning rate, at a step from 0. The cosine ends one step later, for a step at 0 would be idle."""
-    return learning_rate_at(
-        step + 1,
-        learning_rate=1.0,
-        start_learning_rate=0.0,
-        final_learning_rate=0.0,
-        warmup_steps=int(_WARMUP_SHARE * steps),
-        total_steps=steps + 1,
-    )
 
 
 def _logits(probes: nn.ModuleList, patches: np.ndarray, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

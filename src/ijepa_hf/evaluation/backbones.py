@@ -7,15 +7,14 @@ refused before the work. Beside each stands its untrained twin: the same configu
 
 import contextlib
 import copy
-import hashlib
 import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -160,8 +159,8 @@ def load_backbone(
 
     Raises:
         OSError: If there is no such model, or no safetensors file of it.
-        ValueError: If the file lacks weights of the encoder, if the model is none that gives patches, or if it is no
-            stack of equal layers and `layers` is 4.
+        ValueError: If the file is damaged or lacks weights of the encoder, if the model is none that gives patches, or
+            if it is no stack of equal layers and `layers` is 4.
     """
     config = _without_masking(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     try:
@@ -176,6 +175,8 @@ def load_backbone(
         )
     except RuntimeError as error:  # shapes of weights that differ from the configuration's
         raise ValueError(f"model={source!r}: the weights do not fit config.json: {error}") from error
+    except SafetensorError as error:
+        raise damaged_weights(source, error) from error
     missing = sorted(name for name in info["missing_keys"] if not name.split("vision_model.")[-1].startswith(_UNUSED))
     if missing:
         raise ValueError(
@@ -183,6 +184,22 @@ def load_backbone(
             f"{missing[0]}), which would stay random. Is it an encoder of this kind?"
         )
     return _described(model, source, shape, layers, device)
+
+
+def damaged_weights(source: str, error: SafetensorError) -> ValueError:
+    """What is to be said of weights that cannot be read.
+
+    Args:
+        source: Hub id or folder of the model.
+        error: What the reader says.
+
+    Returns:
+        The error to raise.
+    """
+    return ValueError(
+        f"model={source!r}: a .safetensors file of its weights is damaged or not whole ({error}); copy it again, or "
+        "delete it from the Hub's cache, so that it is downloaded again."
+    )
 
 
 def untrained_twin(
@@ -220,33 +237,6 @@ def untrained_twin(
             torch.manual_seed(seed)
             model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return _described(model, f"untrained {source}", shape, layers, device)
-
-
-def fingerprint_model(source: str, commit: str | None) -> dict[str, Any]:
-    """What says which weights these are, wherever they lie.
-
-    Args:
-        source: Hub id or folder.
-        commit: On the Hub; `None` for a folder.
-
-    Returns:
-        `repo` and `commit`; of a folder the SHA-256 of its configuration and of each file of weights.
-
-    Raises:
-        FileNotFoundError: If a folder holds no safetensors file.
-    """
-    if commit is not None:
-        return {"repo": source, "commit": commit}
-    folder = Path(source).expanduser()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"model={source!r}: the folder holds no .safetensors file with weights.")
-    return {"sha256": {file.name: _sha256(file) for file in [folder / "config.json", *files]}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def raw_pixels(pixel_values: Tensor) -> Tensor:

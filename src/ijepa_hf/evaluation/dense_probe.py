@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ijepa_hf.evaluation.regression_probe import predict_ridge
 from ijepa_hf.evaluation.splits import check_features, hold_out, in_pieces
-from ijepa_hf.schedules import learning_rate_at
+from ijepa_hf.schedules import rate_share_at
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def predict_segmentation(
         groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, rates, strict=True)]
         optimizer = torch.optim.Adam(groups)
         steps = epochs * -(-len(rows) // batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share_at(step, total_steps=steps))
         generator = torch.Generator().manual_seed(seed)
         for _ in tqdm(range(epochs), desc=f"segmentation, {len(rates)} at once", unit="epoch", disable=None):
             order = rows[torch.randperm(len(rows), generator=generator).numpy()]
@@ -342,18 +342,6 @@ def _resized_logits(layer: nn.Module, patches: Tensor, shape: tuple[int, ...]) -
 def _pixel_loss(layer: nn.Module, patches: Tensor, masks: Tensor, ignore_index: int) -> Tensor:
     logits = _resized_logits(layer, patches, masks.shape[1:])
     return nn.functional.cross_entropy(logits, masks, ignore_index=ignore_index)
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """Of the learning rate, at a step from 0. The cosine ends one step later, for a step at 0 would be idle."""
-    return learning_rate_at(
-        step + 1,
-        learning_rate=1.0,
-        start_learning_rate=1.0,
-        final_learning_rate=0.0,
-        warmup_steps=0,
-        total_steps=steps + 1,
-    )
 
 
 def _cells(patches: np.ndarray) -> np.ndarray:

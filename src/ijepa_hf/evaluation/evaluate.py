@@ -30,17 +30,10 @@ from transformers import AutoConfig
 from ijepa_hf import __version__
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.attentive_probe import predict_attentive
-from ijepa_hf.evaluation.backbones import (
-    Backbone,
-    fingerprint_model,
-    load_backbone,
-    raw_patches,
-    raw_pixels,
-    untrained_twin,
-)
+from ijepa_hf.evaluation.backbones import Backbone, load_backbone, raw_patches, raw_pixels, untrained_twin
 from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_boxes, predict_segmentation
 from ijepa_hf.evaluation.evaluate_arguments import OF_CLASSES, OF_PATCHES, OF_POOLED, EvaluationArguments
-from ijepa_hf.evaluation.feature_store import fingerprint_images, store_features
+from ijepa_hf.evaluation.feature_store import fingerprint_images, fingerprint_model, store_features
 from ijepa_hf.evaluation.features import iterate_features
 from ijepa_hf.evaluation.finetune import finetune
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments

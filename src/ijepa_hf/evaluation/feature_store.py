@@ -159,6 +159,28 @@ def store_features(
     return StoredFeatures(folder, [_map_shard(folder / name) for name, _ in _named(plan)], plan.item_shape)
 
 
+def fingerprint_model(source: str, commit: str | None) -> dict[str, Any]:
+    """What says which weights these are, wherever they lie.
+
+    Args:
+        source: Hub id or folder.
+        commit: On the Hub; `None` for a folder.
+
+    Returns:
+        `repo` and `commit`; of a folder the SHA-256 of its configuration and of each file of weights.
+
+    Raises:
+        FileNotFoundError: If a folder holds no safetensors file.
+    """
+    if commit is not None:
+        return {"repo": source, "commit": commit}
+    folder = Path(source).expanduser()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"model={source!r}: the folder holds no .safetensors file with weights.")
+    return {"sha256": {file.name: _sha256(file) for file in [folder / "config.json", *files]}}
+
+
 def fingerprint_images(images: ImageRows) -> str:
     """SHA-256 over the undecoded images: another image, order or number gives another one.
 

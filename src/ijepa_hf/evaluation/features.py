@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ijepa_hf.feature_views import evaluating
-from ijepa_hf.image_transforms import normalize, resize
+from ijepa_hf.image_transforms import normalize, resize, stack_images
 
 _BATCHES_AHEAD = 2
 _MOST_READERS = 16  # threads
@@ -93,7 +93,7 @@ def iterate_features(
             for number, batch in batches:
                 while len(waiting) <= _BATCHES_AHEAD and (following := next(upcoming, None)) is not None:
                     waiting.append([pool.submit(read, index) for index in following[1]])
-                pixels = _stacked([future.result() for future in waiting.popleft()])
+                pixels = stack_images([future.result() for future in waiting.popleft()])
                 done.append(encode(normalize(pixels.to(device), mean, std)).float().cpu().numpy())
                 bar.update(len(batch))
                 if batch.stop == parts[number].stop:
@@ -101,13 +101,6 @@ def iterate_features(
                     done.clear()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _stacked(pixels: list[torch.Tensor]) -> torch.Tensor:
-    """8-bit pictures stay so; where others are among them all are floats in [0, 1]."""
-    if len({image.dtype for image in pixels}) > 1:
-        pixels = [image / 255.0 if image.dtype == torch.uint8 else image for image in pixels]
-    return torch.stack(pixels)
 
 
 def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> np.ndarray:

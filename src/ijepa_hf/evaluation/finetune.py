@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.evaluation.backbones import damaged_weights
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_report import (
     RESULT_FILE,
@@ -85,7 +86,7 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If weights are missing from its file, other than the head's, or it has no head of its own.
+        ValueError: If its file is damaged or lacks weights other than the head's, or it has no head of its own.
     """
     labels = {number: str(name) for number, name in enumerate(names)}
     config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
@@ -97,14 +98,17 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
         if arguments.from_scratch:
             model = _untrained_classifier(config)
         else:
-            model, info = AutoModelForImageClassification.from_pretrained(
-                arguments.model,
-                config=config,
-                revision=arguments.model_revision,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            try:
+                model, info = AutoModelForImageClassification.from_pretrained(
+                    arguments.model,
+                    config=config,
+                    revision=arguments.model_revision,
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            except SafetensorError as error:
+                raise damaged_weights(arguments.model, error) from error
             _check_encoder_is_loaded(arguments.model, model, info)
     _choose_trainable(model, freeze_encoder=arguments.freeze_encoder)
     return model

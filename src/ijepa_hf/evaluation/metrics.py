@@ -17,6 +17,8 @@ import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, r2_score
 
+from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, mean_iou
+
 _INPUTS = "predictions: what was predicted, one entry each. references: the truth, in the same order."
 
 
@@ -52,17 +54,15 @@ class MeanIoU(evaluate.Metric):
         return _info("Mean intersection over union of the classes of pixels.", datasets.Value("uint16"), "numpy")
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        counts = [np.bincount(classes, minlength=2**16) for classes in (predictions, references)]
-        both = np.bincount(predictions[predictions == references], minlength=2**16)
-        union = counts[0] + counts[1] - both
-        there = union > 0
-        return {"mIoU": float(np.mean(both[there] / union[there]))}
+        number = int(max(predictions.max(), references.max())) + 1
+        rows = [classes.reshape(1, 1, -1) for classes in (predictions, references)]
+        return {"mIoU": mean_iou(*confusion_counts(rows[0], rows[1], number, ignore_index=-1))}
 
 
 class BoxIoU(evaluate.Metric):
     """Mean over images of the intersection over union of two boxes, from 0 to 1.
 
-    An entry is left, top, right and bottom of a box, right and bottom being the first outside.
+    An entry is left, top, right and bottom of a box, as shares of the picture; a predicted one may be empty.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -70,12 +70,7 @@ class BoxIoU(evaluate.Metric):
         return _info("Mean intersection over union of boxes.", box, None)
 
     def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float]:
-        mine, other = np.array(predictions, dtype=np.float64), np.array(references, dtype=np.float64)
-        sides = np.minimum(mine[:, 2:], other[:, 2:]) - np.maximum(mine[:, :2], other[:, :2])
-        both = sides.clip(0).prod(axis=1)
-        areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1) for boxes in (mine, other)]
-        union = areas[0] + areas[1] - both
-        return {"IoU": float(np.mean(np.divide(both, union, out=np.zeros_like(both), where=union > 0)))}
+        return {"IoU": float(np.mean(box_iou(np.array(predictions), np.array(references))))}
 
 
 Metric = TypeVar("Metric", bound=evaluate.Metric)
