@@ -52,7 +52,7 @@ def measure(recipe: str, rounds: int) -> dict[str, Any]:
     monitor = CollapseMonitor(
         make_monitor_batch(config, held_out), chunk_size=min(MONITOR_IMAGES, CHUNK_OF_BATCHES * batch)
     )
-    every, steps = steps_between(batch), STEPS_A_ROUND[recipe]
+    every, steps = steps_between(batch, config.hidden_size), STEPS_A_ROUND[recipe]
     row_times, step_times = [], []
     for number in range(rounds + 1):
         begin = time.perf_counter()

@@ -19,6 +19,7 @@ from ijepa_hf.diagnostics import (
     effective_rank,
     lidar,
     mean_pairwise_cosine,
+    measure_matrix,
     position_share,
     rankme,
 )
@@ -60,12 +61,13 @@ def test_a_row_holds_what_diagnostics_say_of_the_models_own_outputs():
     others = torch.stack([target[index - 1][batch.target_indices[index]] for index in range(8)]).flatten(0, 2)
     targets = output.targets.flatten(0, 2)
     assert row["cross_image_gap"] == pytest.approx(cross_image_gap(predictions, targets, others), abs=1e-5)
-    assert row["possible_gap"] == pytest.approx(cross_image_gap(targets, targets, others), abs=1e-5)
+    assert row["perfect_gap"] == pytest.approx(cross_image_gap(targets, targets, others), abs=1e-5)
 
 
 def test_every_number_is_taken_of_pooled_and_patch_features_of_each_part():
     row = monitored(tiny_model())
-    metrics = ("cosine", "std", "rankme", "effective_rank", "stable_rank", "spectrum_slope", "dead_dimensions")
+    metrics = measure_matrix(torch.randn(4, 3))
+    assert len(metrics) == 7
     for part in PARTS:
         for kind in KINDS:
             assert all(isinstance(row[f"{part}_{kind}_{metric}"], int | float) for metric in metrics)
@@ -94,6 +96,7 @@ def test_measuring_changes_neither_weights_modes_gradients_nor_random_draws():
 def test_numbers_do_not_depend_on_the_size_of_chunks():
     model = scrambled_model()
     whole, chunks = monitored(model), monitored(model, chunk_size=3)
+    assert whole.pop("batch") == chunks.pop("batch")
     assert {name: value for name, value in whole.items() if value is not None} == pytest.approx(
         {name: value for name, value in chunks.items() if value is not None}, rel=1e-3, abs=1e-5
     )
@@ -114,9 +117,9 @@ def test_a_collapsed_model_shows_it():
             encoder.layernorm.weight.mul_(1e-4)
             encoder.layernorm.bias.copy_(torch.linspace(-1, 1, 32))
     row = monitored(model)
-    assert row["target_patch_std"] < 0.01
+    assert row["target_patch_normalized_std"] < 0.01
     assert row["context_pooled_cosine"] > 0.999
-    assert row["possible_gap"] < 1e-3
+    assert row["perfect_gap"] < 1e-3
 
 
 def test_the_way_that_the_target_encoder_went_is_measured_between_rows():
@@ -132,6 +135,13 @@ def test_the_way_that_the_target_encoder_went_is_measured_between_rows():
     assert monitor.measure(model)["target_moved"] == pytest.approx(1, abs=1e-6)
     assert monitor.measure(model)["target_moved"] is None  # there is no way left
     assert monitor.measure(model)["target_distance"] == 0
+
+
+def test_a_row_says_which_images_it_is_of():
+    model = tiny_model()
+    assert monitored(model)["batch"] == monitored(model)["batch"]
+    other = CollapseMonitor(make_monitor_batch(model.config, images(seed=1))).measure(model)
+    assert other["batch"] != monitored(model)["batch"]
 
 
 def test_regions_bring_their_own_masks():

@@ -1,6 +1,7 @@
 """`ijepa-hf diagnose`: the same verdict as during the run, on models without a run too, with an exit code."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_the_same_images_give_the_runs_last_numbers_again(run: Path):
     row = measure_model(str(run), DiagnoseFlags(dataset_name="digits", max_samples=60))
     stored = json.loads((run / "diagnostics.jsonl").read_text().splitlines()[-1])
     # the run scores at most 60 held-out images; both take all of them, but the run's 60 are themselves spread
-    assert row["target_patch_std"] == pytest.approx(stored["target_patch_std"], rel=0.1)
+    assert row["target_patch_normalized_std"] == pytest.approx(stored["target_patch_normalized_std"], rel=0.1)
     assert row["prediction_patch_effective_rank"] == pytest.approx(stored["prediction_patch_effective_rank"], rel=0.2)
 
 
@@ -128,11 +129,36 @@ def test_any_backbone_is_judged_by_its_own_patches(
         (["RUN", "--output", "/nowhere/x.png"], "there is no folder"),
         (["RUN", "--output", "x.png", "--dataset_name", "digits"], "has no rows over steps to draw"),
         (["RUN", "--dataset_name", "digits", "--split_name", "dev"], "dev"),
+        (["RUN", "--max_samples", "7"], "max_samples=7 is about measuring images, and this run has rows"),
+        (["RUN", "--output_dir", "x"], "output_dir='x' is the demo's folder"),
+        (["--demo", "--split_name", "x"], "split_name='x' is about measuring a model, and the demo has its own"),
     ],
 )
 def test_bad_flags_are_refused(run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str):
     assert main(["diagnose", *(str(run) if flag == "RUN" else flag for flag in flags)]) == 2
     assert message.lower() in capsys.readouterr().err.lower()
+
+
+def test_a_picture_that_cannot_be_written_is_no_reason_for_no_verdict(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "figures")
+    (copy / "figures").write_text("in the way")
+    assert main(["diagnose", str(copy)]) in (0, 5)
+    text = capsys.readouterr().out
+    assert "verdict at step 6" in text
+    assert "no picture:" in text
+
+
+def test_a_damaged_row_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    with (copy / "diagnostics.jsonl").open("a") as file:
+        file.write("{broken\n")
+    assert main(["diagnose", str(copy)]) == 2
+    assert "diagnostics.jsonl, line 5 is damaged" in capsys.readouterr().err
 
 
 def test_a_model_without_a_run_needs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -18,6 +18,7 @@ from ijepa_hf.diagnostics import (
     feature_std,
     lidar,
     mean_pairwise_cosine,
+    measure_matrix,
     normalized_std,
     position_share,
     prediction_skill,
@@ -176,6 +177,25 @@ def test_lidar_equals_the_generalised_eigenvalues_of_the_two_covariances():
     assert lidar(views) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
 
 
+def effective_rank_of_variances(features: torch.Tensor) -> float:
+    variances = np.linalg.eigvalsh(np.cov(features.numpy().T))
+    shares = variances / variances.sum()
+    return math.exp(-(shares * np.log(shares)).sum())
+
+
+def test_all_numbers_of_a_matrix_are_those_of_the_single_functions():
+    features = gaussian(40, 6) + 1
+    assert measure_matrix(features) == {
+        "cosine": mean_pairwise_cosine(features),
+        "normalized_std": normalized_std(features),
+        "rankme": rankme(features),
+        "effective_rank": effective_rank(features),
+        "stable_rank": stable_rank(features),
+        "spectrum_slope": spectrum_slope(features),
+        "dead_dimensions": dead_dimensions(features),
+    }
+
+
 def test_lidar_counts_what_tells_images_apart_and_rankme_counts_all():
     images = torch.zeros(200, 1, 8, dtype=torch.float64)
     images[:, 0, :2] = gaussian(200, 2) * 10  # two directions of images, eight of views
@@ -185,6 +205,8 @@ def test_lidar_counts_what_tells_images_apart_and_rankme_counts_all():
     assert lidar(noise) > 6
     assert rankme(views.flatten(0, 1)) > 4
     assert lidar(torch.ones(5, 2, 3)) == 1
+    alone = gaussian(30, 4)
+    assert lidar(alone[:, None].repeat(1, 3, 1)) == pytest.approx(effective_rank_of_variances(alone), rel=1e-5)
     with pytest.raises(ValueError, match=r"at least 2 images and 2 views"):
         lidar(torch.ones(5, 1, 3))
 
@@ -242,6 +264,10 @@ def test_the_cross_image_gap_is_zero_without_the_image_and_its_most_for_perfect_
     products = (targets * others).sum(dim=1) / targets.norm(dim=1) / others.norm(dim=1)
     assert cross_image_gap(targets, targets, others) == pytest.approx(1 - float(products.mean()), rel=1e-6)
     assert cross_image_gap(where, targets, others) == pytest.approx(0, abs=0.08)
+    corner, side = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    exaggerated = cross_image_gap(corner - side, corner, side)
+    assert exaggerated == pytest.approx(math.sqrt(2))  # more than that of perfect predictions
+    assert cross_image_gap(corner, corner, side) == pytest.approx(1)
     halfway = cross_image_gap(where + 0.5 * own, targets, others)
     assert 0.1 < halfway < cross_image_gap(targets, targets, others)
 

@@ -12,8 +12,8 @@ from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 
 def rows(scale: float = 1.0) -> list[dict[str, Any]]:
     names = [f"{part}_{name}" for part in ("target", "context", "prediction")
-             for name in ("patch_std", "patch_effective_rank", "position_share")]  # fmt: skip
-    names += ["cross_image_gap", "possible_gap", "prediction_image_ratio", "prediction_place_ratio", "loss"]
+             for name in ("patch_normalized_std", "patch_effective_rank", "position_share")]  # fmt: skip
+    names += ["cross_image_gap", "perfect_gap", "prediction_image_ratio", "prediction_place_ratio", "loss"]
     return [{"step": 10 * step, **{name: scale * (step + k) for k, name in enumerate(names)}} for step in range(4)]
 
 
@@ -25,18 +25,18 @@ def test_a_run_is_drawn_part_by_part_with_the_thresholds(tmp_path: Path):
     figure = draw_diagnostics_figure({"run": rows()}, tmp_path / "a.png", title="run")
     drawn = panels(figure)
     assert len(drawn) == 6
-    target, context, prediction, limit = drawn["Deviation of patches"].get_lines()
+    target, context, prediction, limit = drawn["Normalised deviation of patches"].get_lines()
     assert target.get_xdata().tolist() == [0, 10, 20, 30]
-    assert target.get_ydata().tolist() == [row["target_patch_std"] for row in rows()]
-    assert context.get_ydata().tolist() == [row["context_patch_std"] for row in rows()]
-    assert prediction.get_ydata().tolist() == [row["prediction_patch_std"] for row in rows()]
-    for title, value in (("Deviation of patches", LEAST_STD), ("Effective rank of patches", LEAST_RANK),
+    assert target.get_ydata().tolist() == [row["target_patch_normalized_std"] for row in rows()]
+    assert context.get_ydata().tolist() == [row["context_patch_normalized_std"] for row in rows()]
+    assert prediction.get_ydata().tolist() == [row["prediction_patch_normalized_std"] for row in rows()]
+    for title, value in (("Normalised deviation of patches", LEAST_STD), ("Effective rank of patches", LEAST_RANK),
                          ("Variance explained by position", MOST_POSITION_SHARE)):  # fmt: skip
         assert set(drawn[title].get_lines()[-1].get_ydata()) == {value}
     assert limit.get_linestyle() == "--"
     gap, most = drawn["Cross-image gap"].get_lines()
     assert gap.get_ydata().tolist() == [row["cross_image_gap"] for row in rows()]
-    assert most.get_ydata().tolist() == [row["possible_gap"] for row in rows()]
+    assert most.get_ydata().tolist() == [row["perfect_gap"] for row in rows()]
     assert all(axis.get_xlabel() and axis.get_ylabel() for axis in drawn.values())
 
 

@@ -151,8 +151,8 @@ def test_a_run_that_is_under_way_has_what_there_is(tmp_path):
 @pytest.mark.parametrize("is_failure", [True, False])
 def test_the_verdict_on_the_runs_rows_is_shown_first(tmp_path, is_failure: bool):
     run = write_run(tmp_path / "run")
-    row = {"loss": 0.2, "progress": 0.5, "target_patch_cosine": 0.5, "context_patch_std": 0.9}
-    rows = [{**row, "step": step, "target_patch_std": 0.01234 if is_failure else 0.9} for step in (10, 20)]
+    row = {"loss": 0.2, "progress": 0.5, "target_patch_cosine": 0.5, "context_patch_normalized_std": 0.9}
+    rows = [{**row, "step": step, "target_patch_normalized_std": 0.01234 if is_failure else 0.9} for step in (10, 20)]
     (run / "diagnostics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(render_html_report(run))
     (box,) = [attributes for attributes in page.all("div") if "verdict" in (attributes.get("class") or "")]

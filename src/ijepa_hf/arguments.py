@@ -325,6 +325,8 @@ class PretrainingArguments:
         _check_at_least(self, 0, "diagnostics_steps")
         if self.on_collapse not in ("warn", "stop"):
             raise ValueError(f"on_collapse={self.on_collapse!r} must be 'warn' or 'stop'.")
+        if self.on_collapse == "stop" and self.diagnostics_steps == 0:
+            raise ValueError("on_collapse='stop' needs measurements; leave out --diagnostics_steps 0.")
         for name in ("num_train_epochs", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:

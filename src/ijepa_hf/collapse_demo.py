@@ -48,14 +48,14 @@ TWINS: dict[str, dict[str, Any]] = {
 _ENTRIES = {"collapse.png", *TWINS, *(f"{name}.log" for name in TWINS)}
 
 
-def run_demo(output_dir: Path) -> str:
+def run_demo(output_dir: Path) -> tuple[str, int]:
     """Trains both twins and judges them.
 
     Args:
         output_dir: Folder to write; what an earlier demo left in it is replaced.
 
     Returns:
-        What is to be printed.
+        What is to be printed, and 0, or 1 where a verdict is not what it should be.
 
     Raises:
         RuntimeError: If a training fails; the end of its output is in the message.
@@ -76,20 +76,15 @@ def run_demo(output_dir: Path) -> str:
     rows = {name: read_rows(folder / DIAGNOSTICS_FILE) for name, folder in folders.items()}
     figure = output_dir / "collapse.png"
     draw_diagnostics_figure(rows, figure, title="the same training, healthy and collapsing")
-    lines = []
+    lines, wrong = [], 0
     for name in TWINS:
         verdicts = [judge_collapse(rows[name][: count + 1]) for count in range(len(rows[name]))]
+        wrong |= verdicts[-1].is_failure != (name == "collapsing")
         first = next((verdict.step for verdict in verdicts if verdict.is_failure), None)
         named = "" if first is None else f" (first said at step {first} of {_RUN['max_train_steps']})"
         lines += [f"{name}{named}", f"    {verdicts[-1]}", ""]
-    return "\n".join(
-        [
-            *lines,
-            f"picture: {figure}",
-            f"more: ijepa-hf diagnose {folders['healthy']}",
-            "what it means: docs/collapse.md",
-        ]
-    )
+    lines += [f"picture: {figure}", f"more: ijepa-hf diagnose {folders['healthy']}", "what it means: docs/collapse.md"]
+    return "\n".join(lines), int(wrong)
 
 
 def _start(folder: Path, values: dict[str, Any]) -> subprocess.Popen[bytes]:

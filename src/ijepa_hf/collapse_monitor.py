@@ -6,6 +6,7 @@ mode, without gradients and without a random draw, so that measuring never chang
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,15 @@ from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import keyed_generator
 from ijepa_hf.diagnostics import (
     cross_image_gap,
-    dead_dimensions,
-    effective_rank,
     lidar,
-    mean_pairwise_cosine,
-    normalized_std,
+    measure_matrix,
     position_share,
     prediction_skill,
-    rankme,
     residual_ratio,
-    spectrum_slope,
-    stable_rank,
 )
-from ijepa_hf.feature_views import evaluating
+from ijepa_hf.feature_views import evaluating, target_features
 from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import TARGET_NORM_EPS, IJepaForPretraining, gather_patches
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, gather_patches
 
 MONITOR_IMAGES = 48  # with 8x8 patches 3,072 rows, and 48 images a position
 LIDAR_VIEWS = 4  # masks of an image; the paper takes 10, at 2.5 times the cost
@@ -38,15 +33,6 @@ SPECTRUM_ROWS = 1024  # patches whose spectrum is taken
 
 _DRAW_VIEWS = 11  # beside the streams of `data`
 _SAMPLED_WEIGHTS = 65_536
-_METRICS = {
-    "cosine": mean_pairwise_cosine,
-    "std": normalized_std,
-    "rankme": rankme,
-    "effective_rank": effective_rank,
-    "stable_rank": stable_rank,
-    "spectrum_slope": spectrum_slope,
-    "dead_dimensions": dead_dimensions,
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,9 @@ def make_monitor_batch(
         ValueError: For fewer than two images.
     """
     if len(pixel_values) < 2:
-        raise ValueError(f"{len(pixel_values)} image is too few to tell a collapse; give at least 2, better 64.")
+        raise ValueError(
+            f"{len(pixel_values)} image is too few to tell a collapse; give at least 2, better {MONITOR_IMAGES}."
+        )
     if context_indices is not None and target_indices is not None:
         sets = context_indices[:, None] if context_indices.ndim == 2 else context_indices
         views = tuple(sets.unbind(1))
@@ -112,6 +100,7 @@ class CollapseMonitor:
 
     def __init__(self, batch: MonitorBatch, chunk_size: int = MONITOR_IMAGES) -> None:
         self.batch, self.chunk_size = batch, chunk_size
+        self._fingerprint = sha256(batch.pixel_values.float().cpu().numpy().tobytes()).hexdigest()[:12]
         self._last_target: Tensor | None = None
 
     def measure(self, model: IJepaForPretraining) -> dict[str, Any]:
@@ -121,12 +110,13 @@ class CollapseMonitor:
             model: In any mode, which it keeps.
 
         Returns:
-            `loss` of the fixed batch; for each of `target`, `context` and `prediction`, and each of `pooled` and
-            `patch`, the numbers of `diagnostics` under names such as `target_patch_rankme`; `..._position_share` of
-            each; `context_lidar` (None without several views); `cross_image_gap` and `possible_gap`, the most that it
-            can be; `prediction_skill`; `prediction_image_ratio` and `prediction_place_ratio` (see `residual_ratio`);
-            `target_distance`, of both encoders' weights, relative to the context encoder's; `target_moved`, the share
-            of that way that the target encoder has gone since the last row (None in the first).
+            `batch`, which says what images these are, and `loss` on them; for each of `target`, `context` and
+            `prediction`, and each of `pooled` and `patch`, the numbers of `diagnostics.measure_matrix` under names
+            such as `target_patch_rankme`; `..._position_share` of each; `context_lidar` (None without several views);
+            `cross_image_gap` and `perfect_gap`, what perfect predictions would have; `prediction_skill`;
+            `prediction_image_ratio` and `prediction_place_ratio` (see `residual_ratio`); `target_distance`, of both
+            encoders' weights, relative to the context encoder's; `target_moved`, the share of that way that the target
+            encoder has gone since the last row (None in the first).
 
         Raises:
             ValueError: If features are NaN or infinite.
@@ -134,16 +124,17 @@ class CollapseMonitor:
         with evaluating(model):
             parts = [self._forward(model, start) for start in range(0, len(self.batch.pixel_values), self.chunk_size)]
         features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {**measure_features(features, self.batch.target_indices), **self._measure_weights(model)} | {
-            "loss": float(model.compute_loss(features["prediction"], features["block"]))
+        return {
+            "batch": self._fingerprint,
+            "loss": float(model.compute_loss(features["prediction"], features["block"])),
+            **measure_features(features, self.batch.target_indices),
+            **self._measure_weights(model),
         }
 
     def _forward(self, model: IJepaForPretraining, start: int) -> dict[str, Tensor]:
         chunk = slice(start, start + self.chunk_size)
         pixels, blocks = self.batch.pixel_values[chunk].to(model.dtype), self.batch.target_indices[chunk]
-        target = model.target_encoder(pixels).last_hidden_state.float()
-        if model.config.normalize_targets:
-            target = nn.functional.layer_norm(target, target.shape[-1:], eps=TARGET_NORM_EPS)
+        target = target_features(model, pixels).float()
         seen = [model.context_encoder(pixels, context_indices=view[chunk]).last_hidden_state
                 for view in self.batch.views]  # fmt: skip
         return {
@@ -178,21 +169,22 @@ def measure_features(features: dict[str, Tensor], target_indices: Tensor) -> dic
     """
     row: dict[str, Any] = {}
     count, patches, _ = features["target"].shape
-    everywhere = torch.arange(patches).repeat(count)
-    places = target_indices.flatten().cpu()
+    device = features["target"].device
+    everywhere = torch.arange(patches, device=device).repeat(count)
+    places = target_indices.flatten()
     for name in ("target", "context", "prediction"):
         if name not in features:
             continue
-        matrices = features[name].flatten(1, -2).cpu()  # [B, patches, D]
+        matrices = features[name].flatten(1, -2)  # [B, patches, D]
         rows = matrices.flatten(0, 1)
         for kind, matrix in (("pooled", matrices.mean(dim=1)), ("patch", _spread(rows))):
-            row |= {f"{name}_{kind}_{metric}": compute(matrix) for metric, compute in _METRICS.items()}
+            row |= {f"{name}_{kind}_{metric}": value for metric, value in measure_matrix(matrix).items()}
         row[f"{name}_position_share"] = position_share(rows, places if name == "prediction" else everywhere)
     if "views" in features:
-        views = features["views"].cpu()
+        views = features["views"]
         row["context_lidar"] = lidar(views) if views.shape[1] > 1 else None
     if "prediction" in features:
-        row |= _measure_predictions({name: matrix.cpu() for name, matrix in features.items()}, target_indices.cpu())
+        row |= _measure_predictions(features, target_indices)
     return row
 
 
@@ -200,10 +192,10 @@ def _measure_predictions(features: dict[str, Tensor], target_indices: Tensor) ->
     count = len(target_indices)
     predictions, targets = features["prediction"].flatten(0, 2), features["block"].flatten(0, 2)
     others = gather_patches(features["target"].roll(1, dims=0), target_indices).flatten(0, 2)
-    images = torch.arange(count).repeat_interleave(target_indices[0].numel())
+    images = torch.arange(count, device=target_indices.device).repeat_interleave(target_indices[0].numel())
     return {
         "cross_image_gap": cross_image_gap(predictions, targets, others),
-        "possible_gap": cross_image_gap(targets, targets, others),
+        "perfect_gap": cross_image_gap(targets, targets, others),
         "prediction_skill": prediction_skill(predictions, targets),
         "prediction_image_ratio": residual_ratio(predictions, targets, target_indices.flatten()),
         "prediction_place_ratio": residual_ratio(predictions, targets, images),

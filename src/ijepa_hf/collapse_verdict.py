@@ -8,7 +8,7 @@ other data unchanged: docs/collapse.md has the table.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 PATIENCE = 2  # rows in which a failure has to hold
 LEAST_STD = 0.2  # of patches of unit length, where 1 is all directions alike: below is complete collapse
@@ -16,9 +16,11 @@ LEAST_RANK = 4.0  # effective rank of centred patches: below is dimensional coll
 MOST_POSITION_SHARE = 0.9  # of the variance of patches: above is positional collapse
 LEAST_RATIO = 0.01  # of predictions' variation beside their targets': below, the predictor is dead
 PREDICTOR_PROGRESS = 0.15  # share of the run before which a predictor need not have learned anything
+PREDICTOR_STEPS = 100  # nor before so many steps
 LEAST_MOVED = 0.1  # of the way that the target encoder should have gone: below, the moving average is stuck
-LEAST_EXPECTED = 1e-3  # of the way to the context encoder, between two rows
-EMA_PROGRESS = 0.9  # share of the run after which a target encoder may stand still, as its schedule says
+LEAST_EXPECTED = 1e-3  # of the way to the context encoder, between two rows: less cannot be told from rounding
+STILL = 1e-9  # of the way: the momentum is 1
+EMA_PROGRESS = 0.9  # share of the run after which the momentum may be 1, as its schedule says
 LOSS_RISE = 1.1  # times its least value
 
 HEALTHY, LOSS_RISING, UNKNOWN = "healthy", "loss rising, but fine", "not judged yet"
@@ -26,6 +28,8 @@ COMPLETE, DIMENSIONAL, POSITIONAL = "complete collapse", "dimensional collapse",
 PREDICTOR_DEAD, EMA_STUCK = "predictor dead", "EMA stuck"
 FAILURES = (COMPLETE, DIMENSIONAL, POSITIONAL, PREDICTOR_DEAD, EMA_STUCK)
 VERDICTS = (HEALTHY, LOSS_RISING, *FAILURES, UNKNOWN)
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,50 +65,54 @@ class CollapseVerdict:
 
 @dataclass(frozen=True)
 class _Rule:
+    """A failure.
+
+    Args:
+        name: One of `FAILURES`.
+        tells: Whether a row can say anything about it.
+        holds: Whether such a row shows it.
+        numbers: Names of what it rests on.
+        reason: A sentence with them.
+        advice: What to try.
+    """
+
     name: str
-    holds: Callable[[Mapping[str, Any]], bool]
+    tells: Callable[[Row], bool]
+    holds: Callable[[Row], bool]
     numbers: tuple[str, ...]
-    reason: str
+    reason: Callable[[Row], str]
     advice: str
 
 
-def _value(row: Mapping[str, Any], name: str, missing: float) -> float:
-    value = row.get(name)
-    return missing if value is None else float(value)
+def _least(row: Row, name: str) -> float | None:
+    """The lower of both encoders' numbers; of one alone where a model has one only."""
+    values = [float(row[key]) for key in (f"target_{name}", f"context_{name}") if row.get(key) is not None]
+    return min(values, default=None)
 
 
-def _progress(row: Mapping[str, Any]) -> float:
-    """Of a model without a run it is 1: it has had its time."""
-    return _value(row, "progress", 1.0)
+def _of_encoders(row: Row, name: str, form: str) -> str:
+    parts = {"target encoder": row.get(f"target_{name}"), "context encoder": row.get(f"context_{name}")}
+    return " and ".join(f"{value:{form}} in the {part}" for part, value in parts.items() if value is not None)
 
 
-def _is_complete(row: Mapping[str, Any]) -> bool:
-    return min(_value(row, f"{part}_patch_std", 1.0) for part in ("target", "context")) < LEAST_STD
+def _below(name: str, limit: float) -> tuple[Callable[[Row], bool], Callable[[Row], bool]]:
+    return lambda row: _least(row, name) is not None, lambda row: cast(float, _least(row, name)) < limit
 
 
-def _is_dimensional(row: Mapping[str, Any]) -> bool:
-    return min(_value(row, f"{part}_patch_effective_rank", LEAST_RANK) for part in ("target", "context")) < LEAST_RANK
+def _predictor_had_time(name: str) -> Callable[[Row], bool]:
+    """A model without a run is taken to have had its time."""
+    return lambda row: (
+        row.get(name) is not None
+        and row.get("progress", 1.0) >= PREDICTOR_PROGRESS
+        and row.get("step", PREDICTOR_STEPS) >= PREDICTOR_STEPS
+    )
 
 
-def _is_positional(row: Mapping[str, Any]) -> bool:
-    return _value(row, "target_position_share", 0.0) > MOST_POSITION_SHARE
-
-
-def _ignores_image(row: Mapping[str, Any]) -> bool:
-    return _progress(row) >= PREDICTOR_PROGRESS and _value(row, "prediction_image_ratio", 1.0) < LEAST_RATIO
-
-
-def _ignores_place(row: Mapping[str, Any]) -> bool:
-    return _progress(row) >= PREDICTOR_PROGRESS and _value(row, "prediction_place_ratio", 1.0) < LEAST_RATIO
-
-
-def _is_stuck(row: Mapping[str, Any]) -> bool:
+def _tells_of_ema(row: Row) -> bool:
     moved, expected = row.get("target_moved"), row.get("ema_expected")
-    if moved is None or expected is None:
+    if moved is None or expected is None:  # the first row, or one after steps that left both encoders alone
         return False
-    if expected < LEAST_EXPECTED:  # the momentum itself keeps it where it is
-        return _progress(row) < EMA_PROGRESS
-    return bool(moved < LEAST_MOVED * expected)
+    return bool(expected >= LEAST_EXPECTED or (expected < STILL and row.get("progress", 1.0) < EMA_PROGRESS))
 
 
 # In the order in which they are asked: whatever is wrong with the moving average or the predictor comes before what
@@ -112,72 +120,89 @@ def _is_stuck(row: Mapping[str, Any]) -> bool:
 _RULES = (
     _Rule(
         COMPLETE,
-        _is_complete,
-        ("target_patch_std", "context_patch_std", "target_patch_cosine"),
-        "patches of all images have nearly the same representation: their deviation is {target_patch_std:.3f} in "
-        "the target encoder and {context_patch_std:.3f} in the context encoder, where below "
-        f"{LEAST_STD} is collapse and 1 is all directions alike.",
+        *_below("patch_normalized_std", LEAST_STD),
+        ("target_patch_normalized_std", "context_patch_normalized_std", "target_patch_cosine"),
+        lambda row: (
+            "patches of all images have nearly the same representation: their normalised deviation is "
+            f"{_of_encoders(row, 'patch_normalized_std', '.3f')}, where below {LEAST_STD} is collapse and 1 is all "
+            "directions alike."
+        ),
         "Go back to the last checkpoint before it and try a lower --learning_rate or a longer --warmup_epochs; keep "
         "--ema_momentum 0.996 or more and --normalize_targets True.",
     ),
     _Rule(
         EMA_STUCK,
-        _is_stuck,
+        _tells_of_ema,
+        lambda row: row["ema_expected"] < STILL or row["target_moved"] < LEAST_MOVED * row["ema_expected"],
         ("target_moved", "ema_expected"),
-        "the target encoder has gone {target_moved:.4f} of the way to the context encoder since the last row, and its "
-        "momentum makes that {ema_expected:.4f}.",
+        lambda row: (
+            f"the target encoder has gone {row['target_moved']:.4f} of the way to the context encoder between two "
+            f"rows, and its momentum makes that {row['ema_expected']:.4f}."
+        ),
         "Use --ema_momentum 0.996 --final_ema_momentum 1.0, and in a loop of your own call "
         "model.update_target_encoder(momentum) after each optimiser step.",
     ),
     _Rule(
         PREDICTOR_DEAD,
-        _ignores_place,
+        _predictor_had_time("prediction_place_ratio"),
+        lambda row: row["prediction_place_ratio"] < LEAST_RATIO,
         ("prediction_place_ratio", "prediction_skill"),
-        "the predictor says the same for every place of an image: its predictions vary {prediction_place_ratio:.4f} "
-        "times as much as their targets inside an image.",
+        lambda row: (
+            "the predictor says the same for every place of an image: its predictions vary "
+            f"{row['prediction_place_ratio']:.4f} times as much as their targets inside an image, where below "
+            f"{LEAST_RATIO} is dead."
+        ),
         "Check that the predictor gets positions and learns (grad_norm_predictor in metrics.jsonl); --new_predictor "
         "starts it afresh.",
     ),
     _Rule(
         PREDICTOR_DEAD,
-        _ignores_image,
+        _predictor_had_time("prediction_image_ratio"),
+        lambda row: row["prediction_image_ratio"] < LEAST_RATIO,
         ("prediction_image_ratio", "cross_image_gap"),
-        "the predictor says the same for every image: at one place its predictions vary {prediction_image_ratio:.4f} "
-        "times as much as their targets, and the cross-image gap is {cross_image_gap:.4f}.",
+        lambda row: (
+            "the predictor says the same for every image: at one place its predictions vary "
+            f"{row['prediction_image_ratio']:.4f} times as much as their targets, where below {LEAST_RATIO} is dead."
+        ),
         "Check that it gets the context and learns (grad_norm_predictor in metrics.jsonl); try a higher "
-        "--context_keep_ratio, or --new_predictor.",
+        "--context_keep_ratio or a lower --weight_decay, or --new_predictor.",
     ),
     _Rule(
         POSITIONAL,
-        _is_positional,
-        ("target_position_share", "cross_image_gap", "possible_gap"),
-        "patches say where they are and not what they show: position alone explains {target_position_share:.2f} of "
-        f"their variance, where above {MOST_POSITION_SHARE} is collapse.",
+        lambda row: row.get("target_position_share") is not None,
+        lambda row: row["target_position_share"] > MOST_POSITION_SHARE,
+        ("target_position_share", "cross_image_gap", "perfect_gap"),
+        lambda row: (
+            "patches say where they are and not what they show: position alone explains "
+            f"{row['target_position_share']:.2f} of their variance, where above {MOST_POSITION_SHARE} is collapse."
+        ),
         "Leave out --patch_init_std (its default fits the patch size), or use larger patches.",
     ),
     _Rule(
         DIMENSIONAL,
-        _is_dimensional,
+        *_below("patch_effective_rank", LEAST_RANK),
         ("target_patch_effective_rank", "context_patch_effective_rank", "context_lidar"),
-        "patches differ along few directions only: their effective rank is {target_patch_effective_rank:.1f} in the "
-        f"target encoder and {{context_patch_effective_rank:.1f}} in the context encoder, where below {LEAST_RANK:g} "
-        "is collapse.",
+        lambda row: (
+            "patches differ along few directions only: their effective rank is "
+            f"{_of_encoders(row, 'patch_effective_rank', '.1f')}, where below {LEAST_RANK:g} is collapse."
+        ),
         "Try a lower --learning_rate or --weight_decay, and keep --ema_momentum 0.996 or more.",
     ),
-)  # fmt: skip
+)
 
 
-def judge_collapse(rows: Sequence[Mapping[str, Any]]) -> CollapseVerdict:
+def judge_collapse(rows: Sequence[Row]) -> CollapseVerdict:
     """Judges a run by all its rows, or a model by the only one.
 
     Args:
         rows: From `CollapseMonitor.measure`, in the order of steps, each with `step`, `progress` (share of the run)
-            and `ema_expected` (share of the way to the context encoder that the momenta since the row before make); a
-            row without them is a model's.
+            and `ema_expected` (share of the way to the context encoder that the momenta since the row before make;
+            `None` where the encoders stood still on purpose). A row without `step` is a model's. Rows of other images
+            than the newest row's (`batch`) do not count.
 
     Returns:
-        The verdict on the newest row. A failure is only one that held in the newest two rows; a single row of a model
-        is judged alone, and a run that has one row only is not judged yet.
+        The verdict at the newest row. A failure is one that held in the newest two rows that can tell of it; a single
+        row of a model is judged alone, and a run that has one row only, or rows without numbers, is not judged yet.
 
     Raises:
         ValueError: If there is no row.
@@ -185,23 +210,31 @@ def judge_collapse(rows: Sequence[Mapping[str, Any]]) -> CollapseVerdict:
     if not rows:
         raise ValueError("rows is empty; there is nothing to judge.")
     last = rows[-1]
+    rows = [row for row in rows if row.get("batch") == last.get("batch")]
     step = None if last.get("step") is None else int(last["step"])
-    if step is not None and len(rows) < PATIENCE:
-        return CollapseVerdict(UNKNOWN, step, {}, f"a run is judged from its {PATIENCE}nd row on.", "")
-    recent = rows[-PATIENCE:] if step is not None else rows[-1:]
+    needed = 1 if step is None else PATIENCE
+    if len(rows) < needed:
+        return CollapseVerdict(UNKNOWN, step, {}, f"a run is judged by {PATIENCE} rows or more.", "")
+    if not any(rule.tells(last) for rule in _RULES):
+        return CollapseVerdict(
+            UNKNOWN, step, {}, "the newest row has none of the numbers that a verdict rests on.", ""
+        )
     for rule in _RULES:
-        if all(rule.holds(row) for row in recent):
-            numbers = {name: _value(last, name, float("nan")) for name in rule.numbers}
-            return CollapseVerdict(rule.name, step, numbers, rule.reason.format(**numbers), rule.advice)
+        recent = [row for row in rows if rule.tells(row)][-needed:]
+        if len(recent) == needed and all(map(rule.holds, recent)):
+            numbers = {name: float(recent[-1][name]) for name in rule.numbers if recent[-1].get(name) is not None}
+            return CollapseVerdict(rule.name, step, numbers, rule.reason(recent[-1]), rule.advice)
     return _judge_healthy(rows, step)
 
 
-def _judge_healthy(rows: Sequence[Mapping[str, Any]], step: int | None) -> CollapseVerdict:
+def _judge_healthy(rows: Sequence[Row], step: int | None) -> CollapseVerdict:
     last = rows[-1]
-    names = ("target_patch_std", "target_patch_effective_rank", "target_position_share", "cross_image_gap")
+    names = (
+        "target_patch_normalized_std", "target_patch_effective_rank", "target_position_share", "cross_image_gap",
+    )  # fmt: skip
     numbers = {name: float(last[name]) for name in names if last.get(name) is not None}
     shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-    losses = [float(row["loss"]) for row in rows[1:] if row.get("loss") is not None]  # the first is before training
+    losses = [float(row["loss"]) for row in rows if row.get("loss") is not None and row.get("step") != 0]
     if losses and losses[-1] > LOSS_RISE * min(losses):
         numbers |= {"loss": losses[-1], "least_loss": min(losses)}
         return CollapseVerdict(

@@ -32,11 +32,14 @@ from ijepa_hf.sources import find_image_column, load_split
 EXIT_CODES = {HEALTHY: 0, LOSS_RISING: 0, UNKNOWN: 6}
 FAILURE_EXIT_CODE = 5
 
+# Flags about the images that a model is measured on.
+_OF_IMAGES = ("dataset_config_name", "split_name", "image_column_name", "max_samples", "model_revision")
+
 _TABLE = (
     ("pooled_cosine", "mean pairwise cosine, images"),
     ("patch_cosine", "mean pairwise cosine, patches"),
-    ("pooled_std", "deviation, images"),
-    ("patch_std", "deviation, patches"),
+    ("pooled_normalized_std", "normalised deviation, images"),
+    ("patch_normalized_std", "normalised deviation, patches"),
     ("pooled_rankme", "RankMe, images"),
     ("patch_rankme", "RankMe, patches"),
     ("pooled_effective_rank", "effective rank, images"),
@@ -49,7 +52,7 @@ _TABLE = (
 _SINGLE = (
     ("context_lidar", "LiDAR of the context encoder, images"),
     ("cross_image_gap", "cross-image gap"),
-    ("possible_gap", "the most it can be"),
+    ("perfect_gap", "gap of perfect predictions"),
     ("prediction_skill", "share of the targets' variance predicted"),
     ("prediction_image_ratio", "variation of predictions between images"),
     ("prediction_place_ratio", "variation of predictions between places"),
@@ -93,7 +96,7 @@ def build_diagnose_parser() -> HfArgumentParser:
         description="Judge whether the features of a run or a model have collapsed, with the numbers, the reason, and "
         "the next flag to try.",
         epilog=f"Exit codes: 0 healthy (the loss may rise), {FAILURE_EXIT_CODE} something is wrong, "
-        f"{EXIT_CODES[UNKNOWN]} not judged yet, 2 a flag or a file is wrong.",
+        f"{EXIT_CODES[UNKNOWN]} not judged yet, 2 a wrong flag or file. The demo: 0 if both verdicts are right.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", nargs="?", help="A run's or model's folder, or a Hub id.")
@@ -126,14 +129,20 @@ def diagnose(argv: Sequence[str]) -> tuple[str, int]:
     if flags.demo == (model is not None):
         raise ValueError("name one run or model to diagnose, or give --demo alone.")
     if flags.demo:
-        return run_demo(Path(flags.output_dir)), 0
+        _refuse(flags, _OF_IMAGES, "is about measuring a model, and the demo has its own; leave it out.")
+        return run_demo(Path(flags.output_dir))
+    _refuse(flags, ("output_dir",), "is the demo's folder; add --demo, or leave it out.")
     if flags.max_samples < 2:
         raise ValueError(f"max_samples={flags.max_samples} must be at least 2, better {MONITOR_IMAGES}.")
     check_model_name(model, flags.model_revision)
     rows = [] if flags.dataset_name is not None else read_rows(Path(model) / DIAGNOSTICS_FILE)
-    figure = None
+    picture = ""
     if rows:
-        figure = _draw(rows, Path(model), flags.output)
+        _refuse(
+            flags, _OF_IMAGES, "is about measuring images, and this run has rows; add --dataset_name, or leave it out."
+        )
+        if flags.output is not None or not flags.json:
+            picture = _draw(rows, Path(model), flags.output)
     else:
         if flags.output is not None:
             raise ValueError(f"output={flags.output!r}: {model!r} has no rows over steps to draw; leave it out.")
@@ -142,19 +151,31 @@ def diagnose(argv: Sequence[str]) -> tuple[str, int]:
     code = EXIT_CODES.get(verdict.name, FAILURE_EXIT_CODE)
     if flags.json:
         return json.dumps({"verdict": verdict.as_dict(), "rows": rows}, indent=2), code
-    return render_diagnosis(rows, verdict, figure), code
+    return render_diagnosis(rows, verdict, picture), code
 
 
-def _draw(rows: Sequence[Mapping[str, Any]], run: Path, output: str | None) -> Path:
+def _refuse(flags: DiagnoseFlags, names: Sequence[str], why: str) -> None:
+    """Says which flag would be ignored, rather than to ignore it."""
+    for entry in dataclasses.fields(flags):
+        if entry.name in names and getattr(flags, entry.name) != entry.default:
+            raise ValueError(f"{entry.name}={getattr(flags, entry.name)!r} {why}")
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], run: Path, output: str | None) -> str:
+    """Draws the rows, and says where; the run's own folder may be read-only, which is no reason for no verdict."""
     path = run / "figures" / "diagnostics.png" if output is None else Path(output)
     if path.suffix != ".png":
         raise ValueError(f"output={output!r} must end in .png.")
-    if output is None:
-        path.parent.mkdir(exist_ok=True)
-    elif not path.parent.is_dir():
+    if output is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"output={output!r}: there is no folder {str(path.parent)!r}; make it first.")
-    draw_diagnostics_figure({run.name: rows}, path, title=run.resolve().name)
-    return path
+    try:
+        path.parent.mkdir(exist_ok=True)
+        draw_diagnostics_figure({run.name: rows}, path, title=run.resolve().name)
+    except OSError as error:
+        if output is not None:
+            raise
+        return f"no picture: {error}; choose another place with --output."
+    return f"picture: {path}"
 
 
 def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
@@ -176,7 +197,7 @@ def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(model, revision=commit)
     settings = read_image_settings(model, config, revision=commit)
     data = DataArguments(dataset_name=flags.dataset_name, dataset_config_name=flags.dataset_config_name)
-    split = flags.split_name or "test"
+    split, column = flags.split_name or "test", flags.image_column_name
     if data.dataset_name is None:
         run = read_run(Path(model))
         if run is None:
@@ -186,11 +207,11 @@ def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
             )
         data.dataset_name = run["arguments"]["dataset_name"]
         data.dataset_config_name = run["arguments"].get("dataset_config_name")
+        column = column or run["arguments"].get("image_column_name")
         held_out = run["arguments"].get("eval_split_name") or run["arguments"].get("train_split_name", "train")
         split = flags.split_name or held_out
     dataset = load_split(data, split)
-    column = find_image_column(dataset, flags.image_column_name)
-    images = ImageRows(dataset, column, len(settings.mean))
+    images = ImageRows(dataset, find_image_column(dataset, column), len(settings.mean))
     chosen = torch.linspace(0, len(images) - 1, min(flags.max_samples, len(images))).round().long().tolist()
     pixels = torch.stack(
         [normalize(resize(images[index], settings.shape), settings.mean, settings.std) for index in chosen]
@@ -217,19 +238,19 @@ def _has_predictor(model: str, commit: str | None) -> bool:
     return False
 
 
-def render_diagnosis(rows: Sequence[Mapping[str, Any]], verdict: CollapseVerdict, figure: Path | None) -> str:
+def render_diagnosis(rows: Sequence[Mapping[str, Any]], verdict: CollapseVerdict, picture: str) -> str:
     """The text of a verdict.
 
     Args:
         rows: All rows; the last is shown.
         verdict: On them.
-        figure: What was drawn, if anything.
+        picture: A line on what was drawn; empty if nothing was.
 
     Returns:
         Several lines of plain text.
     """
     last = rows[-1]
-    parts = [part for part in ("target", "context", "prediction") if f"{part}_patch_std" in last]
+    parts = [part for part in ("target", "context", "prediction") if f"{part}_patch_normalized_std" in last]
     titles = {"target": "target encoder", "context": "context encoder", "prediction": "predictor"}
     of_step = "" if last.get("step") is None else f" at step {last['step']}"
     lines = [f"{'':<42}" + "".join(f"{titles[part]:>17}" for part in parts)]
@@ -243,6 +264,6 @@ def render_diagnosis(rows: Sequence[Mapping[str, Any]], verdict: CollapseVerdict
             *([verdict.advice] if verdict.advice else []),
             "",
             *lines,
-            *(["", f"picture: {figure}"] if figure is not None else []),
+            *(["", picture] if picture else []),
         ]
     )

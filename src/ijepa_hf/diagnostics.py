@@ -159,8 +159,7 @@ def stable_rank(features: torch.Tensor) -> float:
     Source: Rudelson and Vershynin 2007 (arXiv math/0503442), squared Frobenius over squared spectral norm, of the
         centred matrix.
     """
-    values = spectrum(features)
-    return float(values.sum() / values[0]) if values[0] > 0 else 1.0
+    return _stable_rank(spectrum(features))
 
 
 def spectrum_slope(features: torch.Tensor) -> float:
@@ -181,14 +180,7 @@ def spectrum_slope(features: torch.Tensor) -> float:
 
     Source: Agrawal et al., "alpha-ReQ" (arXiv 2202.05808), section 3; the law is Stringer et al. 2019's.
     """
-    values = spectrum(features)
-    values = values[values > _RELATIVE_ZERO * values[0]]
-    if len(values) < 2:
-        return 0.0
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).log()
-    heights = values.log()
-    places, heights = places - places.mean(), heights - heights.mean()
-    return float(-(places @ heights) / (places @ places))
+    return _slope(spectrum(features))
 
 
 def lidar(views: torch.Tensor) -> float:
@@ -197,7 +189,8 @@ def lidar(views: torch.Tensor) -> float:
     Where RankMe counts every direction, LiDAR counts those that vary between images more than between views of one.
 
     Limits: 1 when one direction tells images apart (or none does); min(n - 1, D) when images differ in all directions
-    alike. Compare values at one n, V and D only.
+    alike. Where views of an image are all equal, it is the effective rank of the images' variances. Compare values at
+    one n, V and D only.
 
     Args:
         views: [n, V, D], any floating dtype: V features of each of n images; n and V at least 2.
@@ -219,7 +212,9 @@ def lidar(views: torch.Tensor) -> float:
     within = (views - centers[:, None]).flatten(0, 1)
     centers = centers - centers.mean(dim=0)
     covariance = within.T @ within / len(within)
-    delta = _LIDAR_DELTA * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    delta = _LIDAR_DELTA * covariance.diagonal().mean()
+    if delta <= _RELATIVE_ZERO * centers.square().mean():  # views do not differ
+        return _exponential_entropy(_gram_eigenvalues(centers))
     values, vectors = torch.linalg.eigh(covariance)
     whitened = centers @ vectors / (values.clamp_min(0) + delta).sqrt()
     return _exponential_entropy(_gram_eigenvalues(whitened))
@@ -293,8 +288,8 @@ def position_share(features: torch.Tensor, positions: torch.Tensor) -> float:
 def cross_image_gap(predictions: torch.Tensor, targets: torch.Tensor, others: torch.Tensor) -> float:
     """How much nearer predictions are to their own targets than to another image's targets at the same place.
 
-    Limits: 0 when predictions say nothing of the image, however near to the targets they are; at most
-    1 - cos(targets, others), which is reached by perfect predictions.
+    Limits: 0 when predictions say nothing of the image, however near to the targets they are; 1 - cos(targets, others)
+    when they are perfect. It can be more: what exaggerates the difference of two images is further from the other one.
 
     Args:
         predictions: [n, D], a row a predicted patch, any floating dtype.
@@ -339,7 +334,7 @@ def residual_ratio(predictions: torch.Tensor, targets: torch.Tensor, groups: tor
     _check_same_shape(predictions, targets)
     if groups.shape != (len(predictions),):
         raise ValueError(f"groups of shape {tuple(groups.shape)} must be [{len(predictions)}], one for each row.")
-    _, codes, counts = groups.unique(return_inverse=True, return_counts=True)
+    _, codes, counts = groups.to(predictions.device).unique(return_inverse=True, return_counts=True)
     sums = []
     for features in (_checked(predictions), _checked(targets)):
         means = torch.zeros(len(counts), features.shape[1], dtype=features.dtype, device=features.device)
@@ -372,6 +367,34 @@ def prediction_skill(predictions: torch.Tensor, targets: torch.Tensor) -> float:
     return float(1 - (predictions - targets).square().sum() / total) if total > 0 else 0.0
 
 
+# -- all of a matrix -------------------------------------------------------------------------------------------------
+
+
+def measure_matrix(features: torch.Tensor) -> dict[str, float]:
+    """The numbers above that a single matrix gives, its spectrum being taken once.
+
+    Args:
+        features: [n, D], any floating dtype, n at least 2.
+
+    Returns:
+        `cosine` (`mean_pairwise_cosine`), `normalized_std`, `rankme`, `effective_rank`, `stable_rank`,
+        `spectrum_slope` and `dead_dimensions`.
+
+    Raises:
+        ValueError: not a floating [n, D] matrix, fewer than two rows, or values that are not finite.
+    """
+    centred = spectrum(features)
+    return {
+        "cosine": mean_pairwise_cosine(features),
+        "normalized_std": normalized_std(features),
+        "rankme": rankme(features),
+        "effective_rank": _exponential_entropy(centred.sqrt()),
+        "stable_rank": _stable_rank(centred),
+        "spectrum_slope": _slope(centred),
+        "dead_dimensions": dead_dimensions(features),
+    }
+
+
 # -- inside ----------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +418,20 @@ def spectrum(features: torch.Tensor, *, center: bool = True) -> torch.Tensor:
 def _gram_eigenvalues(features: torch.Tensor) -> torch.Tensor:
     gram = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+
+def _stable_rank(values: torch.Tensor) -> float:
+    return float(values.sum() / values[0]) if values[0] > 0 else 1.0
+
+
+def _slope(values: torch.Tensor) -> float:
+    values = values[values > _RELATIVE_ZERO * values[0]]
+    if len(values) < 2:
+        return 0.0
+    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).log()
+    heights = values.log()
+    places, heights = places - places.mean(), heights - heights.mean()
+    return float(-(places @ heights) / (places @ places))
 
 
 def _exponential_entropy(values: torch.Tensor) -> float:

@@ -29,8 +29,8 @@ class _Panel(NamedTuple):
 _PARTS = {"target encoder": "target", "context encoder": "context", "predictions": "prediction"}
 _PANELS = (
     _Panel(
-        "Deviation of patches", "1 = all directions alike", {k: f"{v}_patch_std" for k, v in _PARTS.items()},
-        LEAST_STD, "below: complete collapse",
+        "Normalised deviation of patches", "1 = all directions alike",
+        {k: f"{v}_patch_normalized_std" for k, v in _PARTS.items()}, LEAST_STD, "below: complete collapse",
     ),
     _Panel(
         "Effective rank of patches", "directions", {k: f"{v}_patch_effective_rank" for k, v in _PARTS.items()},
@@ -42,7 +42,7 @@ _PANELS = (
     ),
     _Panel(
         "Cross-image gap", "difference of cosines",
-        {"predictions": "cross_image_gap", "the most it can be": "possible_gap"},
+        {"predictions": "cross_image_gap", "of perfect predictions": "perfect_gap"},
     ),
     _Panel(
         "Variation of predictions", "times that of the targets",

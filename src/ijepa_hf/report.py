@@ -345,7 +345,10 @@ def first_readable_pixels(
         float32 `[n, num_channels, height, width]`, n at most `limit`.
     """
     chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
-    return resized_pixels(_readable(images, map(int, chosen)).values(), config, mean, std)
+    readable = _readable(images, map(int, chosen))
+    if not readable:
+        return torch.empty(0, config.num_channels, *config.image_shape)
+    return resized_pixels(readable.values(), config, mean, std)
 
 
 def _readable(images: ImageRows, indices: Iterable[int]) -> dict[int, Any]:

@@ -1,5 +1,6 @@
 """Measures, judges and draws a run while it goes on: `diagnostics.jsonl`, a warning or an early end, pictures."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -15,42 +16,43 @@ from ijepa_hf.run_folder import DIAGNOSTICS_FILE, append_rows, read_rows
 
 COST_IN_STEPS = 1.2  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
 MOST_SHARE = 0.01  # of the time, that goes into rows
-LEAST_STEPS = 100  # between two rows; their spectra cost the same whatever the batch
+LEAST_STEPS = 100  # between two rows, and as many as the width: spectra cost the more, the wider the features are
 MOST_DRAWING_SHARE = 0.02  # of the time, that goes into pictures before the end
 LEAST_DRAWING_SECONDS = 1.0  # that the first pictures are taken to need
+
+logger = logging.getLogger(__name__)
 
 
 class CollapseError(ArithmeticError):
     """The run was judged to have collapsed, and `on_collapse` is `stop`."""
 
 
-def steps_between(global_batch_size: int) -> int:
+def steps_between(global_batch_size: int, hidden_size: int) -> int:
     """Optimiser steps between two rows, so that rows take at most `MOST_SHARE` of the time.
 
     Args:
         global_batch_size: Images in a step.
+        hidden_size: Width D of the encoder.
 
     Returns:
-        At least `LEAST_STEPS`.
+        At least `LEAST_STEPS` and `hidden_size`.
     """
-    return max(LEAST_STEPS, math.ceil(COST_IN_STEPS * MONITOR_IMAGES / global_batch_size / MOST_SHARE))
+    by_images = math.ceil(COST_IN_STEPS * MONITOR_IMAGES / global_batch_size / MOST_SHARE)
+    return max(LEAST_STEPS, hidden_size, by_images)
 
 
-def is_due(step: int, diagnostics_steps: int | None, global_batch_size: int, num_steps: int) -> bool:
+def is_due(step: int, every: int, num_steps: int) -> bool:
     """Whether a row is to be taken.
 
     Args:
         step: Optimiser steps done.
-        diagnostics_steps: As the run's argument: 0 is off, `None` leaves it to `steps_between`.
-        global_batch_size: Images in a step.
+        every: Steps between two rows; 0 is off.
         num_steps: Of the run.
 
     Returns:
         The answer; yes for the first and the last step, unless rows are off.
     """
-    if diagnostics_steps == 0:
-        return False
-    return step % (diagnostics_steps or steps_between(global_batch_size)) == 0 or step == num_steps
+    return every > 0 and (step % every == 0 or step == num_steps)
 
 
 class RunDiagnostics:
@@ -66,7 +68,7 @@ class RunDiagnostics:
         self.monitor, self.path, self.num_steps = monitor, output_dir / DIAGNOSTICS_FILE, num_steps
         self.rows = read_rows(self.path)
         self.verdict: CollapseVerdict | None = judge_collapse(self.rows) if self.rows else None
-        self._kept = 1.0  # of the target encoder as it was at the last row
+        self._kept: float | None = None  # of the target encoder as it was at the last row, once it was moved
         self._begin, self._drawing = time.monotonic(), 0.0  # seconds
 
     def note_step(self, ema_momentum: float | None) -> None:
@@ -76,12 +78,12 @@ class RunDiagnostics:
             ema_momentum: Of its moving average; `None` where there was none.
         """
         if ema_momentum is not None:
-            self._kept *= ema_momentum
+            self._kept = ema_momentum * (1.0 if self._kept is None else self._kept)
 
     def measure(
         self, model: IJepaForPretraining, step: int, epoch: float, tell: Callable[[dict[str, Any], int], None]
-    ) -> CollapseVerdict:
-        """Takes a row and judges all there are.
+    ) -> CollapseVerdict | None:
+        """Takes a row and judges all there are. Features that cannot be measured are logged, and the run goes on.
 
         Args:
             model: The model.
@@ -90,19 +92,24 @@ class RunDiagnostics:
             tell: Passes the row's numbers on to the trackers.
 
         Returns:
-            The verdict, which is kept in `verdict`.
+            The verdict, which is kept in `verdict`; `None` where there is no row to judge.
         """
+        try:
+            numbers = self.monitor.measure(model)
+        except (ValueError, RuntimeError) as error:  # features that are no numbers, a decomposition that fails
+            logger.warning("step %d could not be measured for signs of collapse: %s", step, error)
+            return self.verdict
         row = {
             "step": step,
             "epoch": epoch,
             "progress": step / self.num_steps,
-            "ema_expected": 1 - self._kept,
-            **self.monitor.measure(model),
+            "ema_expected": None if self._kept is None else 1 - self._kept,
+            **numbers,
         }
-        self._kept = 1.0
+        self._kept = None
         self.rows.append(row)
         append_rows(self.path, [row])
-        tell({name: value for name, value in row.items() if value is not None}, step)
+        tell({name: value for name, value in row.items() if isinstance(value, int | float)}, step)
         self.verdict = judge_collapse(self.rows)
         return self.verdict
 
@@ -121,7 +128,10 @@ class RunDiagnostics:
         if not is_last and spent > MOST_DRAWING_SHARE * (begin - self._begin):
             return
         batch, folder = self.monitor.batch, self.path.parent
-        draw_training_figures(model, batch.pixel_values, batch.views[0], batch.target_indices, folder)
-        if self.rows:
-            draw_diagnostics_figure({folder.name: self.rows}, folder / "figures" / "diagnostics.png")
+        try:
+            draw_training_figures(model, batch.pixel_values, batch.views[0], batch.target_indices, folder)
+            if self.rows:
+                draw_diagnostics_figure({folder.name: self.rows}, folder / "figures" / "diagnostics.png")
+        except (ValueError, RuntimeError) as error:  # as in `measure`: a picture is not worth a run
+            logger.warning("no pictures of the features: %s", error)
         self._drawing += time.monotonic() - begin

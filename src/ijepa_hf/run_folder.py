@@ -216,10 +216,18 @@ def read_rows(path: Path, *, up_to_step: int | None = None) -> list[dict[str, An
 
     Returns:
         A dictionary for each line; none where the file is missing.
+
+    Raises:
+        ValueError: If a line is damaged; names the file and the line.
     """
     if not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1] if line]
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], start=1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}); remove that line.") from error
     return rows if up_to_step is None else [row for row in rows if row["step"] <= up_to_step]
 
 

@@ -63,7 +63,7 @@ from ijepa_hf.report import (
     render_report,
     write_report,
 )
-from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due
+from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due, steps_between
 from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
     UNREADABLE_FILE,
@@ -451,9 +451,9 @@ def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
                         progress.write(evaluation_line(scores))
                         metrics.tell_trackers(scores, done)
                     accelerator.wait_for_everyone()
+                _diagnose(state, done, progress, metrics)
                 if done % every == 0 or is_last:
                     state.save(done)
-                _diagnose(state, done, progress, metrics)
                 if state.diagnostics is not None and (done % every == 0 or is_last):
                     state.diagnostics.draw(state.model, is_last=is_last)
 
@@ -464,19 +464,22 @@ def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) 
     Raises:
         CollapseError: On every rank, after a checkpoint, if a failure was found and `on_collapse` is `stop`.
     """
-    plan = state.plan
-    if not is_due(step, state.run.diagnostics_steps, plan.global_batch_size, plan.num_steps):
+    run, plan = state.run, state.plan
+    every = run.diagnostics_steps
+    if every is None:
+        every = steps_between(plan.global_batch_size, state.config.hidden_size)
+    if not is_due(step, every, plan.num_steps):
         return
     failure: list[str | None] = [None]
     if state.diagnostics is not None:
         epoch = round(step / plan.steps_per_epoch, 4)
         before = state.diagnostics.verdict
         verdict = state.diagnostics.measure(state.model, step, epoch, metrics.tell_trackers)
-        if before is None or before.name != verdict.name:
+        if verdict is not None and (before is None or before.name != verdict.name):
             progress.write(f"step {step} verdict: {verdict}")
-        if verdict.is_failure:
+        if verdict is not None and verdict.is_failure:
             failure = [f"stopped at step {step}: {verdict}"]
-    if state.run.on_collapse == "stop":
+    if run.on_collapse == "stop":
         broadcast_object_list(failure)
         if failure[0] is not None:
             state.save(step)
@@ -621,6 +624,9 @@ def _make_diagnostics(
         pixels = normalize(inputs["pixel_values"], data.image_mean, data.image_std)
         if config.masking_strategy == "regions":  # masks come with the images
             masks = {name: inputs[name].to(accelerator.device) for name in ("context_indices", "target_indices")}
+    if len(pixels) < 2:
+        logger.warning("there is no monitor for signs of collapse: it needs at least 2 images that can be read.")
+        return None
     batch = make_monitor_batch(config, pixels.to(accelerator.device), **masks)
     return RunDiagnostics(
         CollapseMonitor(batch, chunk_size=min(MONITOR_IMAGES, CHUNK_OF_BATCHES * run.per_device_train_batch_size)),

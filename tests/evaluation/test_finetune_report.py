@@ -33,7 +33,7 @@ def result():
     rows = ImageRows(load_digits("test").select(range(8)), "image", 3)
     labels = np.arange(8) % 2
     splits = LabelledSplits(
-        ImageRows(load_digits("train").select(range(4)), "image", 3), labels[:4], rows, labels, list("ab")
+        ImageRows(load_digits("train").select(range(4)), "image", 3), labels[:4], rows, labels, list("ab"), "label"
     )
     history = []
     for epoch, accuracy in enumerate((0.25, 0.875, 0.75), start=1):
@@ -45,12 +45,13 @@ def result():
         "from_scratch": False, "freeze_encoder": True,
     }  # fmt: skip
     state = SimpleNamespace(log_history=history, global_step=6)
-    found = finetuning_result(state, splits, values, seconds=2.0, resumed_from=None)
+    found = finetuning_result(state, splits, values, np.array([2, 7]), seconds=2.0, resumed_from=None)
     return {"license": "mit", "license_is_known": True, "model_commit": "abc123", **found}
 
 
 def test_the_last_accuracy_is_the_result_and_not_the_best(result):
     assert (result["accuracy"], result["num_correct"], result["num_eval_images"]) == (0.75, 6, 8)
+    assert result["wrong_images"] == [2, 7]
     assert result["accuracy_interval"] == list(wilson_interval(6, 8))
     assert [row["accuracy"] for row in result["evaluations"]] == [0.25, 0.875, 0.75]
     assert result["losses"] == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 1 / 2}, {"step": 6, "loss": 1 / 3}]
