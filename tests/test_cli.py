@@ -6,6 +6,7 @@ from PIL import Image
 from tiny import tiny_flags, tiny_run
 
 from ijepa_hf import cli, training
+from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub import UploadIncompleteError
 from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.sources import load_digits
@@ -67,6 +68,9 @@ def test_a_non_finite_loss_is_exit_code_3_a_lost_upload_4_and_an_interruption_13
         monkeypatch.setattr(training, "pretrain", function)
         assert cli.main(["pretrain", *tiny_flags(tmp_path / "run")]) == code
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "evaluate_model", interrupt)
+    assert cli.main(["evaluate", "somewhere", "--dataset_name", "digits"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command goes on.\n"
 
 
 def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, capsys):

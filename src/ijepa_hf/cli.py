@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "push": _push,
         }[command](rest)
     except KeyboardInterrupt:
-        resumable = command in ("pretrain", "finetune")
-        advice = "; the same command with --resume_from_checkpoint latest goes on" if resumable else ""
-        print(f"\ninterrupted{advice}.", file=sys.stderr)
+        with_flag = "; the same command with --resume_from_checkpoint latest goes on"
+        advice = {"pretrain": with_flag, "finetune": with_flag, "evaluate": "; the same command goes on"}
+        print(f"\ninterrupted{advice.get(command, '')}.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"ijepa-hf {command}: {error}", file=sys.stderr)

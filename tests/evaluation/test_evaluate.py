@@ -1,6 +1,7 @@
 """The evaluation as a whole: honest rows, intervals, nothing tuned on test labels, reuse, merging, clear errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -14,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, r2_score
 from tiny import scrambled_model
-from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
+from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel, pipeline
 
 from ijepa_hf.cli import main
 from ijepa_hf.evaluation import evaluate as module
 from ijepa_hf.evaluation import metrics
 from ijepa_hf.evaluation.evaluate import evaluate_model
 from ijepa_hf.evaluation.evaluate_arguments import EvaluationArguments
-from ijepa_hf.evaluation.intervals import bootstrap_interval
+from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.results import ROWS
 from ijepa_hf.export import export_model, image_processor_fields
 
@@ -328,11 +329,71 @@ def test_finetuning_stands_beside_the_same_from_new_weights(tell):
     scores = scores_of(tell(method=["finetune"], num_train_epochs=1))
     assert [(score["features"], score["num_train_images"]) for score in scores] == [("model", 45), ("untrained", 45)]
     for score in scores:
-        result = json.loads((tell().folder() / "finetune" / score["features"] / "finetune.json").read_text())
+        folder = tell().folder() / "finetune" / f"{score['features']}-label-1-epochs-seed-0"
+        result = json.loads((folder / "finetune.json").read_text())
         assert result["arguments"]["from_scratch"] == (score["features"] == "untrained")
         assert score["value"] == result["accuracy"]
-        assert score["interval"][0] <= score["value"] <= score["interval"][1]
-    assert scores_of(tell(method=["finetune"], num_train_epochs=1)) == scores
+        # the draws of test images are those of every other row
+        rows = squares(NUM_TEST, 1)
+        classify = pipeline("image-classification", model=str(folder))
+        said = [answers[0]["label"] for answers in classify(rows["image"], top_k=1)]
+        right = np.array(said) == np.array(["red", "green", "blue"])[rows["label"]]
+        assert 0 < right.sum() < NUM_TEST
+        assert tuple(score["interval"]) == mean_interval(right, 0)
+    assert scores_of(tell(method=["finetune"], num_train_epochs=1, num_cpu_threads=1)) == scores
+    longer = scores_of(tell(method=["finetune"], num_train_epochs=1.5))
+    assert [score["settings"]["num_train_epochs"] for score in longer] == [1, 1, 1.5, 1.5]
+
+
+def test_a_fine_tuning_that_is_in_the_way_is_found_before_any_work(tell, data, monkeypatch):
+    told = tell(method=["knn", "finetune"], num_train_epochs=1)
+
+    def fail(*arguments, **options):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(module, "iterate_features", fail)
+    folder = told.folder() / "finetune" / "untrained-label-1-epochs-seed-0"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no fine-tuning .* choose another --output_dir"):
+        evaluate_model(told)
+    (folder / "finetune_arguments.json").write_text(json.dumps({"seed": 0, "learning_rate": 1.0}))
+    with pytest.raises(ValueError, match=r"learning_rate is 1\.0 there, 0\.001 here.*Delete the folder") as caught:
+        evaluate_model(told)
+    assert "overwrite_output_dir" not in str(caught.value).split("Delete")[1]
+    assert not (told.folder() / "features").exists()
+
+
+def test_scores_of_two_seeds_stand_beside_each_other(tell):
+    first = scores_of(tell(method=["knn", "low_shot"]))
+    assert [score["settings"]["seed"] for score in first] == [0] * 6
+    both = scores_of(tell(method=["knn", "low_shot"], seed=1))
+    assert both[:6] == first
+    assert [score["settings"]["seed"] for score in both[6:]] == [1] * 6
+    assert scores_of(tell(method=["knn"])) == both
+
+
+def test_what_becomes_of_an_image_is_written_and_another_transform_is_not_mixed_in(tell, model, tmp_path):
+    folder = tmp_path / "same-weights"
+    shutil.copytree(model, folder)
+    evaluate_model(tell(method=["knn"], model=str(folder)))
+    stored = json.loads((tell().folder() / "evaluation.json").read_text())
+    assert stored["data"]["transform"] == {
+        "size": [32, 32], "mean": MEAN, "std": STD, "resize": "whole image, bilinear, antialias",
+    }  # fmt: skip
+    fields = image_processor_fields((32, 32), MEAN, [0.5, 0.5, 0.5])
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"data\.transform\.std is \[0\.229"):
+        evaluate_model(tell(method=["knn"], model=str(folder)))
+
+
+def test_the_labels_are_called_by_the_name_of_their_column(tell, tmp_path):
+    def rename(columns, features, split):
+        columns["cls"], features["cls"] = columns.pop("label"), features.pop("label")
+
+    renamed = str(write_squares(tmp_path / "renamed", change=rename))
+    scores = scores_of(tell(method=["knn", "low_shot", "finetune"], dataset_name=renamed, num_train_epochs=1))
+    assert {score["target"] for score in scores} == {"cls"}
 
 
 def test_the_card_gets_the_models_own_scores(tell, model, capsys):
@@ -343,7 +404,7 @@ def test_the_card_gets_the_models_own_scores(tell, model, capsys):
     (model / "README.md").unlink()
     assert "knn of label, top-1 (45 training images, k 5" in printed
     assert "license: mit" in text
-    assert "name: top-1, knn of label with k 5, temperature 0.07, pooling mean, layers 1" in text
+    assert "name: top-1, knn of label with k 5, temperature 0.07, pooling mean, layers 1, seed 0" in " ".join(text.split())
     assert text.count("value:") == 1
     assert text.endswith("# Encoder\n")
 
@@ -395,6 +456,18 @@ def without(column):
     return change
 
 
+def constant(column, value, *splits):
+    def change(columns, features, split):
+        if split in splits:
+            columns[column] = [value] * len(columns[column])
+
+    return change
+
+
+def nearly_constant(columns, features, split):
+    columns["side"] = [1.5] * (len(columns["side"]) - 1) + [7.5]
+
+
 def one_class(columns, features, split):
     columns["label"] = [1] * len(columns["label"])
 
@@ -412,6 +485,9 @@ def unknown_test_mask(columns, features, split):
 
 def empty_masks(columns, features, split):
     columns["mask"] = [Image.new("L", (32, 32))] * len(columns["mask"])
+
+
+REGRESSION = {"method": ["regression"]}
 
 
 @pytest.mark.parametrize(
@@ -435,6 +511,14 @@ def empty_masks(columns, features, split):
         ),
         (None, {"pooling": "cls"}, "has no class token; use --pooling mean"),
         (None, {"method": ["regression"], "target_columns": ["size"]}, "column 'size' .* there are: 'side', 'count'"),
+        (
+            None,
+            REGRESSION | {"max_eval_samples": 2},
+            "R2 of 'side' can have no interval: .* the 2 test .* at least 10",
+        ),
+        (constant("count", 3, "test"), REGRESSION, "'count' is 3 in each of the 36 images of the split 'test'"),
+        (constant("count", 3, "train"), REGRESSION, "'count' is 3 in each of the 45 images of the split 'train'"),
+        (nearly_constant, REGRESSION, "'side' cannot be cut into bins .* 2 different values in 45 images"),
         (None, {"method": ["segmentation"], "mask_column_name": "boxes"}, "columns of pictures there are: 'mask'"),
         (unknown_test_mask, {"method": ["segmentation"]}, "pixels of class 9 in 'mask', above 3, the highest of the"),
         (empty_masks, {"method": ["segmentation"]}, "has pixels of one class only in 'mask'"),

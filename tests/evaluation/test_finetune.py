@@ -247,8 +247,10 @@ def test_the_pipeline_has_the_accuracy_of_the_report_where_the_package_cannot_be
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.strip().splitlines()[-1])
-    right = sum(answer == str(digits[index]["label"]) for answer, index in zip(answers, chosen, strict=True))
+    is_right = [answer == str(digits[index]["label"]) for answer, index in zip(answers, chosen, strict=True)]
+    right = sum(is_right)
     assert right == result["num_correct"]
+    assert result["wrong_images"] == [number for number, each in enumerate(is_right) if not each]
     assert result["accuracy"] == right / 60 == result["evaluations"][-1]["accuracy"]
     assert right > 12, "it has learned nothing, so that little is tested"
     assert len(result["evaluations"]) == 8

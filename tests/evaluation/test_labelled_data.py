@@ -86,6 +86,7 @@ def test_words_and_whole_numbers_are_classes_too(tmp_path):
     splits = load_labelled_splits(tell(dataset_name=str(folder)), 3)
     assert (splits.names, splits.train_labels.tolist()) == (["owl", "wren"], [1, 0, 1, 0, 1, 0])
     numbers = load_labelled_splits(tell(dataset_name=str(folder), label_column_name="kind"), 3)
+    assert numbers.label_column == "kind"
     assert (numbers.names, numbers.test_labels.tolist()) == (["7", "8", "9"], [0, 1, 2, 0, 1, 2])
 
 

@@ -2,17 +2,19 @@
 
 Features of the model, of the same network untrained, and raw pixels are judged alike. A method sees training images,
 their labels and test images, and returns what it predicts; test labels are used once, to count. Every score has the
-95 % interval of `intervals`, with the same draws of test images in every row.
+95 % interval of `intervals`, with the same draws of test images in every row, also in those of `finetune`.
 
     output_dir/
       evaluation.json       all scores, also those of earlier calls on the same model and images
       features/<hash>/      see `feature_store`
-      finetune/model/       the classifier of `--method finetune`, and `untrained/`, that from new weights
+      finetune/<row>-.../   the classifiers of `--method finetune`: from the model, and from new weights
 """
 
+import dataclasses
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,10 +37,10 @@ from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_b
 from ijepa_hf.evaluation.evaluate_arguments import OF_CLASSES, OF_PATCHES, OF_POOLED, EvaluationArguments
 from ijepa_hf.evaluation.feature_store import fingerprint_images, fingerprint_model, store_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.finetune import finetune
+from ijepa_hf.evaluation.finetune import ARGUMENTS_FILE, differing_arguments, finetune
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, commit_of, read_image_settings
-from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
+from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.knn import predict_knn
 from ijepa_hf.evaluation.labelled_data import (
     LabelledSplits,
@@ -71,6 +73,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST_LABELS = 5  # of a linear probe: four to fit and one to choose on
 _MOST_COUNTS = 20  # different whole numbers that are classes of their own
+_ENOUGH_NUMBERS = 10  # that differ: one draw in 10^9 holds one of them alone
 _IGNORED = 255  # class of pixels that do not count, in maps of classes
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn")
 
@@ -99,10 +102,12 @@ def evaluate_model(arguments: EvaluationArguments) -> str:
         backbone = _load_row(MODEL, subject, arguments)
         _check_model(backbone, arguments)
         _check_labels(data, arguments)
+        if "finetune" in arguments.method:
+            _check_finetunings(arguments, subject, data)
         output_dir = arguments.folder()
         path = output_dir / EVALUATION_FILE
         model = {"name": arguments.model, **subject.fingerprint}
-        images = data.describe(arguments)
+        images = data.describe(arguments, subject.settings)
         read_scores(path, model, images)
         output_dir.mkdir(parents=True, exist_ok=True)
         scores: list[Score] = []
@@ -201,8 +206,8 @@ class _Data:
     masks: "_Masks | None"
     boxes: TargetSplits | None
 
-    def describe(self, arguments: EvaluationArguments) -> dict[str, Any]:
-        """What says which images they are."""
+    def describe(self, arguments: EvaluationArguments, settings: ImageSettings) -> dict[str, Any]:
+        """What says which images they are, and what becomes of them."""
         return {
             "dataset_name": arguments.dataset_name,
             "train_split_name": arguments.train_split_name,
@@ -211,7 +216,13 @@ class _Data:
             "num_eval_images": len(self.test),
             "train_sha256": self.fingerprints["train"],
             "test_sha256": self.fingerprints["test"],
+            "transform": _transform(settings),
         }
+
+
+def _transform(settings: ImageSettings) -> dict[str, Any]:
+    shape, mean, std = settings
+    return {"size": shape, "mean": mean, "std": std, "resize": "whole image, bilinear, antialias"}
 
 
 class _Masks(NamedTuple):
@@ -279,6 +290,8 @@ def _check_labels(data: _Data, arguments: EvaluationArguments) -> None:
             f"there are {number} training images; a probe needs at least {_LEAST_LABELS}: use more "
             "(--max_train_samples), or --method knn."
         )
+    if data.numbers is not None:
+        _check_numbers(data.numbers, arguments)
     if "low_shot" in arguments.method:
         assert data.classes is not None
         for draw in _draws(data.classes, arguments):
@@ -287,6 +300,47 @@ def _check_labels(data: _Data, arguments: EvaluationArguments) -> None:
                     f"low_shot would be fitted to {len(draw)} labelled images, and a probe needs at least "
                     f"{_LEAST_LABELS}: use a larger --samples_per_class or --label_fraction."
                 )
+
+
+def _check_numbers(numbers: TargetSplits, arguments: EvaluationArguments) -> None:
+    """R2 is a share of how much the test numbers vary, so they must, in every draw of the interval."""
+    for place, column in enumerate(arguments.numbers()):
+        train_y, test_y = numbers.train_targets[:, place], numbers.test_targets[:, place]
+        for split, values in ((arguments.train_split_name, train_y), (arguments.eval_split_name, test_y)):
+            if np.ptp(values) == 0:
+                raise ValueError(
+                    f"{column!r} is {values[0]:g} in each of the {len(values)} images of the split {split!r}: there "
+                    "is nothing to predict. Leave it out of --target_columns, or use more images."
+                )
+        _to_classes(column, train_y, test_y)
+
+        def of_draws(weights: np.ndarray, test_y: np.ndarray = test_y) -> np.ndarray:
+            low, high = (np.where(weights > 0, test_y, end) for end in (np.inf, -np.inf))
+            spread = high.max(axis=1) - low.min(axis=1)
+            return np.where(spread > 0, spread, np.nan)
+
+        try:
+            bootstrap_interval(of_draws, len(test_y), arguments.seed)
+        except ValueError as error:
+            raise ValueError(
+                f"R2 of {column!r} can have no interval: among {RESAMPLES} draws of the {len(test_y)} test images are "
+                f"such with equal numbers only. Use at least {_ENOUGH_NUMBERS} test images (--max_eval_samples) whose "
+                "numbers differ."
+            ) from error
+
+
+def _to_classes(column: str, train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Numbers as classes: few whole ones are their own (test numbers are rounded), others are cut into bins."""
+    if (train_y == train_y.round()).all() and len(np.unique(train_y)) <= _MOST_COUNTS:
+        return train_y.astype(int), test_y.round().astype(int), "its values"
+    try:
+        edges = distance_bins(train_y)
+    except ValueError as error:
+        raise ValueError(
+            f"{column!r} cannot be cut into bins with as many training images each: it has {len(np.unique(train_y))} "
+            f"different values in {len(train_y)} images. Leave it out of --target_columns, or use more images."
+        ) from error
+    return to_bins(train_y, edges), to_bins(test_y, edges), f"{len(edges) + 1} bins"
 
 
 def _draws(classes: LabelledSplits, arguments: EvaluationArguments) -> list[np.ndarray]:
@@ -352,7 +406,7 @@ class _Features:
                 "kind": kind,
                 **depends_on,
                 "images": {"sha256": self.data.fingerprints[split], "column": images.images.column},
-                "transform": {"size": shape, "mean": mean, "std": std, "resize": "whole image, bilinear, antialias"},
+                "transform": _transform(self.subject.settings),
                 "dtype": "float32",
                 "device": device.type,
                 "versions": _versions(),
@@ -382,7 +436,7 @@ def _scores(
             yield _METHODS[method](features, method)
     if "finetune" in arguments.method:
         for row in (MODEL, UNTRAINED):
-            yield [_finetuned(row, arguments, subject)]
+            yield [_finetuned(row, arguments, subject, data)]
 
 
 def _classify(features: _Features, method: str) -> list[Score]:
@@ -404,7 +458,7 @@ def _classify(features: _Features, method: str) -> list[Score]:
             predicted = predict_linear(train_x, train_y, test_x, seed=arguments.seed)
         else:
             predicted = predict_linear_sgd(train_x, train_y, test_x, seed=arguments.seed, device=_device(arguments))
-    return [_top_1(features, method, _label_name(arguments), settings, predicted, classes.test_labels)]
+    return [_top_1(features, method, classes.label_column, settings, predicted, classes.test_labels)]
 
 
 def _classify_with_few_labels(features: _Features, method: str) -> list[Score]:
@@ -421,7 +475,7 @@ def _classify_with_few_labels(features: _Features, method: str) -> list[Score]:
         Score(
             method=method,
             features=features.row,
-            target=_label_name(arguments),
+            target=classes.label_column,
             metric="top-1",
             value=float(np.mean(right)),
             interval=mean_interval(np.mean(right, axis=0), arguments.seed),
@@ -429,7 +483,7 @@ def _classify_with_few_labels(features: _Features, method: str) -> list[Score]:
             num_eval_images=len(test_x),
             settings={
                 "samples_per_class": samples, "label_fraction": fraction, "num_label_draws": arguments.num_label_draws,
-                **_pooled_settings(arguments),
+                **_pooled_settings(arguments), "seed": arguments.seed,
             },
             draws=[float(np.mean(of_draw)) for of_draw in right],
         )
@@ -451,13 +505,7 @@ def _regress(features: _Features, method: str) -> list[Score]:
     for place, column in enumerate(arguments.numbers()):
         train_y, test_y = numbers.train_targets[:, place], numbers.test_targets[:, place]
         scores.append(_r2(features, method, column, settings, quantities[:, place], test_y))
-        is_count = (train_y == train_y.round()).all() and len(np.unique(train_y)) <= _MOST_COUNTS
-        if is_count:
-            train_classes, test_classes, classes = train_y.astype(int), test_y.round().astype(int), "its values"
-        else:
-            edges = distance_bins(train_y)
-            train_classes, test_classes = to_bins(train_y, edges), to_bins(test_y, edges)
-            classes = f"{len(edges) + 1} bins"
+        train_classes, test_classes, classes = _to_classes(column, train_y, test_y)
         predicted = predict_linear(train_x, train_classes, test_x, seed=arguments.seed)
         scores.append(_top_1(features, method, column, {"classes": classes, **settings}, predicted, test_classes))
     return scores
@@ -510,35 +558,62 @@ def _localize(features: _Features, method: str) -> list[Score]:
     return [_score(features, method, column, "IoU", value, interval, settings, len(predicted))]
 
 
-def _finetuned(row: str, arguments: EvaluationArguments, subject: _Subject) -> Score:
-    folder = arguments.folder() / FINETUNE_FOLDER / row
-    shared = {name: getattr(arguments, name) for name in _DATA_FLAGS}
-    is_begun = (folder / "finetune_arguments.json").is_file()
-    finetune(
-        FinetuningArguments(
-            model=arguments.model,
-            model_revision=subject.commit,
-            output_dir=str(folder),
-            resume_from_checkpoint="latest" if is_begun else None,
-            from_scratch=row == UNTRAINED,
-            num_train_epochs=arguments.num_train_epochs,
-            num_cpu_threads=arguments.num_cpu_threads,
-            seed=arguments.seed,
-            **shared,
-        )
+def _finetuning(
+    row: str, arguments: EvaluationArguments, subject: _Subject, classes: LabelledSplits
+) -> FinetuningArguments:
+    """What a fine-tuning is told. Another label, length or seed is another folder, so that none is in the way."""
+    label = re.sub(r"[^\w.-]+", "-", classes.label_column)
+    name = f"{row}-{label}-{arguments.num_train_epochs:.10g}-epochs-seed-{arguments.seed}"
+    return FinetuningArguments(
+        model=arguments.model,
+        model_revision=subject.commit,
+        output_dir=str(arguments.folder() / FINETUNE_FOLDER / name),
+        from_scratch=row == UNTRAINED,
+        num_train_epochs=arguments.num_train_epochs,
+        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in _DATA_FLAGS},
     )
+
+
+def _check_finetunings(arguments: EvaluationArguments, subject: _Subject, data: _Data) -> None:
+    """That both folders are free, or hold the very fine-tuning that is asked for, is found before any work."""
+    assert data.classes is not None
+    for row in (MODEL, UNTRAINED):
+        told = _finetuning(row, arguments, subject, data.classes)
+        folder = Path(str(told.output_dir))
+        if not folder.exists() or not any(folder.iterdir()):
+            continue
+        if not (folder / ARGUMENTS_FILE).is_file():
+            raise ValueError(
+                f"{folder} is not empty and holds no fine-tuning of ijepa-hf; move it away, or choose another "
+                "--output_dir."
+            )
+        differing = differing_arguments(folder, dataclasses.asdict(told))
+        if differing:
+            raise ValueError(
+                f"{folder} holds another fine-tuning: {'; '.join(differing)}. Delete the folder, or choose another "
+                "--output_dir."
+            )
+
+
+def _finetuned(row: str, arguments: EvaluationArguments, subject: _Subject, data: _Data) -> Score:
+    assert data.classes is not None
+    told = _finetuning(row, arguments, subject, data.classes)
+    folder = Path(str(told.output_dir))
+    is_begun = (folder / ARGUMENTS_FILE).is_file()
+    finetune(dataclasses.replace(told, resume_from_checkpoint="latest" if is_begun else None))
     result = json.loads((folder / "finetune.json").read_text("utf-8"))
-    right = np.arange(result["num_eval_images"]) < result["num_correct"]
+    right = ~np.isin(np.arange(result["num_eval_images"]), result["wrong_images"])
     return Score(
         method="finetune",
         features=row,
-        target=_label_name(arguments),
+        target=data.classes.label_column,
         metric="top-1",
         value=result["accuracy"],
         interval=mean_interval(right, arguments.seed),
         num_train_images=result["num_train_images"],
         num_eval_images=result["num_eval_images"],
-        settings={"num_train_epochs": arguments.num_train_epochs},
+        settings={"num_train_epochs": arguments.num_train_epochs, "seed": arguments.seed},
     )
 
 
@@ -557,10 +632,6 @@ _METHODS: dict[str, Callable[[_Features, str], list[Score]]] = {
 
 def _pooled_settings(arguments: EvaluationArguments) -> dict[str, Any]:
     return {"pooling": arguments.pooling, "layers": arguments.layers}
-
-
-def _label_name(arguments: EvaluationArguments) -> str:
-    return arguments.label_column_name or "label"
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -605,4 +676,5 @@ def _score(
     num_eval_images: int,
 ) -> Score:
     number = len(features.data.train)
+    settings = {**settings, "seed": features.arguments.seed}
     return Score(method, features.row, target, metric, value, interval, number, num_eval_images, settings)

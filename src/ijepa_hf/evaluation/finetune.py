@@ -27,6 +27,7 @@ from pickle import UnpicklingError
 from typing import Any, cast
 
 import huggingface_hub
+import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub import errors as hub
@@ -379,10 +380,14 @@ def finetune(arguments: FinetuningArguments) -> str:
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - start
+    scored = trainer.predict(cast(Any, trainer.eval_dataset))
+    wrong = np.flatnonzero(scored.predictions != scored.label_ids)
     vars(model.config).pop("auto_map", None)  # it names the code of the full model, which is not in this folder
     model.eval().save_pretrained(output_dir)
     _write_json(output_dir / "preprocessor_config.json", image_processor_fields(*settings))
-    result = source | finetuning_result(trainer.state, splits, values, seconds=seconds, resumed_from=checkpoint)
+    result = source | finetuning_result(
+        trainer.state, splits, values, wrong, seconds=seconds, resumed_from=checkpoint
+    )  # fmt: skip
     (output_dir / "figures").mkdir(exist_ok=True)
     draw_finetuning_curves(result, output_dir / "figures" / "curves.png")
     card = render_finetuning_card(result)
@@ -514,16 +519,32 @@ def _check_output_dir(output_dir: Path, arguments: FinetuningArguments, values: 
         )
 
 
-def _check_same_run(folder: Path, values: Mapping[str, Any]) -> None:
+def differing_arguments(folder: Path, values: Mapping[str, Any]) -> list[str]:
+    """What makes a fine-tuning another one than that in a folder.
+
+    Args:
+        folder: Holds a fine-tuning, finished or not.
+        values: Arguments of `FinetuningArguments`; those that a continuation is free to change do not count.
+
+    Returns:
+        Such as "seed is 0 there, 1 here"; nothing where the two are one.
+
+    Raises:
+        ValueError: If the file of its arguments is damaged.
+    """
     try:
         stored = json.loads((folder / ARGUMENTS_FILE).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / ARGUMENTS_FILE} is damaged ({error}); choose another --output_dir.") from error
-    differing = [
+    return [
         f"{name} is {stored.get(name)!r} there, {value!r} here"
         for name, value in values.items()
         if name not in _FREE_ARGUMENTS and stored.get(name) != value
     ]
+
+
+def _check_same_run(folder: Path, values: Mapping[str, Any]) -> None:
+    differing = differing_arguments(folder, values)
     if differing:
         raise ValueError(
             f"{str(folder)!r} holds another fine-tuning: {'; '.join(differing)}. Choose another --output_dir, or add "

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from matplotlib.figure import Figure
@@ -37,7 +38,13 @@ def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
 
 
 def finetuning_result(
-    state: Any, splits: LabelledSplits, values: Mapping[str, Any], *, seconds: float, resumed_from: Path | None
+    state: Any,
+    splits: LabelledSplits,
+    values: Mapping[str, Any],
+    wrong_images: np.ndarray,
+    *,
+    seconds: float,
+    resumed_from: Path | None,
 ) -> dict[str, Any]:
     """Gathers the numbers of a fine-tuning out of what `Trainer` has logged.
 
@@ -45,6 +52,7 @@ def finetuning_result(
         state: `Trainer.state` after the last step, with at least one evaluation.
         splits: The images.
         values: The arguments, as they were asked for.
+        wrong_images: Numbers of the held-out images that the last epoch's model gets wrong, ascending.
         seconds: Time of the training.
         resumed_from: The checkpoint, if any.
 
@@ -63,6 +71,7 @@ def finetuning_result(
         "accuracy_interval": list(wilson_interval(num_correct, len(splits.test))),
         "num_correct": num_correct,
         "num_eval_images": len(splits.test),
+        "wrong_images": wrong_images.tolist(),
         "num_train_images": len(splits.train),
         "classes": splits.names,
         "steps": state.global_step,

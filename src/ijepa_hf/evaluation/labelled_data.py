@@ -161,6 +161,7 @@ class LabelledSplits(NamedTuple):
         test: Held-out images.
         test_labels: int64 `[m]`.
         names: Of the classes 0 .. C-1.
+        label_column: Where the labels are from.
     """
 
     train: ImageRows
@@ -168,6 +169,7 @@ class LabelledSplits(NamedTuple):
     test: ImageRows
     test_labels: np.ndarray
     names: list[str]
+    label_column: str
 
 
 def load_labelled_splits(
@@ -210,7 +212,7 @@ def load_labelled_splits(
         )
     chosen = choose_labelled(train_labels, samples_per_class, label_fraction, seed, names=names)
     images = [_image_rows(dataset, flags, num_channels) for dataset in (train.select(chosen), test)]
-    return LabelledSplits(images[0], train_labels[chosen], images[1], test_labels, names)
+    return LabelledSplits(images[0], train_labels[chosen], images[1], test_labels, names, column)
 
 
 def choose_labelled(
