@@ -404,7 +404,9 @@ def test_the_card_gets_the_models_own_scores(tell, model, capsys):
     (model / "README.md").unlink()
     assert "knn of label, top-1 (45 training images, k 5" in printed
     assert "license: mit" in text
-    assert "name: top-1, knn of label with k 5, temperature 0.07, pooling mean, layers 1, seed 0" in " ".join(text.split())
+    assert "name: top-1, knn of label with k 5, temperature 0.07, pooling mean, layers 1, seed 0" in " ".join(
+        text.split()
+    )
     assert text.count("value:") == 1
     assert text.endswith("# Encoder\n")
 
@@ -545,6 +547,9 @@ def test_a_model_without_patches_is_refused_where_a_method_needs_them(tell, tmp_
     for method in ("attentive", "segmentation", "localization"):
         with pytest.raises(ValueError, match=f"method='{method}' needs a vector for each patch"):
             evaluate_model(tell(model=str(folder), method=["knn", method]))
+    with pytest.raises(ValueError, match=r"no plain stack of layers.* leave finetune out of --method"):
+        evaluate_model(tell(model=str(folder), method=["knn", "finetune"]))
+    assert not tell().folder().exists()
     assert len(scores_of(tell(model=str(folder), method=["knn"]))) == 3
 
 

@@ -37,7 +37,13 @@ from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_b
 from ijepa_hf.evaluation.evaluate_arguments import OF_CLASSES, OF_PATCHES, OF_POOLED, EvaluationArguments
 from ijepa_hf.evaluation.feature_store import fingerprint_images, fingerprint_model, store_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.finetune import ARGUMENTS_FILE, differing_arguments, finetune
+from ijepa_hf.evaluation.finetune import (
+    ARGUMENTS_FILE,
+    differing_arguments,
+    finetune,
+    load_classifier,
+    parameter_groups,
+)
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
@@ -576,8 +582,17 @@ def _finetuning(
 
 
 def _check_finetunings(arguments: EvaluationArguments, subject: _Subject, data: _Data) -> None:
-    """That both folders are free, or hold the very fine-tuning that is asked for, is found before any work."""
+    """Whether the model can be fine-tuned, and both folders are free or hold this very fine-tuning."""
     assert data.classes is not None
+    told = _finetuning(MODEL, arguments, subject, data.classes)
+    try:
+        model = load_classifier(told, data.classes.names)
+        parameter_groups(model, told.learning_rate, told.layer_decay, told.weight_decay)
+    except ValueError as error:
+        raise ValueError(
+            f"method='finetune' is ijepa-hf finetune with its defaults, and model={arguments.model!r} does not fit: "
+            f"{error} Use that command with its own flags, and leave finetune out of --method."
+        ) from error
     for row in (MODEL, UNTRAINED):
         told = _finetuning(row, arguments, subject, data.classes)
         folder = Path(str(told.output_dir))
