@@ -316,8 +316,8 @@ def _check_numbers(numbers: TargetSplits, arguments: EvaluationArguments) -> Non
             if np.ptp(values) == 0:
                 raise ValueError(
                     f"{column!r} is {values[0]:g} in each of the {len(values)} images of the split {split!r}: there "
-                    f"is nothing to predict. Leave it out of --target_columns, or use more images ({_ENOUGH_NUMBERS} whose "
-                    "numbers differ are enough)."
+                    f"is nothing to predict. Leave it out of --target_columns, or use more images ({_ENOUGH_NUMBERS} "
+                    "whose numbers differ are enough)."
                 )
         _to_classes(column, train_y, test_y)
 
