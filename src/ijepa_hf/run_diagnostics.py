@@ -14,7 +14,7 @@ from ijepa_hf.feature_figures import draw_training_figures
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, append_rows, read_rows
 
-COST_IN_STEPS = 1.2  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
+COST_IN_STEPS = 1.3  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
 MOST_SHARE = 0.01  # of the time, that goes into rows
 LEAST_STEPS = 100  # between two rows, and as many as the width: spectra cost the more, the wider the features are
 MOST_DRAWING_SHARE = 0.02  # of the time, that goes into pictures before the end
