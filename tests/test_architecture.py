@@ -61,7 +61,7 @@ LAYERS = {
     "collapse_verdict": 0,
     "panels": 0,
     "evaluation.intervals": 0,
-    "evaluation.metrics": 0,
+    "evaluation.metrics": 3,
     "evaluation.splits": 0,
     "diagnostics_figure": 1,
     "evaluation.attentive_probe": 1,
