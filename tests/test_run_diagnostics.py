@@ -35,7 +35,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_rows_are_so_seldom_that_their_images_are_a_hundredth_of_the_runs(batch: int, steps: int):
     assert steps_between(batch, 64) == steps
     assert steps_between(batch, 768) == max(steps, 768)
-    assert MOST_SHARE * steps * batch >= 1.3 * 48 or steps == 100
+    assert MOST_SHARE * steps * batch >= 1.3 * 48 - 1e-9 or steps == 100
 
 
 def test_rows_are_due_at_the_first_and_last_step_and_in_between():

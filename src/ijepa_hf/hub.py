@@ -425,7 +425,8 @@ class HubUploader:
         upload.outcome = event
         upload.staged.remove()
         self._running = None
-        self._failure = event.get("reason")
+        if upload.step == self._submitted:  # an older state says nothing of why a newer one did not arrive
+            self._failure = event.get("reason")
         if event["event"] == "done":
             assert self._held is not None
             self._arrived, self._has_report = upload.step, has_report
