@@ -120,6 +120,8 @@ def test_a_predictor_of_a_very_short_run_has_had_no_time():
 def test_rows_close_to_each_other_and_momenta_near_one_are_not_stuck():
     close = {"ema_expected": 9e-4, "target_moved": 9e-4}
     assert name({}, close, close, close) == "healthy"
+    unseen = {"ema_expected": 5e-4, "target_moved": 0.0}  # less than can be told from rounding
+    assert name({}, unseen, unseen, unseen) == "healthy"
 
 
 def test_steps_that_leave_both_encoders_alone_are_not_stuck():
