@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -150,6 +151,18 @@ def test_a_picture_that_cannot_be_written_is_no_reason_for_no_verdict(
     text = capsys.readouterr().out
     assert "verdict at step 6" in text
     assert "no picture:" in text
+
+
+def test_a_model_is_measured_on_its_runs_own_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = [
+        Image.fromarray(pixels) for pixels in np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
+    ]
+    features = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"left": images, "right": images[::-1]}, features=features)
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    run = tiny_run(tmp_path / "run", dataset_name=str(tmp_path / "pairs.parquet"), image_column_name="right")
+    assert main(["diagnose", str(run)]) in (0, 5)
+    assert "verdict" in capsys.readouterr().out
 
 
 def test_a_damaged_row_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
