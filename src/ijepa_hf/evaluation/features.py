@@ -70,7 +70,10 @@ def iterate_features(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
 
-    def read(index: int) -> torch.Tensor:
+    def read(indices: range) -> list[torch.Tensor]:
+        return [read_one(index) for index in indices]
+
+    def read_one(index: int) -> torch.Tensor:
         try:
             return resize(images[index], shape)
         except ValueError as error:
@@ -84,16 +87,20 @@ def iterate_features(
         for number, part in enumerate(parts)
         for start in range(0, len(part), batch_size)
     ]
-    pool = ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1), "read-images")
+    num_readers = min(_MOST_READERS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(num_readers, "read-images")
     with tqdm(total=sum(map(len, parts)), desc=description, unit=" images", disable=None) as bar:
         try:
-            waiting: deque[list[Future[torch.Tensor]]] = deque()
+            waiting: deque[list[Future[list[torch.Tensor]]]] = deque()
             done: list[np.ndarray] = []
             upcoming = iter(batches)
             for number, batch in batches:
                 while len(waiting) <= _BATCHES_AHEAD and (following := next(upcoming, None)) is not None:
-                    waiting.append([pool.submit(read, index) for index in following[1]])
-                pixels = stack_images([future.result() for future in waiting.popleft()])
+                    # a stretch for each thread: handing over single small images costs as much as decoding them
+                    step = -(-len(following[1]) // num_readers)
+                    stretches = [following[1][start : start + step] for start in range(0, len(following[1]), step)]
+                    waiting.append([pool.submit(read, stretch) for stretch in stretches])
+                pixels = stack_images([image for future in waiting.popleft() for image in future.result()])
                 done.append(encode(normalize(pixels.to(device), mean, std)).float().cpu().numpy())
                 bar.update(len(batch))
                 if batch.stop == parts[number].stop:
