@@ -543,6 +543,32 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parses a command's flags.
+
+    Args:
+        parser: Of the command; `prog` is its name, such as "ijepa-hf finetune".
+        argv: What follows the command.
+
+    Returns:
+        Names and values.
+
+    Raises:
+        ValueError: If a flag is unknown; names the nearest.
+    """
+    named, unknown = parser.parse_known_args(argv)
+    if unknown:
+        nearest = nearest_name(unknown[0].split("=")[0], flag_names(parser))
+        raise ValueError(f"{unknown[0]!r} is no flag of {parser.prog}{nearest}")
+    return named
+
+
+def flag_names(parser: argparse.ArgumentParser) -> set[str]:
+    """Returns a parser's flags, such as `--seed`; of those spelt with `_` and with `-`, the first."""
+    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    return {flag for flag in flags if "-" not in flag[2:] or f"--{flag[2:].replace('-', '_')}" not in flags}
+
+
 def nearest_name(name: str, known: set[str]) -> str:
     """The end of a message about a name that does not exist.
 

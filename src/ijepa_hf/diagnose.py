@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, HfArgumentParser
 
-from ijepa_hf.arguments import DataArguments, nearest_name
+from ijepa_hf.arguments import DataArguments, parse_flags
 from ijepa_hf.collapse_demo import run_demo
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
 from ijepa_hf.collapse_verdict import HEALTHY, LOSS_RISING, UNKNOWN, CollapseVerdict, judge_collapse
@@ -117,12 +117,7 @@ def diagnose(argv: Sequence[str]) -> tuple[str, int]:
         OSError: If a model cannot be loaded.
         ValueError: If a flag is bad or unknown, or the images cannot be used.
     """
-    named, unknown = build_diagnose_parser().parse_known_args(argv)
-    if unknown:
-        known = {f"--{entry.name}" for entry in dataclasses.fields(DiagnoseFlags)}
-        raise ValueError(
-            f"{unknown[0]!r} is no flag of ijepa-hf diagnose{nearest_name(unknown[0].split('=')[0], known)}"
-        )
+    named = parse_flags(build_diagnose_parser(), argv)
     values = dict(vars(named))
     model = values.pop("model")
     flags = DiagnoseFlags(**values)

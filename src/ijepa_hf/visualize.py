@@ -24,8 +24,9 @@ from ijepa_hf.arguments import (
     DataArguments,
     ModelArguments,
     as_flags,
+    flag_names,
     load_recipe,
-    nearest_name,
+    parse_flags,
     recipe_names,
 )
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
@@ -105,7 +106,7 @@ def visualize(argv: Sequence[str]) -> str:
 
 def visualize_flags() -> set[str]:
     """Returns the flags of all three forms of the command."""
-    return _flags_of(_masks_parser()) | _flags_of(_figure_parser()) | _flags_of(_html_parser())
+    return flag_names(_masks_parser()) | flag_names(_figure_parser()) | flag_names(_html_parser())
 
 
 def _check_output(output: Path, suffix: str) -> None:
@@ -115,19 +116,6 @@ def _check_output(output: Path, suffix: str) -> None:
         )
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}; make it first.")
-
-
-def _flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-
-
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parses; an unknown flag is a `ValueError` that names the nearest known one."""
-    named, unknown = parser.parse_known_args(argv)
-    if unknown:
-        nearest = nearest_name(unknown[0].split("=")[0], _flags_of(parser))
-        raise ValueError(f"{unknown[0]!r} is no flag of ijepa-hf visualize{nearest}")
-    return named
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
@@ -164,7 +152,7 @@ def _draw_first_masks(config: IJepaConfig, data: DataArguments, batch_size: int,
 def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArguments, DataArguments]:
     """The command's own flags, and the recipe's arguments with flags over them."""
     parser = _masks_parser()
-    named, known = _parse(parser, argv), _flags_of(parser)
+    named, known = parse_flags(parser, argv), flag_names(parser)
     values = {name: value for name, value in load_recipe(named.masks).items() if f"--{name}" in known}
     if any(word.split("=")[0] == "--masking_strategy" for word in argv):
         # The recipe's numbers were meant for its own strategy; those that the new one has no use for go with it.
@@ -202,7 +190,7 @@ def _masks_parser() -> HfArgumentParser:
 
 
 def _draw_html(argv: Sequence[str]) -> str:
-    named = _parse(_html_parser(), argv)
+    named = parse_flags(_html_parser(), argv)
     output = Path(named.output)
     _check_output(output, ".html")
     write_html_report(Path(named.html), output)
@@ -295,7 +283,7 @@ class _Request(NamedTuple):
 
 
 def _draw_figure(argv: Sequence[str]) -> str:
-    named = _parse(_figure_parser(), argv)
+    named = parse_flags(_figure_parser(), argv)
     output = Path(named.output or f"{named.figure}.png")
     box = _check_flags(named)
     _check_output(output, ".png")

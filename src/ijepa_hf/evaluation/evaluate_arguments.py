@@ -1,7 +1,6 @@
 """What `ijepa-hf evaluate` is told: its flags, their checks and its parser."""
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ijepa_hf.arguments import nearest_name
+from ijepa_hf.arguments import nearest_name, parse_flags
 from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
 from ijepa_hf.evaluation.knn import NEIGHBOURS
 from ijepa_hf.evaluation.labelled_data import LabelledDataFlags, flag
@@ -154,12 +153,7 @@ def parse_evaluate_arguments(argv: Sequence[str]) -> EvaluationArguments:
     Raises:
         ValueError: If a flag is unknown (the nearest is named), or a value is bad.
     """
-    named, unknown = build_evaluate_parser().parse_known_args(argv)
-    if unknown:
-        known = {f"--{entry.name}" for entry in dataclasses.fields(EvaluationFlags)}
-        raise ValueError(
-            f"{unknown[0]!r} is no flag of ijepa-hf evaluate{nearest_name(unknown[0].split('=')[0], known)}"
-        )
+    named = parse_flags(build_evaluate_parser(), argv)
     arguments = EvaluationArguments(**vars(named))
     arguments.check()
     return arguments

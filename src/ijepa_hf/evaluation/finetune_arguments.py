@@ -1,13 +1,12 @@
 """What `ijepa-hf finetune` is told: its flags, their checks and its parser."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import HfArgumentParser
 
-from ijepa_hf.arguments import nearest_name
+from ijepa_hf.arguments import parse_flags
 from ijepa_hf.evaluation.labelled_data import LabelledDataFlags, flag
 
 
@@ -114,12 +113,7 @@ def parse_finetune_arguments(argv: Sequence[str]) -> FinetuningArguments:
     Raises:
         ValueError: If a flag is unknown (the nearest is named), or a value is bad.
     """
-    named, unknown = build_finetune_parser().parse_known_args(argv)
-    if unknown:
-        known = {f"--{entry.name}" for entry in dataclasses.fields(FinetuningFlags)}
-        raise ValueError(
-            f"{unknown[0]!r} is no flag of ijepa-hf finetune{nearest_name(unknown[0].split('=')[0], known)}"
-        )
+    named = parse_flags(build_finetune_parser(), argv)
     arguments = FinetuningArguments(**vars(named))
     arguments.check()
     return arguments
