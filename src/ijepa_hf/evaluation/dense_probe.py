@@ -1,7 +1,9 @@
 """Where things are, read off frozen patch features: linear segmentation, and the box of the largest object."""
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -68,6 +70,33 @@ def predict_segmentation(
     Source: the linear protocol for segmentation of DINOv2 (arXiv 2304.07193), section 7.4, without its augmentations;
         the settings of the optimiser are ours.
     """
+    if len(mask_shape) != 2 or min(mask_shape) < 1:
+        raise ValueError(f"mask_shape={mask_shape} must be (height, width), 1 or more.")
+    rows = _learnable_images(train_patches, train_masks, test_patches, num_classes, ignore_index)
+    probe = _SegmentationProbe(
+        train_patches, train_masks, num_classes, ignore_index, epochs, batch_size, seed, torch.device(device)
+    )
+    probe.check(learning_rates)
+    fit, held_out = (rows[part] for part in hold_out(len(rows), seed=seed))
+    scores = [probe.score(layer, held_out) for layer in probe.train(fit, learning_rates)]
+    best = int(np.argmax(scores))
+    logger.info(
+        "segmentation: learning rate %g was chosen, mean IoU %.4f on %d training images",
+        learning_rates[best], scores[best], len(held_out),
+    )  # fmt: skip
+    (layer,) = probe.train(rows, [learning_rates[best]])
+    if scores[best] < 0 or not _is_finite(layer):
+        raise ValueError(f"the segmentation probe diverged with learning_rates={learning_rates}: give lower ones.")
+    predicted = np.empty((len(test_patches), *mask_shape), dtype=np.int64)
+    for batch, patches in probe.batches(test_patches, np.arange(len(test_patches))):
+        predicted[batch] = _resized_logits(layer, patches, mask_shape).argmax(dim=1).cpu().numpy()
+    return predicted
+
+
+def _learnable_images(
+    train_patches: np.ndarray, train_masks: np.ndarray, test_patches: np.ndarray, num_classes: int, ignore_index: int
+) -> np.ndarray:
+    """Checks the arrays; the numbers of the training images that have a pixel to learn from."""
     check_features(
         train_patches,
         train_masks,
@@ -80,12 +109,6 @@ def predict_segmentation(
             f"num_classes={num_classes} must be at least 2, and the {len(train_patches)} training images at least "
             f"{_LEAST_IMAGES}."
         )
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1.")
-    if not learning_rates or not all(0 < rate < np.inf for rate in learning_rates):
-        raise ValueError(f"learning_rates={learning_rates} must hold one or more numbers above 0.")
-    if len(mask_shape) != 2 or min(mask_shape) < 1:
-        raise ValueError(f"mask_shape={mask_shape} must be (height, width), 1 or more.")
     if np.ndim(train_masks) != 3:
         raise ValueError(f"train_masks of shape {np.shape(train_masks)} must be [n, height, width].")
     _check_masks("train_masks", train_masks, num_classes, ignore_index)
@@ -95,62 +118,81 @@ def predict_segmentation(
             f"train_masks has {len(learnable)} images with a pixel that is not ignore_index={ignore_index}: take at "
             f"least {_LEAST_IMAGES}."
         )
-    mean, deviation = _patch_statistics(train_patches)
+    return np.array(learnable)
 
-    def batches(patches: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        for start in range(0, len(rows), batch_size):
-            batch = np.sort(rows[start : start + batch_size])  # in the order of a memory-mapped file
+
+def _is_finite(layer: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in layer.parameters())
+
+
+@dataclass(frozen=True)
+class _SegmentationProbe:
+    """Linear layers on standardised patches of the training images, and their score; see `predict_segmentation`."""
+
+    patches: np.ndarray
+    masks: np.ndarray
+    num_classes: int
+    ignore_index: int
+    epochs: int
+    batch_size: int
+    seed: int
+    device: torch.device
+
+    def check(self, learning_rates: Sequence[float]) -> None:
+        """Raises `ValueError` for a bad setting."""
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"epochs={self.epochs} and batch_size={self.batch_size} must be at least 1.")
+        if not learning_rates or not all(0 < rate < np.inf for rate in learning_rates):
+            raise ValueError(f"learning_rates={learning_rates} must hold one or more numbers above 0.")
+
+    @functools.cached_property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of the training images' patches."""
+        return _patch_statistics(self.patches)
+
+    def batches(self, patches: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Numbers of images and their standardised patches, a batch at a time."""
+        mean, deviation = self.statistics
+        for start in range(0, len(rows), self.batch_size):
+            batch = np.sort(rows[start : start + self.batch_size])  # in the order of a memory-mapped file
             standardised = (np.asarray(patches[batch], dtype=np.float32) - mean) / deviation
-            yield batch, torch.as_tensor(standardised, device=device)
+            yield batch, torch.as_tensor(standardised, device=self.device)
 
-    def trained(rows: np.ndarray, rates: Sequence[float]) -> nn.ModuleList:
+    def train(self, rows: np.ndarray, rates: Sequence[float]) -> nn.ModuleList:
+        """Trains a layer for each learning rate, on the same batches."""
+        width = self.patches.shape[-1]
         layers = nn.ModuleList()
         for _ in rates:
-            layer = nn.utils.skip_init(nn.Linear, len(mean), num_classes, device=torch.device(device))
+            layer = nn.utils.skip_init(nn.Linear, width, self.num_classes, device=self.device)
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
             layers.append(layer)
         groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, rates, strict=True)]
         optimizer = torch.optim.Adam(groups)
-        steps = epochs * -(-len(rows) // batch_size)
+        steps = self.epochs * -(-len(rows) // self.batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share_at(step, total_steps=steps))
-        generator = torch.Generator().manual_seed(seed)
-        for _ in tqdm(range(epochs), desc=f"segmentation, {len(rates)} at once", unit="epoch", disable=None):
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in tqdm(range(self.epochs), desc=f"segmentation, {len(rates)} at once", unit="epoch", disable=None):
             order = rows[torch.randperm(len(rows), generator=generator).numpy()]
-            for batch, patches in batches(train_patches, order):
-                masks = torch.as_tensor(np.asarray(train_masks[batch], dtype=np.int64), device=patches.device)
+            for batch, patches in self.batches(self.patches, order):
+                masks = torch.as_tensor(np.asarray(self.masks[batch], dtype=np.int64), device=patches.device)
                 optimizer.zero_grad()
-                torch.stack([_pixel_loss(layer, patches, masks, ignore_index) for layer in layers]).sum().backward()
+                losses = [_pixel_loss(layer, patches, masks, self.ignore_index) for layer in layers]
+                torch.stack(losses).sum().backward()
                 optimizer.step()
                 schedule.step()
         return layers.requires_grad_(False)
 
-    def score(layer: nn.Module, rows: np.ndarray) -> float:
-        # A layer that diverged has no score, whatever class argmax makes of NaN.
-        if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+    def score(self, layer: nn.Module, rows: np.ndarray) -> float:
+        """Mean IoU on some training images; -1 for a layer that diverged, whatever class argmax makes of NaN."""
+        if not _is_finite(layer):
             return -1.0
         counts = []
-        for batch, patches in batches(train_patches, rows):
-            masks = np.asarray(train_masks[batch])
+        for batch, patches in self.batches(self.patches, rows):
+            masks = np.asarray(self.masks[batch])
             predicted = _resized_logits(layer, patches, masks.shape[1:]).argmax(dim=1).cpu().numpy()
-            counts.append(confusion_counts(predicted, masks, num_classes, ignore_index))
+            counts.append(confusion_counts(predicted, masks, self.num_classes, self.ignore_index))
         return mean_iou(*(np.concatenate(parts) for parts in zip(*counts, strict=True)))
-
-    rows = np.array(learnable)
-    fit, held_out = (rows[part] for part in hold_out(len(rows), seed=seed))
-    scores = [score(layer, held_out) for layer in trained(fit, learning_rates)]
-    best = int(np.argmax(scores))
-    logger.info(
-        "segmentation: learning rate %g was chosen, mean IoU %.4f on %d training images",
-        learning_rates[best], scores[best], len(held_out),
-    )  # fmt: skip
-    (layer,) = trained(rows, [learning_rates[best]])
-    if scores[best] < 0 or not all(parameter.isfinite().all() for parameter in layer.parameters()):
-        raise ValueError(f"the segmentation probe diverged with learning_rates={learning_rates}: give lower ones.")
-    predicted = np.empty((len(test_patches), *mask_shape), dtype=np.int64)
-    for batch, patches in batches(test_patches, np.arange(len(test_patches))):
-        predicted[batch] = _resized_logits(layer, patches, mask_shape).argmax(dim=1).cpu().numpy()
-    return predicted
 
 
 def confusion_counts(
