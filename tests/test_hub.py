@@ -680,6 +680,19 @@ def test_stopping_waits_no_longer_than_it_was_told_and_says_what_is_missing(fake
     assert checkpoint_step(fake.files(REPO, "dev")) == 2
 
 
+def test_an_upload_whose_end_cannot_be_handled_is_not_waited_for(fake, run_folder, started, monkeypatch):
+    uploader = started()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(uploader, "_close", full)
+    begin = time.monotonic()
+    with pytest.raises(UploadIncompleteError, match=r"its end could not be handled: no space left"):
+        uploader.finish(2)
+    assert time.monotonic() - begin < 60
+
+
 def test_stopping_says_why_a_state_that_was_given_up_is_missing_unless_a_newer_one_arrived(
     fake, run_folder, started, caplog
 ):

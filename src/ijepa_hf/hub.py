@@ -391,8 +391,11 @@ class HubUploader:
                     return  # stopped
                 try:
                     self._handle(event)
-                except Exception:  # a thread that dies in silence would let `finish` wait
+                except Exception as error:  # a thread that dies in silence would let `finish` wait
                     logger.warning("an upload's event could not be handled: %r", event, exc_info=True)
+                    if self._running is not None and event["event"] in ("done", "failed", "ended"):
+                        self._running.outcome = {"event": "failed", "reason": f"its end could not be handled: {error}"}
+                        self._running = None
                 self._changed.notify_all()
 
     def _handle(self, event: dict[str, Any]) -> None:
