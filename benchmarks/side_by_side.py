@@ -144,4 +144,4 @@ def render_table(rows: list[Row]) -> str:
         cells += [row.verdict, limit, str(row.share_of_limit or "")]
         lines.append("| " + " | ".join(cells) + " |")
     notes = [f"- {row.name}: {row.not_measured or row.note}" for row in rows if row.not_measured or row.note]
-    return "\n".join(lines + ([""] + notes if notes else []))
+    return "\n".join(lines + (["", *notes] if notes else []))
