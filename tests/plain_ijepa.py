@@ -6,6 +6,7 @@ vision_transformer.py` of a folder, stands for a checkout of that code. So it im
 published constructors' arguments. What it shares with this package is nothing but the method.
 """
 
+import contextlib
 import copy
 import functools
 from pathlib import Path
@@ -184,8 +185,10 @@ def make_adamw(encoder, predictor):
     return torch.optim.AdamW(groups)
 
 
-def train_step(networks, optimizer, batch, *, learning_rate, weight_decay, momentum):
-    """One step of I-JEPA; returns the loss."""
+def train_step(
+    networks, optimizer, batch, *, learning_rate, weight_decay, momentum, autocast=contextlib.nullcontext
+):
+    """One step of I-JEPA, its forward pass under `autocast()`; returns the loss."""
     encoder, predictor, target = networks
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -193,10 +196,12 @@ def train_step(networks, optimizer, batch, *, learning_rate, weight_decay, momen
             group["weight_decay"] = weight_decay
     images, context_masks = batch["pixel_values"], [batch["context_indices"]]
     target_masks = list(batch["target_indices"].unbind(1))
-    with torch.no_grad():
-        full = target(images)
-        wanted = pick(functional.layer_norm(full, full.shape[-1:]), target_masks)
-    loss = functional.smooth_l1_loss(predictor(encoder(images, context_masks), context_masks, target_masks), wanted)
+    with autocast():
+        with torch.no_grad():
+            full = target(images)
+            wanted = pick(functional.layer_norm(full, full.shape[-1:]), target_masks)
+        predicted = predictor(encoder(images, context_masks), context_masks, target_masks)
+        loss = functional.smooth_l1_loss(predicted, wanted)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

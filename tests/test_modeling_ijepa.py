@@ -82,7 +82,111 @@ def test_encoder_with_indices_is_the_stock_layers_on_those_rows():
             hidden = layer(hidden, None)
         expected = model.layernorm(hidden)
         actual = model(batch["pixel_values"], context_indices=batch["context_indices"]).last_hidden_state
-    assert torch.equal(actual, expected)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
+
+
+# -- work that is spared, value by value against the whole of it ------------------------------------------------------
+
+
+def whole_encoder(model: IJepaModel, pixel_values: torch.Tensor, context_indices: torch.Tensor | None = None):
+    """The convolution over the whole image, then the visible rows, then stock layers on all of them."""
+    hidden = model.embeddings.patch_embeddings(pixel_values) + model.embeddings.position_embeddings
+    if context_indices is not None:
+        hidden = gather_patches(hidden, context_indices)
+        hidden = hidden.flatten(0, 1) if hidden.dim() == 4 else hidden
+    for layer in model.layers:
+        hidden = layer(hidden, None)
+    return model.layernorm(hidden)
+
+
+def whole_predictor(predictor: nn.Module, context: torch.Tensor, context_indices, target_indices):
+    """Every layer on all rows of every block; the rows of targets are taken at the end."""
+    batch, sets = context_indices.shape[:2]
+    table = predictor.position_embeddings.expand(batch, -1, -1)
+    visible = predictor.embed(context.unflatten(0, (batch, sets))) + gather_patches(table, context_indices)
+    blocks = []
+    for indices in target_indices.unbind(1):
+        queries = (predictor.mask_token + gather_patches(table, indices))[:, None].expand(-1, sets, -1, -1)
+        rows = torch.cat([visible, queries], dim=2).flatten(0, 1)
+        for layer in predictor.layers:
+            rows = layer(rows, None)
+        rows = predictor.project(predictor.layernorm(rows))[:, -indices.shape[1] :]
+        blocks.append(rows.unflatten(0, (batch, sets)))
+    return torch.stack(blocks, dim=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_context_sets": 2},
+        {"num_target_blocks": 6, "image_size": [32, 64]},
+        {"predictor_num_hidden_layers": 1, "num_hidden_layers": 1, "num_channels": 2},
+        {"patch_size": [4, 8], "normalize_targets": False},
+    ],
+)
+def test_a_step_that_spares_work_has_the_values_and_gradients_of_the_whole_one(changes):
+    model = scrambled_model(**changes).double().train()
+    batch = tiny_batch(model.config)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    context_indices, target_indices = batch["context_indices"], batch["target_indices"]
+    sets = context_indices if context_indices.dim() == 3 else context_indices[:, None]
+
+    targets = whole_encoder(model.target_encoder, batch["pixel_values"]).detach()
+    if model.config.normalize_targets:
+        targets = nn.functional.layer_norm(targets, targets.shape[-1:], eps=1e-5)
+    targets = gather_patches(targets, target_indices)
+    context = whole_encoder(model.context_encoder, batch["pixel_values"], context_indices)
+    predictions = whole_predictor(model.predictor, context, sets, target_indices)
+    loss = nn.functional.smooth_l1_loss(predictions, targets[:, None].expand_as(predictions))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    expected = torch.autograd.grad(loss, list(trained.values()))
+
+    output = model(**batch)
+    actual = torch.autograd.grad(output.loss, list(trained.values()))
+
+    def close(one, other):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+
+    close(output.targets, targets)
+    close(output.predictions if context_indices.dim() == 3 else output.predictions[:, None], predictions)
+    close(output.loss, loss)
+    for name, one, other in zip(trained, actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_output_indices_give_those_rows_of_the_whole_result_in_their_order():
+    model = scrambled_model().target_encoder
+    pixels = tiny_batch(model.config)["pixel_values"]
+    wanted = torch.tensor([[5, 0, 63], [1, 1, 2], [63, 62, 61], [10, 20, 30]])
+    with torch.no_grad():
+        whole, rows = model(pixels), model(pixels, output_indices=wanted)
+    expected = gather_patches(whole.last_hidden_state, wanted)
+    torch.testing.assert_close(rows.last_hidden_state, expected, atol=2e-6, rtol=0)
+
+
+def test_output_indices_count_the_visible_patches_where_only_some_are_seen():
+    model = scrambled_model(num_context_sets=2).context_encoder
+    batch = tiny_batch(model.config)
+    pixels, context = batch["pixel_values"], batch["context_indices"]
+    wanted = torch.tensor([[2, 0]]).expand(8, -1)  # of each of the two sets of four images
+    with torch.no_grad():
+        whole = model(pixels, context_indices=context).last_hidden_state
+        rows = model(pixels, context_indices=context, output_indices=wanted).last_hidden_state
+        with pytest.raises(ValueError, match=r"output_indices have shape \[4, 2\]; for 8 images .*\[B, T\]"):
+            model(pixels, context_indices=context, output_indices=wanted[:4])
+    torch.testing.assert_close(rows, whole[:, [2, 0]], atol=2e-6, rtol=0)
+
+
+def test_the_last_layer_checkpoints_the_rows_it_keeps_like_any_other():
+    plain, saving = scrambled_model().train(), scrambled_model().train()
+    enable_gradient_checkpointing(saving)
+    batch = tiny_batch(plain.config)
+    for model in (plain, saving):
+        model(**batch).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, atol=0, rtol=0, msg=name)
 
 
 def test_context_sets_are_encoded_as_if_each_were_alone():

@@ -171,9 +171,8 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
             ValueError: If the images have another size than the model and the table may not be resized.
         """
         height, width = pixel_values.shape[-2:]
-        embeddings = self.patch_embeddings(pixel_values)
         if interpolate_pos_encoding:
-            position = self.interpolate_pos_encoding(embeddings, height, width)
+            position = self.interpolate_pos_encoding(pixel_values, height, width)
         elif (height, width) != tuple(self.image_size):
             raise ValueError(
                 f"pixel_values are {height}x{width} pixels, the model was made for {self.image_size[0]}x"
@@ -181,12 +180,49 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
             )
         else:
             position = self.position_embeddings
-        embeddings = embeddings + position.to(embeddings.dtype)
-        if bool_masked_pos is not None:
-            embeddings = gather_patches(embeddings, bool_masked_pos)
-            if embeddings.dim() == 4:  # [B, S, K, D]: each context set is a sequence of its own
-                embeddings = embeddings.flatten(0, 1)
+        if bool_masked_pos is None:
+            embeddings = self.patch_embeddings(pixel_values)
+            return self.dropout(embeddings + position.to(embeddings.dtype))
+        embeddings = self._project_patches(gather_patches(self._cut_patches(pixel_values), bool_masked_pos))
+        position = position.to(embeddings.dtype).expand(len(pixel_values), -1, -1)
+        embeddings = embeddings + gather_patches(position, bool_masked_pos)
+        if embeddings.dim() == 4:  # [B, S, K, D]: each context set is a sequence of its own
+            embeddings = embeddings.flatten(0, 1)
         return self.dropout(embeddings)
+
+    def _cut_patches(self, pixel_values: Tensor) -> Tensor:
+        """Images as rows of pixels, one for each patch: `[B, N, num_channels * patch height * patch width]`."""
+        rows, columns = self.patch_shape
+        cut = pixel_values.unflatten(2, (-1, rows)).unflatten(4, (-1, columns))
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def _project_patches(self, patches: Tensor) -> Tensor:
+        """The patch projection, as a product of matrices: only visible patches pay, a third of the convolution."""
+        projection = self.patch_embeddings.projection
+        return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
+
+
+class IJepaLastLayer(stock.IJepaLayer):
+    """The last layer of a stack: its second half can be spared for rows that nobody asks for. Adds no parameter.
+
+    Every row attends and is attended to, as ever; what is left out is the MLP, two thirds of a layer's
+    multiplications, of rows whose result is dropped. The other rows' values do not depend on it.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_indices: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Returns all rows `[B, n, D]`, or those at `output_indices`, int64 `[B, T]`, in their order: `[B, T, D]`."""
+        if output_indices is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        rows = gather_patches(self.dropout(attended) + hidden_states, output_indices)
+        return self.dropout(self.mlp(self.layernorm_after(rows))) + rows
 
 
 class IJepaPreTrainedModel(stock.IJepaPreTrainedModel):
@@ -230,6 +266,7 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         config = IJepaConfig.from_stock(config)
         super().__init__(config, add_pooling_layer)
         self.embeddings = IJepaEmbeddings(config)
+        self.layers[-1] = IJepaLastLayer(config)
         self.post_init()
 
     def forward(
@@ -237,6 +274,7 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         pixel_values: Tensor,
         *,
         context_indices: Tensor | None = None,
+        output_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Encodes whole images, or only some of their patches.
@@ -245,12 +283,14 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
             pixel_values: float `[B, num_channels, height, width]`, normalised as the image processor does.
             context_indices: int64 `[B, K]` or `[B, S, K]`, row-major positions of the patches that enter the
                 transformer; the others have no influence. `None` means all.
+            output_indices: int64 `[B, T]`, which rows of the result are wanted, in this order: the last layer spares
+                work on the others. `None` means all.
             **kwargs: As in the stock class: `interpolate_pos_encoding`, `attention_mask`, `output_hidden_states`,
                 `output_attentions`, `return_dict`.
 
         Returns:
             `BaseModelOutputWithPooling`; `last_hidden_state` is `[B, N, D]`, `[B, K, D]`, or, with S context sets,
-            `[B*S, K, D]`, all sets of the first image first.
+            `[B*S, K, D]`, all sets of the first image first; with `output_indices`, `[B, T, D]`.
 
         Raises:
             ValueError: For integer pixels, indices of a wrong type or shape, or attention maps asked of a backend that
@@ -264,6 +304,10 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
             )
         if context_indices is not None:
             _check_indices("context_indices", context_indices, len(pixel_values), ndims=(2, 3))
+        if output_indices is not None:
+            rows = len(pixel_values) if context_indices is None else context_indices[..., 0].numel()
+            _check_indices("output_indices", output_indices, rows, ndims=(2,))
+            kwargs["output_indices"] = output_indices  # reaches the last layer; the others ignore it
         self._check_attention_backend(kwargs.get("output_attentions"))
         return super().forward(pixel_values, bool_masked_pos=context_indices, **kwargs)
 
@@ -298,7 +342,8 @@ class IJepaPredictor(IJepaPreTrainedModel):
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # 3-D, so weight decay applies, as published
         self.register_buffer("position_embeddings", torch.empty(1, config.num_patches, width, dtype=torch.float32))
-        self.layers = nn.ModuleList([stock.IJepaLayer(self.config) for _ in range(self.config.num_hidden_layers)])
+        layers = [stock.IJepaLayer(self.config) for _ in range(self.config.num_hidden_layers - 1)]
+        self.layers = nn.ModuleList([*layers, IJepaLastLayer(self.config)])
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.project = nn.Linear(width, config.hidden_size)
         self.post_init()
@@ -327,9 +372,11 @@ class IJepaPredictor(IJepaPreTrainedModel):
             ],
             dim=3,
         ).flatten(0, 2)  # [B*S*M, K+P, E]
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             rows = layer(rows, None)
-        rows = self.project(self.layernorm(rows[:, -patches:]))
+        predicted = torch.arange(rows.shape[1] - patches, rows.shape[1], device=rows.device).expand(len(rows), -1)
+        rows = self.layers[-1](rows, None, output_indices=predicted)
+        rows = self.project(self.layernorm(rows))
         return rows.unflatten(0, (batch, sets, blocks))
 
 
@@ -382,10 +429,10 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         Returns:
             `[B, M, P, D]`, layer-normalised over D without affine (eps 1e-5) unless `normalize_targets=False`.
         """
-        features = self.ijepa(pixel_values).last_hidden_state
+        features = self.ijepa(pixel_values, output_indices=target_indices.flatten(1)).last_hidden_state
         if self.config.normalize_targets:
             features = nn.functional.layer_norm(features, features.shape[-1:], eps=TARGET_NORM_EPS)
-        return gather_patches(features, target_indices)
+        return features.unflatten(1, target_indices.shape[1:])
 
     def predict(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
         """Predictions of the target blocks, each by itself.
@@ -634,7 +681,8 @@ def _check_pixels(pixel_values: Tensor) -> None:
 
 
 def _check_indices(name: str, indices: Tensor, batch: int, ndims: tuple[int, ...]) -> None:
-    shapes = {2: "[B, K]", 3: "[B, M, P]" if name == "target_indices" else "[B, S, K]"}
+    shapes = {2: "[B, T]" if name == "output_indices" else "[B, K]"}
+    shapes[3] = "[B, M, P]" if name == "target_indices" else "[B, S, K]"
     expected = " or ".join(shapes[n] for n in ndims)
     if indices.dtype != torch.int64:
         hint = "; a boolean mask is turned into positions by mask.nonzero()" if indices.dtype == torch.bool else ""
