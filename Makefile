@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-slow format clean
+.PHONY: help setup pretrain test test-slow bench format clean
 
 help:  ## list what make can do
 	@echo "make <target>, where <target> is one of"
@@ -45,6 +45,9 @@ test: setup  ## check format, lint and types, then run the tests, except those m
 
 test-slow: setup  ## run the tests marked slow (hours on a small machine)
 	$(PYTEST) -m slow $(ARGS)
+
+bench: setup  ## speed and memory beside other code, one table; a quarter of an hour on a quiet machine (ARGS=--quick: 2 min)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 format: setup  ## format the code and mend what the linter can mend by itself
 	$(BIN)/python -m ruff format .

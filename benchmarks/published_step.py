@@ -1,7 +1,7 @@
 """The other side of the training rows: the published networks, or a restatement of them in plain PyTorch.
 
-`IJEPA_OFFICIAL` names a checkout of github.com/facebookresearch/ijepa, which is not part of this project (its licence is
-CC BY-NC); its networks are then imported from there. Without one, `tests/plain_ijepa.py` stands for it: the same
+`IJEPA_OFFICIAL` names a checkout of github.com/facebookresearch/ijepa, which is not part of this project (its licence
+is CC BY-NC); its networks are then imported from there. Without one, `tests/plain_ijepa.py` stands for it: the same
 method, written by us. In both cases the step around the networks is that file's: targets, context, predictor, loss,
 AdamW as `torch.optim.AdamW` comes, and the moving average parameter by parameter. The published loop also collects
 statistics of gradients in every step; that is left out, to its advantage.

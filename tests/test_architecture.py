@@ -21,6 +21,7 @@ PACKAGE = ROOT / "src" / "ijepa_hf"
 LAYERS = {
     "masking": 0,
     "image_transforms": 0,
+    "keyed_crops": 1,
     "schedules": 0,
     "shapes": 0,
     "diagnostics": 0,
@@ -47,6 +48,7 @@ LAYERS = {
     "model_card": 5,
     "plan": 5,
     "streaming": 5,
+    "memory_images": 5,
     "preparation": 5,
     "run_folder": 5,
     "warm_start": 6,
@@ -80,7 +82,8 @@ LAYERS = {
     "evaluation.evaluate": 8,
     "diagnose": 8,
     "visualize": 8,
-    "cli": 10,
+    "estimate": 10,
+    "cli": 11,
 }
 # A package's __init__ gathers what is below it, and nothing inside imports it back, but for the version.
 GATHERING = {"", "evaluation"}

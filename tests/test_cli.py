@@ -1,10 +1,14 @@
 """The command line: exit codes that mean something, messages on one line, help for everything."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_flags, tiny_run
 
+import ijepa_hf_command
 from ijepa_hf import cli, training
 from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub import UploadIncompleteError
@@ -19,6 +23,49 @@ def test_help_lists_the_commands_and_exits_with_0(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in cli.COMMANDS)
+
+
+WITHOUT_ANYTHING_HEAVY = """
+import sys
+for name in ("torch", "transformers", "numpy", "ijepa_hf"):
+    sys.modules[name] = None  # importing it is an error
+from ijepa_hf_command import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"), [(["--help"], 0, "pretrain"), ([], 2, "COMMAND"), (["dance", "--help"], 2, "dance")]
+)
+def test_help_and_a_wrong_command_are_answered_without_torch(child_environment, argv, code, said):
+    command = [sys.executable, "-c", WITHOUT_ANYTHING_HEAVY, *argv]
+    answer = subprocess.run(command, capture_output=True, text=True, env=child_environment, check=False)
+    assert answer.returncode == code, answer.stderr
+    assert said in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_the_console_command_hands_a_command_to_the_package(capsys):
+    assert ijepa_hf_command.main(["pretrain", "digitz"]) == 2
+    assert "Did you mean 'digits'" in capsys.readouterr().err
+
+
+def test_importing_the_package_registers_the_model_and_only_the_collator_waits(child_environment):
+    code = (
+        "import sys, ijepa_hf\n"
+        "from transformers import AutoModelForPreTraining, IJepaConfig\n"
+        "assert 'ijepa_hf.data' not in sys.modules\n"
+        "known = AutoModelForPreTraining._model_mapping\n"
+        "assert known[IJepaConfig] is known[ijepa_hf.IJepaConfig] is ijepa_hf.IJepaForPretraining\n"
+        "assert set(ijepa_hf.__all__) <= set(dir(ijepa_hf))\n"
+        "from ijepa_hf import *\n"
+        "assert IJepaDataCollator is sys.modules['ijepa_hf.data'].IJepaDataCollator\n"
+        "try:\n    ijepa_hf.IJepaDataColator\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, env=child_environment, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == "module 'ijepa_hf' has no attribute 'IJepaDataColator'\n"
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))

@@ -146,6 +146,28 @@ def test_a_crop_depends_on_seed_epoch_and_image_and_not_on_step_or_slot(digits):
     assert not torch.equal(crop, other_seed[SampleKey(1, 30, 2, 17)]["pixel_values"])
 
 
+def test_rows_asked_for_together_are_those_asked_for_one_by_one(digits):
+    rows = ImageRows(digits, "image", 3)
+    images = PretrainingImages(rows, CropReader(rows.images, (32, 32), 0.3, seed=5))
+    same_epoch = [SampleKey(1, 0, slot, image) for slot, image in enumerate((17, 3, 17, 900))]
+    many = [SampleKey(2, 0, slot, slot * slot) for slot in range(20)]
+    for keys in (same_epoch, many, same_epoch + many):
+        for key, sample in zip(keys, images.__getitems__(keys), strict=True):
+            assert sample["sample_key"] == key
+            assert torch.equal(sample["pixel_values"], images[key]["pixel_values"])
+    assert [row["image"]["bytes"] for row in rows.raw_rows(range(2, 5))] == [
+        rows.rows[number]["image"]["bytes"] for number in (2, 3, 4)
+    ]
+
+
+def test_a_crop_that_cannot_be_drawn_is_refused_before_any_image_is_read(digits):
+    column = ImageRows(digits, "image", 3).images
+    with pytest.raises(ValueError, match=r"min_crop_scale=1.5 must be in \(0, 1\]"):
+        CropReader(column, (32, 32), 1.5, seed=0)
+    with pytest.raises(ValueError, match=r"size=\(32, 0\) must be"):
+        CropReader(column, (32, 0), 0.3, seed=0)
+
+
 def loader(digits, workers=0, batch=6, accumulation=1, rank=0, ranks=1):
     config = tiny_config()
     sampler = StepBatchSampler(60, batch, 3, 0, accumulation_steps=accumulation, rank=rank, num_ranks=ranks)

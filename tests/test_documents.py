@@ -236,7 +236,7 @@ def test_ci_runs_what_a_person_runs() -> None:
 
 def test_the_command_is_installed_under_its_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["scripts"] == {"ijepa-hf": "ijepa_hf.cli:main"}
+    assert project["scripts"] == {"ijepa-hf": "ijepa_hf_command:main"}
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ijepa_hf import preparation, sources
 from ijepa_hf.arguments import DataArguments
+from ijepa_hf.image_transforms import decode_image
 from ijepa_hf.preparation import build_prepare_parser, parse_size, prepare
 from ijepa_hf.sources import load_split
 
@@ -114,13 +115,30 @@ def test_a_line_one_pixel_wide_stays_as_it_is(tmp_path):
     assert opened(row).size == (1, 40)
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("jpeg", ".jpg"), ("png", ".png"), ("webp", ".webp")])
+@pytest.mark.parametrize(("kind", "suffix"), [("jpeg", ".jpg"), ("png", ".png"), ("webp", ".webp"), ("bmp", ".bmp")])
 def test_every_picture_is_written_in_the_format_that_is_asked_for(tmp_path, kind, suffix):
     picture = noise(0)
-    quality = {} if kind == "png" else {"quality": 40}
+    quality = {} if kind in ("png", "bmp") else {"quality": 40}
     row = prepare_one(tmp_path, "a.bmp", encode(picture, "BMP"), image_format=kind, **quality)
     assert row["image"]["bytes"] == encode(picture, kind.upper(), **quality)
     assert row["image"]["path"] == f"a{suffix}"
+
+
+@pytest.mark.parametrize(("kind", "compression"), [("bmp", "UNCOMPRESSED"), ("png", "ZSTD")])
+def test_uncompressed_pictures_are_in_uncompressed_shards(tmp_path, kind, compression):
+    prepare_one(tmp_path, "a.png", encode(noise(0)), image_format=kind)
+    (shard,) = (tmp_path / "out" / "data").iterdir()
+    assert pq.read_metadata(shard).row_group(0).column(0).compression == compression
+
+
+def test_uncompressed_pictures_have_the_very_pixels_whatever_they_were(tmp_path):
+    for number, mode in enumerate(("RGB", "L", "1")):
+        picture = noise(0).convert(mode)
+        (tmp_path / str(number)).mkdir()
+        row = prepare_one(tmp_path / str(number), "a.png", encode(picture), image_format="bmp")
+        assert opened(row).format == "BMP"
+        for channels in (1, 3):
+            assert decode_image(row["image"], channels).tobytes() == decode_image(picture, channels).tobytes()
 
 
 def test_keep_shrinks_lossy_files_to_their_own_format_at_quality_95_and_all_others_to_png(tmp_path):
@@ -607,9 +625,10 @@ def test_folders_of_other_things_and_places_in_the_source_are_refused(tmp_path):
     ("options", "message"),
     [
         ({"shortest_side": 0}, "shortest_side=0 must be at least 1"),
-        ({"image_format": "gif"}, "image_format='gif' must be one of keep, jpeg, png, webp"),
+        ({"image_format": "gif"}, "image_format='gif' must be one of keep, jpeg, png, webp, bmp"),
         ({"quality": 101}, "quality=101 must be from 1 to 100"),
         ({"quality": 90, "image_format": "png"}, "quality=90 is of no use"),
+        ({"quality": 90, "image_format": "bmp"}, "quality=90 is of no use with image_format='bmp'"),
         ({"channel_axis": 1}, "channel_axis=1 must be 0"),
         ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
         ({"max_samples": 0}, "max_samples=0 must be at least 1"),

@@ -54,7 +54,13 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_step_and_drops_later_ones(
 
 
 def test_arguments_that_change_no_weight_may_differ_and_others_are_named():
-    other = {**ARGUMENTS, "max_broken_share": 0.5, "per_device_train_batch_size": 4, "seed": 1}
+    other = {
+        **ARGUMENTS,
+        "max_broken_share": 0.5,
+        "keep_images_in_memory": "no",
+        "per_device_train_batch_size": 4,
+        "seed": 1,
+    }
     assert differing_arguments(ARGUMENTS, other) == ["seed is 0 there, 1 here"]
     official = {**ARGUMENTS, "masking_strategy": "multi_block_official"}
     named = differing_arguments(official, {**official, "per_device_train_batch_size": 4})

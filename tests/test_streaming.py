@@ -77,6 +77,9 @@ class Keys:
 
     DRAWS = 40
 
+    def read_all(self, keys, rows, others):
+        return [self.read(*sample) for sample in zip(keys, rows, others, strict=True)]
+
     def read(self, key, row, another):
         assert row["number"] == key.image
         for draw in (0, 1, 2**32 - 1):
@@ -777,10 +780,10 @@ def test_an_epoch_of_cifar10_has_each_image_at_most_once_with_the_label_of_its_r
     layouts = [StreamLayout(0, 2, 2, 128, 1), StreamLayout(77, 1, 3, 128, 2)]
 
     class Labels:
-        def read(self, key, row, another):
-            del another
-            assert row["label"] == labels[key.image]
-            return key.image
+        def read_all(self, keys, rows, others):
+            del others
+            assert [row["label"] for row in rows] == [labels[key.image] for key in keys]
+            return [key.image for key in keys]
 
     images = []
     for number, (layout, end) in enumerate(zip(layouts, (77, 195), strict=True)):

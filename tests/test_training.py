@@ -206,6 +206,8 @@ def test_bfloat16_and_gradient_checkpointing_train_to_nearly_the_same_loss(run, 
     assert logged(half, "loss")[-1][0] == pytest.approx(reference, rel=0.05)
     saving = tiny_run(tmp_path / "saving", gradient_checkpointing="true")
     assert all(torch.equal(value, final_weights(run)[name]) for name, value in final_weights(saving).items())
+    selective = tiny_run(tmp_path / "selective", selective_checkpointing="true")
+    assert all(torch.equal(value, final_weights(run)[name]) for name, value in final_weights(selective).items())
 
 
 def test_an_export_cut_short_is_written_again_from_the_checkpoint(tmp_path):

@@ -158,6 +158,11 @@ class DataArguments:
     image_std: list[float] = _help("Standard deviation of each channel, of pixels in [0, 1].", IMAGENET_STD)
     min_crop_scale: float = _help("Least share of the image that a random crop covers; 1 means no cropping.", 0.3)
     dataloader_num_workers: int = _help("Processes that load images; 0 loads in the training process.", 0)
+    keep_images_in_memory: str = _help(
+        "Keep images decoded, which must be 8-bit pictures of one size; nothing but the speed depends on it. yes; no; "
+        "auto: where they are, take 1 GB at most in each process, and the run reads as many images as there are.",
+        "auto",
+    )
     max_broken_share: float = _help(
         "Stop, and list them, when more than this share of the images cannot be read; others are skipped.", 0.05
     )
@@ -193,6 +198,15 @@ class DataArguments:
                 f"max_broken_share={self.max_broken_share} must be from 0 to 1; 0 stops at the first one."
             )
         self._check_regions(model)
+        if self.keep_images_in_memory not in ("auto", "yes", "no"):
+            raise ValueError(f"keep_images_in_memory={self.keep_images_in_memory!r} must be 'auto', 'yes' or 'no'.")
+        if self.keep_images_in_memory == "yes":
+            for name, given in (("streaming", self.streaming), ("regions_column_name", self.regions_column_name)):
+                if given:
+                    raise ValueError(
+                        f"keep_images_in_memory='yes' cannot be done with {name}={given!r}, where rows are read one "
+                        "by one; leave one of them out."
+                    )
         _check_at_least(self, 0, "dataloader_num_workers")
         _check_at_least(self, 1, "max_train_samples", "max_eval_samples", "shuffle_buffer_size")
         if self.streaming and self.eval_split_name is not None and self.max_eval_samples is None:
@@ -261,7 +275,14 @@ class PretrainingArguments:
     per_device_train_batch_size: int = _help("Images per device and micro-batch.", 64)
     gradient_accumulation_steps: int = _help("Micro-batches per optimiser step.", 1)
     mixed_precision: str = _help("no (float32) or bf16.", "no")
-    gradient_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, more time.", False)
+    gradient_checkpointing: bool = _help(
+        "Recompute every layer in the backward pass: least memory, a sixth more time.", False
+    )
+    selective_checkpointing: bool = _help(
+        "Recompute only layer norms and activation functions in the backward pass: two thirds of the memory, a few per "
+        "cent more time.",
+        False,
+    )
     num_cpu_threads: int | None = _help(
         "Threads of torch on a CPU; its own choice if not given. 1 is fastest for small models.", None
     )
@@ -299,6 +320,10 @@ class PretrainingArguments:
             given = "neither is" if self.learning_rate is None else "both are"
             raise ValueError(
                 f"learning_rate and base_learning_rate: {given} given; give exactly one, e.g. --learning_rate 1e-3."
+            )
+        if self.gradient_checkpointing and self.selective_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing=True and selective_checkpointing=True exclude each other; drop one of them."
             )
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(

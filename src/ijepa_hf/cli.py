@@ -1,4 +1,4 @@
-"""The command line: `ijepa-hf pretrain`, `finetune`, `evaluate`, `prepare`, `visualize`, `convert` and `push`.
+"""The command line: `ijepa-hf pretrain`, `finetune`, `evaluate`, `prepare`, `convert` and all others.
 
 Exit codes: 0 done; 1 an unexpected error; 2 something the user can mend (a flag, a file, a folder), said in one line;
 3 training stopped because the loss was NaN or infinite; 4 training is finished, but its upload did not arrive whole;
@@ -12,16 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = {
-    "pretrain": "pretrain an I-JEPA model on your images, from nothing or from weights that exist",
-    "finetune": "train an encoder with a classification head on labelled images",
-    "diagnose": "judge whether a run or a model has collapsed, and what to try next",
-    "evaluate": "score a model's frozen features, beside the untrained network's and raw pixels, with intervals",
-    "prepare": "write images of any source as parquet shards, made small once instead of in every epoch",
-    "visualize": "draw what a model has learnt and expects, a recipe's masks, or a run as one HTML file",
-    "convert": "turn a published I-JEPA checkpoint (.pth.tar) into a model folder, or a model folder into such a file",
-    "push": "upload a run's, a converted or a fine-tuned model's folder to the Hub",
-}
+from ijepa_hf_command import COMMANDS, find_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,20 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="ijepa-hf",
-        description="Pretrain I-JEPA image encoders, and all that goes with it.",
-        epilog="`ijepa-hf COMMAND --help` lists a command's flags.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    command = parser.parse_known_args(argv)[0].command
+    command = find_command(argv)
     rest = argv[argv.index(command) + 1 :]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return {
             "pretrain": _pretrain,
+            "estimate": _estimate,
             "finetune": _finetune,
             "diagnose": _diagnose,
             "evaluate": _evaluate,
@@ -83,6 +67,13 @@ def _pretrain(argv: list[str]) -> int:
     except UploadIncompleteError as error:
         print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
         return 4
+    return 0
+
+
+def _estimate(argv: list[str]) -> int:
+    from ijepa_hf.estimate import estimate
+
+    print(estimate(argv))
     return 0
 
 
@@ -222,6 +213,7 @@ def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
     from ijepa_hf.arguments import build_parser
     from ijepa_hf.diagnose import build_diagnose_parser
+    from ijepa_hf.estimate import build_estimate_parser
     from ijepa_hf.evaluation.evaluate_arguments import build_evaluate_parser
     from ijepa_hf.evaluation.finetune_arguments import build_finetune_parser
     from ijepa_hf.preparation import build_prepare_parser
@@ -229,6 +221,7 @@ def command_flags() -> dict[str, set[str]]:
 
     parsers: dict[str, argparse.ArgumentParser] = {
         "pretrain": build_parser(),
+        "estimate": build_estimate_parser(),
         "finetune": build_finetune_parser(),
         "diagnose": build_diagnose_parser(),
         "evaluate": build_evaluate_parser(),

@@ -10,7 +10,7 @@ and the batch says so.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -21,11 +21,24 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.image_transforms import decode_image, normalize, random_resized_crop, resize, stack_images
+from ijepa_hf.image_transforms import (
+    CropDraws,
+    check_crop,
+    decode_image,
+    normalize,
+    random_resized_crop,
+    resize,
+    stack_images,
+)
+from ijepa_hf.keyed_crops import keyed_draws
 from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
 
-DRAW_ORDER, _DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
+DRAW_ORDER, DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
 SUBSTITUTE_TRIES = 10
+_DRAWN_TOGETHER = 10  # images, for which arrays of numbers cost less than a generator each
+
+_Row = TypeVar("_Row")
+_Read = TypeVar("_Read")
 
 
 def keyed_generator(seed: int, *key: int) -> np.random.Generator:
@@ -111,6 +124,13 @@ class ImageRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def raw_rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns some rows, undecoded; several at once cost little more than one."""
+        if self.images.dtype is not None:  # arrays, which come as what they are only one by one
+            return [self.rows[int(index)] for index in indices]
+        columns = self.rows[indices if isinstance(indices, range) else list(indices)]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def __getitem__(self, index: int) -> Any:
         """Returns image `index`, a PIL image or an array; an image that cannot be read is a `ValueError` naming it."""
@@ -222,6 +242,43 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
                 ]
 
 
+def first_readable(
+    key: SampleKey,
+    seed: int,
+    row: _Row,
+    another: Callable[[int], tuple[int, _Row]],
+    read: Callable[[int, _Row], _Read],
+) -> tuple[int, _Row, _Read, list[UnreadableImage]]:
+    """Reads an image or, where that cannot be done, others drawn from (seed, epoch, image).
+
+    Args:
+        key: Says epoch and image.
+        seed: The run's seed.
+        row: The image's row.
+        another: Gives the number and row of some image for any number from 0 to 2**32 - 1.
+        read: Reads an image, given its number and row; a `ValueError` if that cannot be done.
+
+    Returns:
+        Number and row of the image that was read, what `read` gave, and those that could not be read.
+
+    Raises:
+        ValueError: If `SUBSTITUTE_TRIES` images in a row cannot be read; lists them.
+    """
+    unreadable: list[UnreadableImage] = []
+    image, substitutes = key.image, None
+    while True:
+        try:
+            return image, row, read(image, row), unreadable
+        except ValueError as error:
+            unreadable.append(UnreadableImage(image, str(error)))
+            if len(unreadable) > SUBSTITUTE_TRIES:
+                listed = "".join(f"\n  image {number}: {reason}" for number, reason in unreadable)
+                raise ValueError(f"{len(unreadable)} images one after the other cannot be read:{listed}") from error
+        if substitutes is None:
+            substitutes = keyed_generator(seed, _DRAW_SUBSTITUTE, key.epoch, key.image)
+        image, row = another(int(substitutes.integers(2**32)))
+
+
 class CropReader:
     """Turns a row into a crop, a function of (seed, epoch, image); finds a substitute for a row that cannot be read.
 
@@ -232,6 +289,9 @@ class CropReader:
         seed: The run's seed.
         regions_column: Column with the image's own target regions, where masks come from the data.
         grid_size: Rows and columns of patches; needed with `regions_column`.
+
+    Raises:
+        ValueError: If size or scale are none to crop with.
     """
 
     def __init__(
@@ -244,11 +304,40 @@ class CropReader:
         regions_column: str | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> None:
+        check_crop(size, min_crop_scale)
         self.images, self.size, self.min_crop_scale, self.seed = images, size, min_crop_scale, seed
         self.regions_column, self.grid_size = regions_column, grid_size
 
+    def read_all(
+        self,
+        keys: Sequence[SampleKey],
+        rows: Sequence[Mapping[str, Any]],
+        others: Sequence[Callable[[int], tuple[int, Mapping[str, Any]]]],
+    ) -> list[dict[str, Any]]:
+        """Reads the samples of a batch, whose crops are drawn together.
+
+        Args:
+            keys: Where they stand.
+            rows: The row of each.
+            others: For each, what `read` calls `another`.
+
+        Returns:
+            What `read` says of each.
+
+        Raises:
+            ValueError: As `read` does.
+        """
+        draws: Sequence[CropDraws | None] = [None] * len(keys)
+        if len(keys) >= _DRAWN_TOGETHER and len({key.epoch for key in keys}) == 1:
+            draws = keyed_draws((self.seed, DRAW_CROP, keys[0].epoch), [key.image for key in keys])
+        return [self.read(*sample) for sample in zip(keys, rows, others, draws, strict=True)]
+
     def read(
-        self, key: SampleKey, row: Mapping[str, Any], another: Callable[[int], tuple[int, Mapping[str, Any]]]
+        self,
+        key: SampleKey,
+        row: Mapping[str, Any],
+        another: Callable[[int], tuple[int, Mapping[str, Any]]],
+        draws: CropDraws | None = None,
     ) -> dict[str, Any]:
         """Reads one sample.
 
@@ -257,6 +346,7 @@ class CropReader:
             row: Its row.
             another: Gives the number and row of some image for any number from 0 to 2**32 - 1; asked when `row` cannot
                 be read.
+            draws: What its crop is drawn from, where that was made already.
 
         Returns:
             `pixel_values` uint8 or float32 `[num_channels, height, width]`, the `sample_key`, the images that were
@@ -265,23 +355,12 @@ class CropReader:
         Raises:
             ValueError: If `SUBSTITUTE_TRIES` images in a row cannot be read; lists them. If a region is bad.
         """
-        unreadable: list[UnreadableImage] = []
-        image, substitutes = key.image, keyed_generator(self.seed, _DRAW_SUBSTITUTE, key.epoch, key.image)
-        while True:
-            try:
-                decoded = self.images.decode(row)
-                break
-            except ValueError as error:
-                unreadable.append(UnreadableImage(image, str(error)))
-                if len(unreadable) > SUBSTITUTE_TRIES:
-                    listed = "".join(f"\n  image {number}: {reason}" for number, reason in unreadable)
-                    raise ValueError(
-                        f"{len(unreadable)} images one after the other cannot be read:{listed}"
-                    ) from error
-                image, row = another(int(substitutes.integers(2**32)))
-        crop = random_resized_crop(
-            decoded, self.size, self.min_crop_scale, keyed_generator(self.seed, _DRAW_CROP, key.epoch, image)
+        image, row, decoded, unreadable = first_readable(
+            key, self.seed, row, another, lambda _, row: self.images.decode(row)
         )
+        if draws is None or image != key.image:
+            draws = keyed_generator(self.seed, DRAW_CROP, key.epoch, image)
+        crop = random_resized_crop(decoded, self.size, self.min_crop_scale, draws)
         sample = {"pixel_values": crop, "sample_key": key, "unreadable": unreadable}
         if self.regions_column is not None:
             assert self.grid_size is not None
@@ -315,11 +394,15 @@ class PretrainingImages(TorchDataset[dict[str, Any]]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """Returns what `CropReader.read` says."""
+        return self.__getitems__([key])[0]
 
-        def another(draw: int) -> tuple[int, Mapping[str, Any]]:
-            return draw % len(self), self.images.rows[draw % len(self)]
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
+        """Returns what `CropReader.read` says of each."""
+        rows = self.images.raw_rows([key.image for key in keys])
+        return self.crops.read_all(keys, rows, [self._another] * len(keys))
 
-        return self.crops.read(key, self.images.rows[key.image], another)
+    def _another(self, draw: int) -> tuple[int, Mapping[str, Any]]:
+        return draw % len(self), self.images.raw_rows([draw % len(self)])[0]
 
 
 # -- collator --------------------------------------------------------------------------------------------------------
@@ -486,7 +569,7 @@ class BatchMaker:
 
 
 def build_loader(
-    dataset: PretrainingImages,
+    dataset: TorchDataset[dict[str, Any]],
     sampler: StepBatchSampler,
     make_batch: Callable[..., Batch],
     *,

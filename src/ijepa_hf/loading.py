@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ijepa_hf.data import (
     UnreadableImage,
     build_loader,
 )
+from ijepa_hf.memory_images import keep_in_memory
 from ijepa_hf.run_folder import append_rows, read_rows
 from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
 from ijepa_hf.streaming import (
@@ -61,6 +62,7 @@ class TrainingImages:
         rows: For a map-style set: its rows.
         stream: For a streamed set: the stream.
         shard_lengths: For a streamed set: rows of each shard.
+        keep_in_memory: For a map-style set: whether its images are kept decoded: `auto`, `yes` or `no`.
     """
 
     num_images: int
@@ -69,6 +71,7 @@ class TrainingImages:
     rows: ImageRows | None = None
     stream: ImageStream | None = None
     shard_lengths: tuple[int, ...] = ()
+    keep_in_memory: str = "no"
 
     def stream_state(self, layouts: Sequence[StreamLayout]) -> dict[str, Any] | None:
         """What a checkpoint keeps of a stream.
@@ -125,7 +128,7 @@ class TrainingImages:
         rank: int,
         pin_memory: bool,
     ) -> DataLoader:
-        """The micro-batches of one rank.
+        """The micro-batches of one rank; where its images are kept in memory, they are decoded first, which is said.
 
         Args:
             crops: Decodes and crops a row.
@@ -140,6 +143,9 @@ class TrainingImages:
 
         Returns:
             A loader of `Batch`es; close it with `close_loader`.
+
+        Raises:
+            ValueError: If `keep_in_memory` is `yes` and the images are not of one size and 8 bits.
         """
         layout = layouts[-1]
         if self.stream is not None:
@@ -157,8 +163,13 @@ class TrainingImages:
             rank=rank,
             num_ranks=layout.num_ranks,
         )
+        num_reads = (num_steps - start_step) * layout.global_batch_size
+        kept = keep_in_memory(self.rows, crops, self.keep_in_memory, num_reads=num_reads)
+        if kept is not None and rank == 0:
+            megabytes = kept.images.pixels.numel() / 1e6
+            print(f"  images in memory        {len(kept)}, decoded: {megabytes:,.0f} MB", flush=True)
         return build_loader(
-            PretrainingImages(self.rows, crops),
+            PretrainingImages(self.rows, crops) if kept is None else kept,
             sampler,
             make_batch,
             num_workers=layout.num_workers,
@@ -179,7 +190,8 @@ class TrainingImages:
         """
         first = [StreamLayout(start_step=0, num_ranks=1, num_workers=0, batch_size=size, accumulation_steps=1)]
         # the shuffling of a stream's first rows is of no interest here, and would read all of them
-        loader = self.loader(
+        # a few images are read faster than all are decoded
+        loader = replace(self, keep_in_memory="no").loader(
             crops, make_batch, first, seed=seed, shuffle_buffer_size=size, num_steps=1, start_step=0, rank=0,
             pin_memory=False,
         )  # fmt: skip
@@ -228,7 +240,8 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
         if data.max_train_samples is not None:
             dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
         rows = ImageRows(dataset, column, config.num_channels, others)
-        return TrainingImages(len(rows), rows.images, regions, rows=rows)
+        keep = data.keep_images_in_memory
+        return TrainingImages(len(rows), rows.images, regions, rows=rows, keep_in_memory=keep)
     image_column = ImageColumn(stream.rows, column, config.num_channels)
     lengths = shard_lengths(stream, column)
     if data.max_train_samples is not None:

@@ -18,11 +18,13 @@ import copy
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.ijepa import modeling_ijepa as stock
@@ -429,9 +431,13 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         Returns:
             `[B, M, P, D]`, layer-normalised over D without affine (eps 1e-5) unless `normalize_targets=False`.
         """
-        features = self.ijepa(pixel_values, output_indices=target_indices.flatten(1)).last_hidden_state
+        rows = target_indices.flatten(1)  # blocks may overlap: more rows than patches spare nothing
+        rows_are_fewer = rows.shape[1] < self.config.num_patches
+        features = self.ijepa(pixel_values, output_indices=rows if rows_are_fewer else None).last_hidden_state
         if self.config.normalize_targets:
             features = nn.functional.layer_norm(features, features.shape[-1:], eps=TARGET_NORM_EPS)
+        if not rows_are_fewer:
+            return gather_patches(features, target_indices)
         return features.unflatten(1, target_indices.shape[1:])
 
     def predict(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
@@ -641,15 +647,41 @@ def new_model(config: IJepaConfig, seed: int) -> IJepaForPretraining:
         return IJepaForPretraining(config)
 
 
-def enable_gradient_checkpointing(model: IJepaForPretraining) -> None:
+def enable_gradient_checkpointing(model: IJepaForPretraining, *, selective: bool = False) -> None:
     """Recompute activations in the backward pass, in the context encoder and the predictor.
 
     Args:
         model: The model; the target encoder has no backward pass.
+        selective: Recompute only what is cheap (layer norms, the activation function, sums); keep what products of
+            matrices and attention gave.
+
+    Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv 2205.05198.
     """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
     # transformers renamed it on the way to version 6
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable(options)
+
+
+_PRODUCTS = ("mm", "addmm")
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def _keep_what_is_dear(_context: Any, operator: Any, *arguments: Any, **_keywords: Any) -> CheckpointPolicy:
+    """Of a layer: query, key, value, what attention gave, and the MLP's inner rows before their activation."""
+    name = str(operator).split(".")[1]  # such as "aten.addmm.default"
+    keep = name in _ATTENTION
+    if name in _PRODUCTS:
+        rows, weight = arguments[-2:]
+        keep = weight.shape[1] >= rows.shape[1]  # the MLP's narrowing product is not needed: its input is
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,7 @@ _FREE_ARGUMENTS = frozenset(
         "overwrite_output_dir",
         "resume_from_checkpoint",
         "dataloader_num_workers",
+        "keep_images_in_memory",
         "logging_steps",
         "checkpointing_steps",
         "checkpoints_total_limit",

@@ -457,11 +457,9 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
         layout = self.order.layouts[-1]
         step, micro = divmod(number, layout.accumulation_steps)
         first = (micro * layout.num_ranks + self.rank) * layout.batch_size
-        batch = []
-        for slot in range(first, first + layout.batch_size):
-            row = next(rows)
-            batch.append(self.crops.read(SampleKey(epoch, step, slot, row.image), row.values, row.another))
-        return batch
+        batch = [next(rows) for _ in range(layout.batch_size)]
+        keys = [SampleKey(epoch, step, first + place, row.image) for place, row in enumerate(batch)]
+        return self.crops.read_all(keys, [row.values for row in batch], [row.another for row in batch])
 
     def _rows(self, cursor: "_ShardCursor", epoch: int, reader: int, done: int) -> Iterator[_Row]:
         """Yields a reader's rows of an epoch from the `done`-th on; `_micro_batch` asks for no more than there are."""
