@@ -2,7 +2,7 @@
 
     python benchmarks/bf16_curve.py --cifar cifar10/ --output benchmarks/results/bf16_curve.json
 
-A third run, float32 again with another order of summation (eager attention), shows how far rounding alone takes two
+A third run, float32 again with another order of sums (eager attention), shows how far rounding alone takes two
 runs apart. The loss is the mean of each ten steps' logged value and its neighbours, so that one batch does not decide.
 """
 

@@ -48,7 +48,8 @@ class PublishedStep:
     ) -> None:
         networks = _networks_module(checkout)
         norm = partial(nn.LayerNorm, eps=config.layer_norm_eps)
-        shared = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_layer": norm}
+        shared = {"qkv_bias": True, "norm_layer": norm}
+        narrow = config.predictor_config()
         side = config.image_shape[0]
 
         def encoder() -> nn.Module:
@@ -58,15 +59,17 @@ class PublishedStep:
                 embed_dim=config.hidden_size,
                 depth=config.num_hidden_layers,
                 num_heads=config.num_attention_heads,
+                mlp_ratio=config.intermediate_size / config.hidden_size,
                 **shared,
             )
 
         predictor = networks.VisionTransformerPredictor(
             num_patches=config.num_patches,
             embed_dim=config.hidden_size,
-            predictor_embed_dim=config.predictor_config().hidden_size,
-            depth=config.predictor_config().num_hidden_layers,
-            num_heads=config.predictor_config().num_attention_heads,
+            predictor_embed_dim=narrow.hidden_size,
+            depth=narrow.num_hidden_layers,
+            num_heads=narrow.num_attention_heads,
+            mlp_ratio=narrow.intermediate_size / narrow.hidden_size,
             **shared,
         )
         self.networks = [encoder().to(device), predictor.to(device), encoder().to(device)]

@@ -185,9 +185,7 @@ def make_adamw(encoder, predictor):
     return torch.optim.AdamW(groups)
 
 
-def train_step(
-    networks, optimizer, batch, *, learning_rate, weight_decay, momentum, autocast=contextlib.nullcontext
-):
+def train_step(networks, optimizer, batch, *, learning_rate, weight_decay, momentum, autocast=contextlib.nullcontext):
     """One step of I-JEPA, its forward pass under `autocast()`; returns the loss."""
     encoder, predictor, target = networks
     for group in optimizer.param_groups:

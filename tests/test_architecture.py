@@ -91,7 +91,7 @@ OPEN_TO_ALL = {"__version__"}
 
 # Tests of the project as a whole, which have no module of their own.
 TESTS_OF_THE_WHOLE = {
-    "architecture", "compatibility_slow", "documents", "examples", "image_kinds", "official_parity", "recipes_slow",
+    "architecture", "benchmarks", "compatibility_slow", "documents", "examples", "image_kinds", "official_parity", "recipes_slow",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}

@@ -71,6 +71,42 @@ def test_encoder_adds_no_parameter_to_the_stock_one():
     }
 
 
+def test_under_autocast_sums_and_norms_stay_float32_as_in_the_stock_model():
+    model = scrambled_model()
+    batch = tiny_batch(model.config)
+    seen: list[torch.dtype] = []
+    for part in (model.ijepa, model.context_encoder, model.predictor):
+        for layer in (*part.layers, part.layernorm):
+            layer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        output = model(**batch)
+        ours = model.target_encoder(batch["pixel_values"]).last_hidden_state
+        stock = stock_twin(model.target_encoder, "sdpa")(batch["pixel_values"]).last_hidden_state
+    assert set(seen) == {torch.float32}
+    assert len(seen) == 4 * 3  # two encoders, a predictor, and the target encoder again
+    assert output.loss.dtype == output.targets.dtype == ours.dtype == torch.float32
+    assert torch.equal(ours, stock)
+
+
+def test_under_autocast_query_key_and_value_share_one_copy_of_their_input():
+    model = scrambled_model().train()
+    batch = tiny_batch(model.config)
+    given: dict[str, list[int]] = {}
+    for name, module in model.context_encoder.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            layer = name.rsplit(".", 1)[0]
+            module.register_forward_pre_hook(
+                lambda _module, inputs, layer=layer: given.setdefault(layer, []).append(inputs[0].data_ptr())
+            )
+            module.register_forward_pre_hook(lambda _module, inputs: kinds.add(inputs[0].dtype))
+    kinds: set[torch.dtype] = set()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    assert kinds == {torch.bfloat16}
+    assert len(given) == 2
+    assert all(len(pointers) == 3 and len(set(pointers)) == 1 for pointers in given.values())
+
+
 # -- what enters the encoder -----------------------------------------------------------------------------------------
 
 

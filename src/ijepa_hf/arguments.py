@@ -279,8 +279,8 @@ class PretrainingArguments:
         "Recompute every layer in the backward pass: least memory, a sixth more time.", False
     )
     selective_checkpointing: bool = _help(
-        "Recompute only layer norms and activation functions in the backward pass: two thirds of the memory, a few per "
-        "cent more time.",
+        "Recompute only layer norms and activation functions in the backward pass: two thirds of the memory, a "
+        "little more time.",
         False,
     )
     num_cpu_threads: int | None = _help(

@@ -182,12 +182,12 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
             )
         else:
             position = self.position_embeddings
+        # in the weights' type and not the product's: under autocast the sums that go from layer to layer stay float32
+        position = position.to(self.patch_embeddings.projection.weight.dtype)
         if bool_masked_pos is None:
-            embeddings = self.patch_embeddings(pixel_values)
-            return self.dropout(embeddings + position.to(embeddings.dtype))
+            return self.dropout(self.patch_embeddings(pixel_values) + position)
         embeddings = self._project_patches(gather_patches(self._cut_patches(pixel_values), bool_masked_pos))
-        position = position.to(embeddings.dtype).expand(len(pixel_values), -1, -1)
-        embeddings = embeddings + gather_patches(position, bool_masked_pos)
+        embeddings = embeddings + gather_patches(position.expand(len(pixel_values), -1, -1), bool_masked_pos)
         if embeddings.dim() == 4:  # [B, S, K, D]: each context set is a sequence of its own
             embeddings = embeddings.flatten(0, 1)
         return self.dropout(embeddings)
@@ -204,12 +204,21 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
         return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
 
 
-class IJepaLastLayer(stock.IJepaLayer):
-    """The last layer of a stack: its second half can be spared for rows that nobody asks for. Adds no parameter.
+class IJepaLayer(stock.IJepaLayer):
+    """A layer of transformers that does less for the same values. Adds no parameter.
 
-    Every row attends and is attended to, as ever; what is left out is the MLP, two thirds of a layer's
-    multiplications, of rows whose result is dropped. The other rows' values do not depend on it.
+    Under autocast query, key and value share one copy of their input in the lower precision, where three would be made
+    and kept for the backward pass. The last layer of a stack spares the MLP, two thirds of its multiplications, for
+    rows that nobody asks for; every row attends and is attended to, as ever.
+
+    Args:
+        config: The stack's configuration.
+        is_last: Whether this layer is the one that heeds `output_indices`.
     """
+
+    def __init__(self, config: IJepaConfig, *, is_last: bool = False) -> None:
+        super().__init__(config)
+        self.is_last = is_last
 
     def forward(
         self,
@@ -219,12 +228,21 @@ class IJepaLastLayer(stock.IJepaLayer):
         output_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Returns all rows `[B, n, D]`, or those at `output_indices`, int64 `[B, T]`, in their order: `[B, T, D]`."""
-        if output_indices is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        rows = gather_patches(self.dropout(attended) + hidden_states, output_indices)
+        """Returns all rows `[B, n, D]`; the last layer those at `output_indices`, int64 `[B, T]`: `[B, T, D]`."""
+        device_type = hidden_states.device.type
+        normed = self.layernorm_before(hidden_states)
+        if torch.is_autocast_enabled(device_type):
+            normed = normed.to(torch.get_autocast_dtype(device_type))
+        attended, _ = self.attention(normed, attention_mask, **kwargs)
+        rows = self.dropout(attended) + hidden_states
+        if self.is_last and output_indices is not None:
+            rows = gather_patches(rows, output_indices)
         return self.dropout(self.mlp(self.layernorm_after(rows))) + rows
+
+
+def _make_layers(config: IJepaConfig) -> nn.ModuleList:
+    count = config.num_hidden_layers
+    return nn.ModuleList([IJepaLayer(config, is_last=number == count - 1) for number in range(count)])
 
 
 class IJepaPreTrainedModel(stock.IJepaPreTrainedModel):
@@ -268,7 +286,7 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         config = IJepaConfig.from_stock(config)
         super().__init__(config, add_pooling_layer)
         self.embeddings = IJepaEmbeddings(config)
-        self.layers[-1] = IJepaLastLayer(config)
+        self.layers = _make_layers(config)
         self.post_init()
 
     def forward(
@@ -309,7 +327,7 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         if output_indices is not None:
             rows = len(pixel_values) if context_indices is None else context_indices[..., 0].numel()
             _check_indices("output_indices", output_indices, rows, ndims=(2,))
-            kwargs["output_indices"] = output_indices  # reaches the last layer; the others ignore it
+            kwargs["output_indices"] = output_indices  # handed on to every layer; the last one heeds it
         self._check_attention_backend(kwargs.get("output_attentions"))
         return super().forward(pixel_values, bool_masked_pos=context_indices, **kwargs)
 
@@ -344,8 +362,7 @@ class IJepaPredictor(IJepaPreTrainedModel):
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # 3-D, so weight decay applies, as published
         self.register_buffer("position_embeddings", torch.empty(1, config.num_patches, width, dtype=torch.float32))
-        layers = [stock.IJepaLayer(self.config) for _ in range(self.config.num_hidden_layers - 1)]
-        self.layers = nn.ModuleList([*layers, IJepaLastLayer(self.config)])
+        self.layers = _make_layers(self.config)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.project = nn.Linear(width, config.hidden_size)
         self.post_init()
@@ -363,10 +380,10 @@ class IJepaPredictor(IJepaPreTrainedModel):
         """
         batch, sets, _ = context_indices.shape
         blocks, patches = target_indices.shape[1:]
-        visible = self.embed(context)
-        position = self.position_embeddings.to(visible.dtype).expand(batch, -1, -1)
-        visible = visible + gather_patches(position, context_indices)  # [B, S, K, E]
-        queries = self.mask_token.to(visible.dtype) + gather_patches(position, target_indices)  # [B, M, P, E]
+        # in the weights' type: float32 under autocast, as in the encoder
+        position = self.position_embeddings.to(self.mask_token.dtype).expand(batch, -1, -1)
+        visible = self.embed(context) + gather_patches(position, context_indices)  # [B, S, K, E]
+        queries = self.mask_token + gather_patches(position, target_indices)  # [B, M, P, E]
         rows = torch.cat(
             [
                 visible[:, :, None].expand(-1, -1, blocks, -1, -1),
@@ -374,10 +391,9 @@ class IJepaPredictor(IJepaPreTrainedModel):
             ],
             dim=3,
         ).flatten(0, 2)  # [B*S*M, K+P, E]
-        for layer in self.layers[:-1]:
-            rows = layer(rows, None)
         predicted = torch.arange(rows.shape[1] - patches, rows.shape[1], device=rows.device).expand(len(rows), -1)
-        rows = self.layers[-1](rows, None, output_indices=predicted)
+        for layer in self.layers:
+            rows = layer(rows, None, output_indices=predicted)
         rows = self.project(self.layernorm(rows))
         return rows.unflatten(0, (batch, sets, blocks))
 

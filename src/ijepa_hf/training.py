@@ -203,8 +203,8 @@ def set_attention(model: IJepaForPretraining, attn_implementation: str | None, a
 
     Args:
         model: The model.
-        attn_implementation: As transformers names it; `None` takes what is fastest: on a CPU in bf16 `eager`, for there
-            torch's fused backward pass is slow on short sequences (eager trained 1.3 to 1.5 times as fast on a
+        attn_implementation: As transformers names it; `None` takes what is fastest: on a CPU in bf16 `eager`, for
+            there torch's fused backward pass is slow on short sequences (eager trained 1.3 to 1.5 times as fast on a
             processor with bf16 instructions), everywhere else `sdpa`.
         accelerator: Says device and precision.
     """
