@@ -31,18 +31,11 @@ from accelerate.state import AcceleratorState, PartialState
 
 from ijepa_hf.arguments import parse_arguments
 from ijepa_hf.data import keyed_generator
-from ijepa_hf.estimate import (
-    DRAWS,
-    Sizes,
-    count_parameters,
-    draw_sizes,
-    estimate_memory,
-    measure_step_time,
-    model_work,
-)
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
 from ijepa_hf.plan import StepValues
+from ijepa_hf.step_cost import DRAWS, Sizes, count_parameters, draw_sizes, estimate_memory, model_work
+from ijepa_hf.step_timing import measure_step_time
 from ijepa_hf.training import make_optimizer, set_attention, training_step
 
 SECONDS_TO_PREDICT = 2.0
@@ -194,7 +187,6 @@ def compare_memory(name: str) -> dict[str, Any]:
             count_parameters(training.config),
             training.run.per_device_train_batch_size,
             bf16=training.run.mixed_precision == "bf16",
-            on_cpu=True,
             checkpointing=training.run.gradient_checkpointing,
         ).peak
         for sizes in draw_sizes(training.config, training.run.per_device_train_batch_size)

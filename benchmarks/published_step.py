@@ -79,13 +79,13 @@ class PublishedStep:
         self.device_type = torch.device(device).type
         self.autocast_dtype = autocast_dtype
 
-    def __call__(self, batch: dict[str, Tensor]) -> float:
+    def __call__(self, batch: dict[str, Tensor], *, learning_rate: float = 1e-4) -> float:
         """One step on normalised `pixel_values` and the indices of one context set; returns the loss."""
         return _plain_module().train_step(
             self.networks,
             self.optimizer,
             batch,
-            learning_rate=1e-4,
+            learning_rate=learning_rate,
             weight_decay=0.04,
             momentum=0.996,
             autocast=self._autocast,

@@ -111,7 +111,8 @@ def main() -> None:
     if named.quick:
         return
     machine = describe_machine()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['machine']} {machine['cores']} cores".lower()).strip("-")
+    words = re.sub(r"\(\w+\)|processor", "", f"{machine['machine']} {machine['cores']} cores".lower())
+    name = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
     output = named.output or RESULTS / f"{date.today().isoformat()}-{name}.json"
     output.write_text(json.dumps({**machine, "rows": [row.as_json() for row in rows]}, indent=1) + "\n", "utf-8")
     print(f"\nwritten to {output}")

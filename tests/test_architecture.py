@@ -82,8 +82,10 @@ LAYERS = {
     "evaluation.evaluate": 8,
     "diagnose": 8,
     "visualize": 8,
-    "estimate": 10,
-    "cli": 11,
+    "step_cost": 5,
+    "step_timing": 10,
+    "estimate": 11,
+    "cli": 12,
 }
 # A package's __init__ gathers what is below it, and nothing inside imports it back, but for the version.
 GATHERING = {"", "evaluation"}
@@ -91,7 +93,8 @@ OPEN_TO_ALL = {"__version__"}
 
 # Tests of the project as a whole, which have no module of their own.
 TESTS_OF_THE_WHOLE = {
-    "architecture", "benchmarks", "compatibility_slow", "documents", "examples", "image_kinds", "official_parity", "recipes_slow",
+    "architecture", "benchmarks", "compatibility_slow", "documents", "examples", "image_kinds",
+    "official_parity", "recipes_slow",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}
