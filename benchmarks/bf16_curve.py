@@ -132,7 +132,7 @@ def _run(command: list[object]) -> str:
 def _draw(curves: dict[str, list[float]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for name, curve in curves.items():
-        axis = axes["published" in name]
+        axis = axes[int("published" in name)]
         axis.plot(
             np.arange(WINDOW, len(curve) + 1), smoothed(curve), label=name.removeprefix("published, "), linewidth=1.2
         )
@@ -173,13 +173,13 @@ def main() -> None:
         beside = "published, float32" if name.startswith("published") else "float32"
         gaps[name] = largest_gap(curve, curves[beside])
         print(f"{name:<26} last loss {smoothed(curve)[-1]:.4f}, at most {100 * gaps[name]:.2f} % from {beside}")
-    if named.figure:
-        _draw(curves, named.figure)
     if named.output:
         found = {"recipe": RECIPE, "batch": named.batch, "steps": named.steps, "band": BAND, "largest_gap": gaps}
         found["published"] = reference_name(Path(checkout) if checkout else None)
         rounded = {name: [round(loss, 5) for loss in curve] for name, curve in curves.items()}
         named.output.write_text(json.dumps({**found, "losses": rounded}) + "\n", "utf-8")
+    if named.figure:
+        _draw(curves, named.figure)
     if gaps["bf16"] > BAND:
         sys.exit(f"bf16 is more than {100 * BAND:g} % from float32")
 

@@ -83,6 +83,7 @@ def _our_speed(folder: Path, steps: int) -> float:
             "warmup_epochs": 0,
             "logging_steps": WARM_UP_STEPS + steps,
             "diagnostics_steps": 0,
+            "keep_images_in_memory": "yes",  # as by itself in a run of the recipe's length
         }
         # a copy of the recipe without scoring, which is no part of either loop
         recipe = {name: value for name, value in load_recipe(RECIPE).items() if "eval" not in name}
