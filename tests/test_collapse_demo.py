@@ -14,16 +14,15 @@ def test_the_twins_get_two_verdicts_and_one_picture(
 ):
     short = {"max_train_steps": 60, "max_train_samples": 128, "warmup_epochs": 1, "diagnostics_steps": 15}
     monkeypatch.setattr(collapse_demo, "_RUN", {**collapse_demo._RUN, **short})
-    # of so short a run, a higher learning rate makes a collapse sure
-    monkeypatch.setitem(collapse_demo.TWINS, "collapsing", {"ema_momentum": 0.0, "final_ema_momentum": 0.0,
-                                                            "learning_rate": 1e-2})  # fmt: skip
+    # a collapse of so short a run hangs on the last bits; a target encoder that never moves is found in any case
+    monkeypatch.setitem(collapse_demo.TWINS, "collapsing", {"ema_momentum": 1.0, "final_ema_momentum": 1.0})
     folder = tmp_path / "demo"
     assert main(["diagnose", "--demo", "--output_dir", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "--ema_momentum 0.0 --final_ema_momentum 0.0 --learning_rate 0.01" in text
+    assert "--ema_momentum 1.0 --final_ema_momentum 1.0" in text
     healthy, collapsing = text.split("\nhealthy")[1].split("\ncollapsing")
     assert "collapse:" not in healthy
-    assert "complete collapse:" in collapsing
+    assert "EMA stuck:" in collapsing
     assert f"picture: {folder / 'collapse.png'}" in text
     with Image.open(folder / "collapse.png") as picture:
         assert picture.size[0] > 1000

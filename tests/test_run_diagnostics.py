@@ -1,6 +1,7 @@
 """Rows of a run: when they are taken, what is kept of them, who hears of them, and how a run stops on a collapse."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,7 +176,8 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path):
 def test_a_collapse_is_said_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = tiny_flags(tmp_path / "run", diagnostics_steps=5, **COLLAPSING)
     assert main(["pretrain", *flags]) == 0
-    assert "verdict: complete collapse" in capsys.readouterr().out
+    # which of the two it is hangs on the last bits of so wild a training
+    assert re.search("verdict: (complete|dimensional) collapse", capsys.readouterr().out)
     assert (tmp_path / "run" / "report.json").exists()
 
 
