@@ -252,7 +252,7 @@ def test_the_peak_is_that_of_a_real_step(images, micro_batches, how):
         accumulates=micro_batches > 1,
     )
     there = ours.weights + ours.optimizer + ours.batch
-    assert ours.peak == pytest.approx(there + peak_of_a_step(config, batch, run, micro_batches), rel=0.1)
+    assert ours.peak == pytest.approx(there + peak_of_a_step(config, batch, run, micro_batches), rel=0.15)
 
 
 def test_several_processes_hold_what_they_exchange():
