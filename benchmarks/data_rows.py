@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from mask_speed import our_sampler, published_sampler
+from mask_speed import our_sampler, published_options, published_sampler
 from PIL import Image
 from side_by_side import Row, ratios, render_table, scaled, take_turns
 
@@ -356,18 +356,7 @@ def _lightly_sampler(settings: MaskSettings, batch_size: int) -> Callable[[int],
         from lightly.data.collate import IJEPAMaskCollator  # type: ignore[import-not-found]
     except ImportError as error:
         return f"lightly cannot be imported ({error}); it is no dependency of this project and needs torchvision"
-    rows, columns = settings.grid_size
-    collator = IJEPAMaskCollator(
-        input_size=(rows * 16, columns * 16),
-        patch_size=16,
-        enc_mask_scale=settings.context_scale,
-        pred_mask_scale=settings.target_scale,
-        aspect_ratio=settings.target_aspect_ratio,
-        nenc=settings.num_context_sets,
-        npred=settings.num_target_blocks,
-        min_keep=settings.official_min_keep,
-        allow_overlap=settings.allow_overlap,
-    )
+    collator = IJEPAMaskCollator(**published_options(settings))
     images = [torch.zeros(0)] * batch_size
     return lambda step: collator(images)
 

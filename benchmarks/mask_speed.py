@@ -39,6 +39,22 @@ def our_sampler(settings: MaskSettings, batch_size: int) -> Callable[[int], obje
     return sample
 
 
+def published_options(settings: MaskSettings) -> dict[str, Any]:
+    """Settings under the names that the published collator and lightly's give them."""
+    rows, columns = settings.grid_size
+    return {
+        "input_size": (rows * PATCH_SIZE, columns * PATCH_SIZE),
+        "patch_size": PATCH_SIZE,
+        "enc_mask_scale": settings.context_scale,
+        "pred_mask_scale": settings.target_scale,
+        "aspect_ratio": settings.target_aspect_ratio,
+        "nenc": settings.num_context_sets,
+        "npred": settings.num_target_blocks,
+        "min_keep": settings.official_min_keep,
+        "allow_overlap": settings.allow_overlap,
+    }
+
+
 def published_sampler(checkout: Path, settings: MaskSettings, batch_size: int) -> Callable[[int], object]:
     """The published collator with the same sizes, on a batch of empty images, so that only masks cost time."""
     if not (checkout / "src" / "masks" / "multiblock.py").is_file():
@@ -48,18 +64,7 @@ def published_sampler(checkout: Path, settings: MaskSettings, batch_size: int) -
     sys.path.insert(0, str(checkout))
     from src.masks.multiblock import MaskCollator  # type: ignore[import-not-found]
 
-    rows, columns = settings.grid_size
-    collator = MaskCollator(
-        input_size=(rows * PATCH_SIZE, columns * PATCH_SIZE),
-        patch_size=PATCH_SIZE,
-        enc_mask_scale=settings.context_scale,
-        pred_mask_scale=settings.target_scale,
-        aspect_ratio=settings.target_aspect_ratio,
-        nenc=settings.num_context_sets,
-        npred=settings.num_target_blocks,
-        min_keep=settings.official_min_keep,
-        allow_overlap=settings.allow_overlap,
-    )
+    collator = MaskCollator(**published_options(settings))
     images = [torch.zeros(0)] * batch_size
     return lambda step: collator(images)
 

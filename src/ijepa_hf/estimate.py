@@ -35,6 +35,7 @@ from ijepa_hf.export import write_atomically
 from ijepa_hf.plan import make_plan
 from ijepa_hf.step_cost import (
     Memory,
+    Sizes,
     count_parameters,
     draw_sizes,
     estimate_memory,
@@ -43,6 +44,7 @@ from ijepa_hf.step_cost import (
     update_bytes,
 )
 from ijepa_hf.step_timing import HARDWARE, StepTime, measure_step_time, step_time_on
+from ijepa_hf.training import eager_is_faster
 from ijepa_hf.warm_start import open_starting_weights
 
 DEFAULT_UTILIZATION = 0.35  # of the peak; docs/performance.md says what is known of it
@@ -157,7 +159,9 @@ def estimate_run(
         accelerator = Accelerator(mixed_precision=run.mixed_precision, cpu=hardware == "cpu")
     on_cpu = accelerator is not None and accelerator.device.type == "cpu"
     attention = model_arguments.attn_implementation
-    eager = attention == "eager" or (attention is None and on_cpu and run.mixed_precision == "bf16")  # set_attention
+    eager = attention == "eager"
+    if attention is None:
+        eager = eager_is_faster("cpu" if on_cpu else "cuda", run.mixed_precision)
 
     def memory(images: int) -> Memory:
         """Of the masks that need most."""
@@ -212,18 +216,8 @@ def estimate_run(
                 **_times(time_of_step, length, flops * images_of_device),
             }
         )
-    contexts, targets = [sizes.context for sizes in drawn], [sizes.target for sizes in drawn]
     return {
-        "masks": {
-            "patches": config.num_patches,
-            "grid": list(config.grid_size),
-            "context_sets": config.num_context_sets,
-            "context_patches": statistics.mean(contexts),
-            "context_patches_range": [min(contexts), max(contexts)],
-            "target_blocks": drawn[0].blocks,
-            "target_patches": statistics.mean(targets),
-            "target_patches_range": [min(targets), max(targets)],
-        },
+        "masks": _describe_masks(config, drawn),
         "parameters": {
             **dataclasses.asdict(parameters),
             "trained": parameters.trained,
@@ -242,6 +236,20 @@ def estimate_run(
         },
         "memory": dataclasses.asdict(memory(run.per_device_train_batch_size)),
         "hardware": rows,
+    }
+
+
+def _describe_masks(config: IJepaConfig, drawn: Sequence[Sizes]) -> dict[str, Any]:
+    contexts, targets = [sizes.context for sizes in drawn], [sizes.target for sizes in drawn]
+    return {
+        "patches": config.num_patches,
+        "grid": list(config.grid_size),
+        "context_sets": config.num_context_sets,
+        "context_patches": statistics.mean(contexts),
+        "context_patches_range": [min(contexts), max(contexts)],
+        "target_blocks": drawn[0].blocks,
+        "target_patches": statistics.mean(targets),
+        "target_patches_range": [min(targets), max(targets)],
     }
 
 
