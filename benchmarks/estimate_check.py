@@ -36,7 +36,7 @@ from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.step_cost import DRAWS, Sizes, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.step_timing import measure_step_time
-from ijepa_hf.training import make_optimizer, set_attention, training_step
+from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 
 SECONDS_TO_PREDICT = 2.0
 SMALL_VIT = (

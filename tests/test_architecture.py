@@ -82,6 +82,17 @@ LAYERS = {
     "evaluation.evaluate": 8,
     "diagnose": 8,
     "visualize": 8,
+    "interruption": 0,
+    "non_finite": 0,
+    "ranks": 0,
+    "retrying": 0,
+    "workers": 0,
+    "escaping": 0,
+    "sharding": 3,
+    "run_lock": 4,
+    "batch_fitting": 6,
+    "optimization": 6,
+    "announcement": 7,
     "step_cost": 5,
     "step_timing": 10,
     "estimate": 11,
@@ -94,7 +105,7 @@ OPEN_TO_ALL = {"__version__"}
 # Tests of the project as a whole, which have no module of their own.
 TESTS_OF_THE_WHOLE = {
     "architecture", "benchmarks", "compatibility_slow", "documents", "examples", "image_kinds",
-    "official_parity", "recipes_slow",
+    "official_parity", "recipes_slow", "security", "launch_files", "scaling_plan",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given
@@ -65,6 +67,19 @@ BAD = [
     ({"num_channels": 0}, "num_channels=0"),
     ({"loss_type": "l2"}, "loss_type='l2' .* 'smooth_l1', 'mse'"),
     ({"patch_init_std": 0.0}, "patch_init_std=0.0"),
+    ({"patch_init_std": math.inf}, "patch_init_std=inf"),
+    ({"patch_size": -4}, "patch_size=-4 must be .* write patch_size=16"),
+    ({"layer_norm_eps": math.nan}, "layer_norm_eps=nan must be a finite number greater than 0"),
+    ({"initializer_range": -1.0}, "initializer_range=-1.0"),
+    ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 must be at least 0 and below 1"),
+    ({"attention_probs_dropout_prob": -1}, "attention_probs_dropout_prob=-1"),
+    ({"hidden_act": "gellu"}, "hidden_act='gellu' .* did you mean 'gelu'"),
+    ({"hidden_act": ""}, "hidden_act='' .* write for example hidden_act='gelu'"),
+    ({"pooler_output_size": 0}, "pooler_output_size=0 must be at least 1"),
+    ({"dtype": "floot32"}, "dtype='floot32' is no type of torch"),
+    ({"model_type": "vit"}, "model_type='vit' must be 'ijepa'"),
+    ({"image_size": 16, "patch_size": 16}, r"image_size=16 with patch_size=16: .* grid"),
+    ({"image_size": 4000, "patch_size": 1}, "image_size=4000 with patch_size=1: grid_size=.* 16000000 patches"),
     ({"masking_strategy": "blocky"}, "masking_strategy='blocky'"),
     ({"target_scale": (0.3, 0.2)}, "target_scale"),
     ({"context_keep_ratio": 0.9}, "context_keep_ratio"),
@@ -77,6 +92,36 @@ BAD = [
 @pytest.mark.parametrize(("fields", "message"), BAD)
 def test_a_bad_value_is_refused_with_its_name_and_the_rule(fields, message):
     with pytest.raises(ValueError, match=message):
+        IJepaConfig(**fields)
+
+
+WRONG_TYPES = [
+    {"hidden_size": True},
+    {"hidden_size": "32"},
+    {"image_size": 32.0},
+    {"qkv_bias": 1},
+    {"num_labels": "two"},
+    {"predictor_hidden_size": 16.0},
+    {"predictor_hidden_size": None},
+    {"predictor_num_attention_heads": True},
+    {"num_target_blocks": np.int64(4)},
+    {"context_keep_ratio": np.float32(0.25)},
+    {"context_keep_ratio": "a quarter"},
+    {"patch_init_std": "0.02"},
+    {"patch_init_std": True},
+    {"context_scale": None},
+    {"context_scale": 0.9},
+    {"target_scale": "ab"},
+    {"target_scale": [True, True]},
+    {"allow_overlap": 1},
+    {"normalize_targets": "no"},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_TYPES, ids=str)
+def test_a_value_of_another_type_is_refused_with_its_name_and_an_example(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(TypeError, match=re.escape(f"{name}={value!r} must be ") + f".*, for example {name}="):
         IJepaConfig(**fields)
 
 

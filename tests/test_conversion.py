@@ -425,6 +425,7 @@ def with_arguments(run, folder, **changes):
     for path in (folder / "run.json", *folder.glob("checkpoint-*/checkpoint.json")):
         record = json.loads(path.read_text())
         record["arguments"] |= changes
+        record.pop("sha256", None)  # a manifest of before there were digests of their own
         path.write_text(json.dumps(record))
     return folder
 

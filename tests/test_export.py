@@ -1,16 +1,28 @@
 """The two-part folder: what is in it, that it is read back, and that a half-written one is noticed."""
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from faults import every_moment, in_fork, limit_file_size
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tiny import scrambled_model
 
-from ijepa_hf import IJepaForPretraining
-from ijepa_hf.export import export_model, exported_step, image_processor_fields, write_atomically
+from ijepa_hf import IJepaForPretraining, export
+from ijepa_hf.export import (
+    SaveError,
+    export_model,
+    exported_step,
+    file_bytes,
+    free_bytes,
+    image_processor_fields,
+    saving,
+    write_atomically,
+)
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
@@ -103,6 +115,126 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, fail)
     assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     write_atomically(path, lambda partial: partial.write_text("new"))
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def bits(path):
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tensors_that_were_gathered_are_written_in_place_of_the_models_own(model, folder, tmp_path):
+    other = scrambled_model(5)
+    state = {name: tensor.detach() for name, tensor in other.state_dict().items()}
+    export_model(model, tmp_path / "one", step=1, image_mean=MEAN, image_std=STD, state=state)
+    export_model(other, tmp_path / "two", step=1, image_mean=MEAN, image_std=STD)
+    for part in ("model.safetensors", "pretraining/model.safetensors"):
+        assert same(bits(tmp_path / "one" / part), bits(tmp_path / "two" / part))
+    with pytest.raises(StopIteration):  # nothing gathered is not the same as not given
+        export_model(model, tmp_path / "three", step=1, image_mean=MEAN, image_std=STD, state={})
+
+
+def test_weights_may_be_read_by_those_who_may_read_the_rest(folder):
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
+def test_what_a_killed_process_left_beside_a_weight_file_is_in_nobodys_way(model, folder):
+    (folder / ".model.safetensors.partial").write_bytes(b"half")  # a file, or a folder with anything in it
+    hidden = folder / "pretraining" / ".model.safetensors.partial"
+    hidden.mkdir()
+    (hidden / ".tmpA1b2C3").write_bytes(b"half")
+    export_model(model, folder, step=8, image_mean=MEAN, image_std=STD)
+    assert exported_step(folder) == 8
+    assert not list(folder.rglob(".*"))
+
+
+# -- a disk that fails -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_grow_is_one_clear_error_and_each_file_is_as_it_was(folder):
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def write():
+        limit_file_size(100_000)
+        with pytest.raises(SaveError, match="run could not be written: File too large") as caught:
+            export_model(scrambled_model(5), folder, step=8, image_mean=MEAN, image_std=STD)
+        assert caught.value.errno == errno.EFBIG
+
+    assert in_fork(write) == 0
+    assert exported_step(folder) == 7
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_too_little_space_is_found_before_anything_is_written(model, folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1234, 1234))
+    monkeypatch.setattr(export, "write_atomically", None)
+    with pytest.raises(SaveError, match=r"run could not be written: No space left.*bytes are needed, 1,234 free"):
+        export_model(model, folder, step=8, image_mean=MEAN, image_std=STD)
+    assert exported_step(folder) == 7
+
+
+def test_a_folder_that_has_gone_is_not_made_anew_where_that_was_asked_for(model, tmp_path):
+    with pytest.raises(SaveError, match="gone could not be written: No such file or directory"):
+        export_model(model, tmp_path / "gone", step=8, image_mean=MEAN, image_std=STD, must_exist=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_is_no_fault_of_the_disk_stays_what_it_is(tmp_path):
+    with pytest.raises(SafetensorError, match="no tensor of mine"), saving(tmp_path, 1):
+        raise SafetensorError("no tensor of mine")
+    with pytest.raises(SaveError, match="could not be written: something else"), saving(tmp_path, 1):
+        raise OSError("something else")  # an OSError without a number
+    with pytest.raises(SaveError, match="^once$"), saving(tmp_path, 1):
+        raise SaveError("once")
+
+
+def test_free_space_is_that_of_the_nearest_folder_that_exists_or_unknown(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or shutil._ntuple_diskusage(9, 4, 5))
+    assert free_bytes(tmp_path / "a" / "b") == 5
+    assert asked == [tmp_path]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    assert free_bytes(tmp_path) is None
+    with saving(tmp_path, 10**15):  # a file system that does not say is not refused
+        pass
+
+
+def test_the_bytes_of_a_file_are_foretold(model, folder):
+    foretold = file_bytes(model.state_dict().values())
+    assert 0 < foretold - (folder / "pretraining" / "model.safetensors").stat().st_size < 100_000
+
+
+def test_killed_at_any_moment_of_an_export_each_file_is_the_old_or_the_new_one(model, folder, tmp_path):
+    parts = ("model.safetensors", "pretraining/model.safetensors")
+    other = scrambled_model(5)
+    export_model(other, tmp_path / "new", step=8, image_mean=MEAN, image_std=STD)
+    old, new = [bits(folder / part) for part in parts], [bits(tmp_path / "new" / part) for part in parts]
+    steps = []
+
+    def check(run):
+        steps.append(exported_step(run))
+        for part, before, after in zip(parts, old, new, strict=True):
+            assert same(bits(run / part), before) or same(bits(run / part), after)
+        for name in ("config.json", "pretraining/config.json", "preprocessor_config.json"):
+            json.loads((run / name).read_text())
+        if steps[-1] is not None:
+            expected = old if steps[-1] == 7 else new
+            assert all(same(bits(run / part), tensors) for part, tensors in zip(parts, expected, strict=True))
+
+    moments = every_moment(
+        folder,
+        tmp_path / "copy",
+        lambda run: export_model(other, run, step=8, image_mean=MEAN, image_std=STD),
+        check,
+    )
+    assert moments >= 40
+    order = {7: 0, None: 1, 8: 2}
+    assert [order[step] for step in steps] == sorted(order[step] for step in steps)
+    assert set(steps) == {7, None, 8}

@@ -121,7 +121,12 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path):
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form", "a"})
     assert "url(" not in text
     assert "@import" not in text
-    assert "http" not in text
+    assert "http" not in text.replace("http-equiv", "")
+    (policy,) = [attributes for attributes in page.all("meta") if "http-equiv" in attributes]
+    assert policy == {
+        "http-equiv": "Content-Security-Policy",
+        "content": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    }
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 

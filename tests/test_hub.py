@@ -22,7 +22,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from ijepa_hf import IJepaForPretraining, hub
 from ijepa_hf.arguments import argument_defaults
-from ijepa_hf.checkpointing import DamagedCheckpointError, config_fields, read_checkpoint, save_checkpoint
+from ijepa_hf.checkpointing import (
+    DamagedCheckpointError,
+    collect_state,
+    config_fields,
+    read_checkpoint,
+    save_checkpoint,
+)
 from ijepa_hf.cli import main
 from ijepa_hf.export import CODE_FILES, export_model
 from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
@@ -74,9 +80,8 @@ def write_state(folder, step, total_limit=2):
     optimizer = torch.optim.AdamW([{"params": list(model.predictor.named_parameters())}])
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_text(json.dumps({"arguments": ARGUMENTS}))
-    save_checkpoint(
-        folder, step, model, optimizer, config=config_fields(model.config), arguments={}, total_limit=total_limit
-    )
+    tensors = collect_state(model, optimizer)
+    save_checkpoint(folder, step, tensors, config=config_fields(model.config), arguments={}, total_limit=total_limit)
     export_model(model, folder, step=step, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")

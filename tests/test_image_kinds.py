@@ -1,18 +1,25 @@
 """Whole runs on every kind of image that people have: many bands, 16 bits, odd shapes, odd files, broken ones."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from image_zoo import BROKEN, write_zoo
+from image_zoo import BROKEN, BROKEN_BYTES, write_broken, write_zoo
 from PIL import Image
 from tiny import final_weights, logged, tiny_flags, tiny_run
 from transformers import AutoModel
 
-from ijepa_hf import cli
+from ijepa_hf import cli, image_transforms
 from ijepa_hf.checkpointing import find_latest
+from ijepa_hf.data import ImageColumn, ImageRows
+from ijepa_hf.image_transforms import decode_image, random_resized_crop
 
 FEW = {"max_train_steps": 3, "warmup_epochs": 0, "max_train_samples": None}
 
@@ -154,6 +161,152 @@ def test_broken_images_change_nothing_for_a_resumed_run(zoo_run, zoo, tmp_path, 
     whole = final_weights(zoo_run)
     assert all(torch.equal(value, whole[name]) for name, value in final_weights(resumed).items())
     assert sorted(row["image"] for row in unreadable(resumed)) == sorted(row["image"] for row in unreadable(zoo_run))
+
+
+MEASURES_BROKEN = """
+import json, resource, sys, warnings
+import datasets
+from ijepa_hf.data import ImageColumn
+
+warnings.simplefilter("error")
+features = datasets.Features({"image": datasets.Image()})
+column = ImageColumn(datasets.Dataset.from_dict({"image": []}, features=features), "image", 3)
+found, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        column.decode({"image": {"bytes": None, "path": path}})
+    except ValueError as error:
+        found[path] = str(error)
+print(json.dumps([found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+"""
+
+
+def test_every_way_to_be_broken_has_a_reason_and_costs_neither_time_nor_memory(tmp_path, child_environment):
+    paths = [str(path) for path in write_broken(tmp_path / "broken")]
+    assert len(paths) == len(BROKEN_BYTES) + 5
+    command = [sys.executable, "-c", MEASURES_BROKEN, *paths]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=60, check=True)
+    found, kilobytes = json.loads(done.stdout)
+    assert sorted(found) == sorted(paths)
+    assert all(path in reason for path, reason in found.items())
+    assert kilobytes < 200_000
+    said = {Path(path).name: reason for path, reason in found.items()}
+    for name, words in (
+        ("claims-40000.png", "1600000000 pixels"), ("pipe.png", "no file, but a pipe"),
+        ("empty.png", "cannot identify"), ("folder.png", "no file, but a folder"),
+        ("to-itself.png", "Too many levels of symbolic links"),
+        ("sparse.png", "has 53,687 MB; a picture has at most"), ("postscript.png", "PostScript"),
+        ("bomb-in-text.png", "Decompressed data too large"), ("cut.jpg", "truncated"),
+    ):  # fmt: skip
+        assert words in said[name]
+
+
+def test_a_file_that_may_not_be_read_is_a_broken_image_with_its_reason(tmp_path, monkeypatch):
+    column = ImageColumn(run_rows_of_one_picture(tmp_path), "image", 3)
+
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    with pytest.raises(ValueError, match=r"Permission denied: '.*0\.png'"):
+        column.decode({"image": {"bytes": None, "path": str(tmp_path / "one" / "0.png")}})
+
+
+def run_rows_of_one_picture(folder):
+    (folder / "one").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "one" / "0.png")
+    return run_rows(folder / "one")
+
+
+def test_a_picture_of_an_absurd_shape_is_read_like_any_other():
+    for size in ((100_000, 1), (1, 100_000)):
+        decoded = decode_image(Image.new("RGB", size, (1, 2, 3)), 3)
+        crop = random_resized_crop(decoded, (32, 32), 0.3, np.random.default_rng(0))
+        assert crop.shape == (3, 32, 32)
+        assert crop[:, 5, 7].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="no pixels: 0x5"):
+        decode_image(Image.new("RGB", (0, 5)), 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA", "P"])
+def test_transparency_of_a_large_picture_is_composited_in_parts_with_the_same_bits(mode, monkeypatch):
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    if mode == "P":
+        picture = picture.convert("P")
+        picture.info["transparency"] = 7
+    else:
+        if mode != "RGBA":
+            picture = picture.convert({"RGBa": "RGB", "PA": "P"}.get(mode, "L"))
+        picture.putalpha(Image.fromarray(generator.integers(0, 256, (40, 56), dtype=np.uint8)))
+        picture = picture.convert(mode)
+    assert picture.has_transparency_data
+    at_once = [decode_image(picture, channels).tobytes() for channels in (1, 3)]
+    for pixels in (56, 56 * 7, 56 * 39, 1):
+        monkeypatch.setattr(image_transforms, "_PIXELS_COMPOSITED_AT_ONCE", pixels)
+        assert [decode_image(picture, channels).tobytes() for channels in (1, 3)] == at_once
+
+
+def test_a_folder_with_names_that_are_no_files_and_links_that_lead_back_is_opened(tmp_path):
+    folder = tmp_path / "all"
+    (folder / "below").mkdir(parents=True)
+    for name in ("0.png", "below/1.png"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "to-itself.png").symlink_to("to-itself.png")
+    for name in ("up", "again", "below/up"):
+        (folder / name).symlink_to(folder, target_is_directory=True)
+    rows = run_rows(folder)
+    assert sorted(Path(row["path"]).name for row in ImageRows(rows, "image", 3).rows["image"]) == ["0.png", "1.png"]
+
+
+# -- some of many are broken -----------------------------------------------------------------------------------------
+
+SIX = {
+    "keep_images_in_memory": "no", "per_device_train_batch_size": 30, "max_train_steps": 14, "max_train_samples": None,
+    "warmup_epochs": 0, "checkpointing_steps": 3, "checkpoints_total_limit": 9,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken_here_and_there(tmp_path_factory):
+    """300 small pictures, of which six are broken, each in another way."""
+    folder = tmp_path_factory.mktemp("some")
+    generator = np.random.default_rng(0)
+    for number in range(300):
+        Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / f"{number:03d}.png")
+    ways = ("empty.png", "cut.jpg", "cut.png", "text.png", "claims-40000.png", "bomb-in-text.png")
+    broken = {f"{number:03d}.png": BROKEN_BYTES[way] for number, way in zip(range(20, 300, 47), ways, strict=True)}
+    for name, content in broken.items():
+        (folder / name).write_bytes(content())
+    return folder, sorted(broken)
+
+
+@pytest.fixture(scope="module")
+def broken_run(broken_here_and_there, tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("run") / "run", dataset_name=broken_here_and_there[0], **SIX)
+
+
+def test_of_two_percent_broken_each_is_listed_once_and_counted(broken_run, broken_here_and_there):
+    assert_trained(broken_run)
+    found = unreadable(broken_run)
+    assert sorted(Path(row["reason"].split("'")[1]).name for row in found) == broken_here_and_there[1]
+    assert json.loads((broken_run / "report.json").read_text())["num_unreadable_images"] == 6
+
+
+@pytest.mark.parametrize(("step", "workers", "memory"), [(3, 2, "no"), (6, 1, "no"), (9, 0, "no"), (6, 0, "auto")])
+def test_broken_images_cost_no_bit_of_a_run_that_goes_on_in_mid_epoch_with_other_workers(
+    broken_run, broken_here_and_there, tmp_path, step, workers, memory
+):
+    resumed = tiny_run(
+        tmp_path / "run", dataset_name=broken_here_and_there[0], **{**SIX, "keep_images_in_memory": memory},
+        resume_from_checkpoint=broken_run / f"checkpoint-{step}", dataloader_num_workers=workers,
+    )  # fmt: skip
+    whole = final_weights(broken_run)
+    assert all(torch.equal(value, whole[name]) for name, value in final_weights(resumed).items())
+    names = [sorted((row["image"], row["reason"]) for row in unreadable(run)) for run in (resumed, broken_run)]
+    assert names[0] == names[1]
 
 
 def test_too_many_broken_images_stop_the_run_with_a_list_and_a_checkpoint_that_goes_on(zoo_run, zoo, tmp_path, capsys):

@@ -8,6 +8,7 @@ fewer than twenty such tests, so together they would do so for less than 1 key i
 import json
 import math
 import re
+import time
 from collections import Counter
 from dataclasses import fields, replace
 from fractions import Fraction
@@ -653,6 +654,11 @@ REFUSED = {
     "grid_size=(0, 14)": {"grid_size": (0, 14)},
     "grid_size=(14.0, 14.0)": {"grid_size": (14.0, 14.0)},
     "grid_size=14": {"grid_size": 14},
+    "grid_size=(1, 65537)": {"grid_size": (1, 65537)},
+    "num_target_blocks=257": {"num_target_blocks": 257},
+    "num_context_sets=1000000000000": {"num_context_sets": 10**12},
+    "target_aspect_ratio=(1e-300, 1e+300)": {"target_aspect_ratio": (1e-300, 1e300)},
+    "context_scale=(0.9, 1" + "0" * 400 + ")": {"context_scale": (0.9, 10**400)},
     "masking_strategy='blocks'": {"masking_strategy": "blocks"},
     "num_context_sets=0": {"num_context_sets": 0},
     "num_target_blocks=True": {"num_target_blocks": True},
@@ -779,6 +785,27 @@ def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fi
             if cells > 1 or strategy == "rasterized"
             else {"grid_size": eval(value), "masking_strategy": strategy}
         )
+
+
+@pytest.mark.parametrize("grid", [(256, 256), (1, 65536), (65536, 1), (2, 32768)])
+@pytest.mark.parametrize("strategy", ["multi_block", "multi_block_official", "block", "random"])
+def test_the_largest_grids_are_checked_and_drawn_in_a_moment(grid, strategy):
+    ranges = {"target_aspect_ratio": (1e-5, 1e5), "target_scale": (1e-4, 1.0), "mask_ratio": 0.5}
+    own = {name: ranges[name] for name in masking.STRATEGY_FIELDS[strategy] if name in ranges}
+    start = time.process_time()
+    for chosen in ({}, own):
+        try:
+            settings = MaskSettings(grid, masking_strategy=strategy, **chosen)
+        except ValueError as error:
+            assert "grid" in str(error)  # noqa: PT017 (both outcomes are right)
+        else:
+            draw_masks(settings, 2, np.random.default_rng(0))
+    assert time.process_time() - start < 5  # 0.7 s; each area with each ratio took hours
+
+
+def test_a_share_of_the_grid_too_small_for_arithmetic_is_one_patch():
+    settings = MaskSettings((8, 8), masking_strategy="block", mask_ratio=5e-324)
+    assert draw_masks(settings, 3, np.random.default_rng(0)).target_indices.shape == (3, 1, 1)
 
 
 OTHER_VALUES = {

@@ -28,6 +28,14 @@ def test_plan_counts_steps_warm_up_and_schedules():
         make_plan(run, 1000, 4)
 
 
+@pytest.mark.parametrize("name", ["num_train_epochs", "warmup_epochs", "base_learning_rate", "schedule_scale"])
+@pytest.mark.parametrize("value", [1.7e308, float("inf"), float("nan")])
+def test_a_length_or_rate_beyond_what_a_float_holds_is_refused_by_name(name, value):
+    run = PretrainingArguments(**{"base_learning_rate": 1e-3, name: value})
+    with pytest.raises(ValueError, match=f"{name}={value} is too large, or no number".replace("+", r"\+")):
+        make_plan(run, num_samples=1000, num_ranks=1)
+
+
 def test_values_rise_through_the_warm_up_and_momentum_starts_at_its_first_value():
     run = PretrainingArguments(
         learning_rate=1.0, start_learning_rate=0.2, warmup_epochs=1, per_device_train_batch_size=10

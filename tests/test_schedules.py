@@ -116,6 +116,13 @@ def test_learning_rate_and_weight_decay_never_leave_their_ranges(step: int, warm
         (lambda: learning_rate_at(1, **RATES, warmup_steps=-1, total_steps=9), "warmup_steps=-1 must be 0"),
         (lambda: learning_rate_at(1, **RATES, warmup_steps=1, total_steps=0), "total_steps=0 must be a whole"),
         (lambda: learning_rate_at(1, **RATES, warmup_steps=1, total_steps=9.5), "write int"),  # type: ignore[arg-type]
+        (
+            lambda: learning_rate_at(1, **RATES, warmup_steps=1, total_steps=math.inf),
+            "total_steps=inf must be a whole",
+        ),
+        (lambda: learning_rate_at(math.nan, **RATES, warmup_steps=1, total_steps=9), "step=nan must be 1 or more"),
+        (lambda: ema_momentum_at(math.nan, ema_momentum=0.9, final_ema_momentum=1, total_steps=9), "step0=nan must"),
+        (lambda: ema_momentum_at(0, ema_momentum=0.9, final_ema_momentum=1, total_steps=math.inf), "total_steps=inf"),
         (lambda: weight_decay_at(0, weight_decay=0, final_weight_decay=1, total_steps=9), "step=0 must be 1 or more"),
         (lambda: ema_momentum_at(-1, ema_momentum=0.9, final_ema_momentum=1, total_steps=9), "step0=-1 must be 0"),
         (lambda: ema_momentum_at(0, ema_momentum=0.9, final_ema_momentum=1, total_steps=0), "total_steps=0 must"),

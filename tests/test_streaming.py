@@ -1,5 +1,6 @@
 """Streams: what each reader reads follows from numbers alone, no image comes twice, and nothing is left running."""
 
+import errno
 import io
 import itertools
 import logging
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config
 
-from ijepa_hf import streaming
+from ijepa_hf import retrying, streaming
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import CropReader, IJepaDataCollator, ImageColumn, SampleKey
 from ijepa_hf.sources import ImageStream, load_split, open_stream
@@ -226,6 +227,67 @@ def test_ranks_have_equally_many_micro_batches_of_consecutive_slots_that_fill_ea
                 assert {(key.epoch, key.step) for key in batch} == {(step // per_epoch, step)}
                 slots += [key.slot for key in batch]
         assert slots == list(range(layout.global_batch_size))
+
+
+class FailingShards(Shards):
+    """Of which the chosen reads, counted over all shards, fail."""
+
+    def __init__(self, lengths, failures):
+        super().__init__(lengths)
+        self.failures, self.count = failures, 0
+
+    def shard(self, num_shards, index):
+        return FailingPart(*super().shard(num_shards, index))
+
+
+class FailingPart(Part):
+    def iter(self, batch_size):
+        for batch in super().iter(batch_size):
+            self.shards.count += 1
+            if self.shards.count in self.shards.failures:
+                raise OSError(errno.EIO, "Input/output error")
+            yield batch
+
+
+@st.composite
+def faulty_runs(draw):
+    """Shards of any lengths, many without rows or with one; any readers, changed up to twice; and failing reads."""
+    lengths = draw(st.lists(st.one_of(st.sampled_from([0, 1]), st.integers(2, 150)), min_size=1, max_size=9))
+    ranks, workers = st.integers(1, 4), st.integers(0, 3)
+    first = [draw(ranks), draw(workers), draw(st.integers(1, 5)), draw(st.integers(1, 3))]
+    size = first[0] * first[2] * first[3]
+    if sum(lengths) < size:
+        lengths.append(size)
+    num_steps = draw(st.integers(1, 2 * (sum(lengths) // size) + 1))
+    layouts = [StreamLayout(0, *first)]
+    for start in sorted(draw(st.sets(st.integers(1, max(1, num_steps - 1)), max_size=2))):
+        splits = [(n, a) for n in range(1, 5) for a in range(1, 4) if size % (n * a) == 0]
+        number, accumulation = draw(st.sampled_from(splits))
+        layouts.append(StreamLayout(start, number, draw(workers), size // number // accumulation, accumulation))
+    failures = draw(st.sets(st.integers(1, 30), max_size=10))
+    return lengths, layouts, draw(st.integers(0, 3)), draw(st.integers(1, 40)), num_steps, failures
+
+
+@settings(max_examples=300)
+@given(faulty_runs())
+def test_no_image_comes_twice_and_ranks_are_even_whatever_shards_readers_and_failures_there_are(run):
+    lengths, layouts, seed, size, num_steps, failures = run
+    stream = ImageStream(FailingShards(lengths, failures), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrying, "FIRST_WAIT_SECONDS", 0.0)
+        patch.setattr(streaming, "ROWS_AT_ONCE", 16)
+        found = keys_of_run(lengths, layouts, seed, size, num_steps, stream)
+        assert found == keys_of_run(lengths, layouts, seed, size, num_steps)
+    global_size, images = layouts[0].global_batch_size, {}
+    for step in range(num_steps):
+        layout = [layout for layout in layouts if layout.start_step <= step][-1]
+        for rank in range(layout.num_ranks):
+            assert [len(batch) for batch in found[step, rank]] == [layout.batch_size] * layout.accumulation_steps
+            for key in itertools.chain(*found[step, rank]):
+                assert key.image not in images.setdefault(key.epoch, set())
+                images[key.epoch].add(key.image)
+    whole = [epoch for epoch in images if (epoch + 1) * (sum(lengths) // global_size) <= num_steps]
+    assert all(sum(lengths) - global_size < len(images[epoch]) <= sum(lengths) for epoch in whole)
 
 
 @settings(max_examples=100)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import scrambled_model, tiny_batch
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.checkpointing import config_fields, save_checkpoint
+from ijepa_hf.checkpointing import collect_state, config_fields, save_checkpoint
 from ijepa_hf.export import export_model
 from ijepa_hf.modeling_ijepa import sincos_position_table
 from ijepa_hf.official_checkpoint import model_from_official, read_official_checkpoint
@@ -545,7 +545,7 @@ def test_what_is_no_model_is_told_apart(tmp_path, monkeypatch):
 def test_a_checkpoint_inside_a_run_points_to_the_run(tmp_path):
     model = scrambled_model()
     optimizer = torch.optim.AdamW(model.named_parameters())
-    folder = save_checkpoint(tmp_path, 4, model, optimizer, config={}, arguments={}, total_limit=1)
+    folder = save_checkpoint(tmp_path, 4, collect_state(model, optimizer), config={}, arguments={}, total_limit=1)
     with pytest.raises(ValueError, match=f"give the run's folder '{tmp_path}'.*--resume_from_checkpoint"):
         open_starting_weights(str(folder))
 

@@ -166,6 +166,14 @@ class DataArguments:
     max_broken_share: float = _help(
         "Stop, and list them, when more than this share of the images cannot be read; others are skipped.", 0.05
     )
+    data_retry_seconds: float = _help(
+        "How long a source of data that fails (an I/O error, a server's error, a stall) is tried again, in seconds, "
+        "before the run saves its state and stops; 0 does not try again.",
+        300.0,
+    )
+    data_timeout_seconds: float = _help(
+        "A read that takes longer than so many seconds counts as failed; 0 waits for ever.", 120.0
+    )
 
     def check(self, model: ModelArguments) -> None:
         """Checks the values, alone and against the model's.
@@ -207,7 +215,7 @@ class DataArguments:
                         f"keep_images_in_memory='yes' cannot be done with {name}={given!r}, where rows are read one "
                         "by one; leave one of them out."
                     )
-        _check_at_least(self, 0, "dataloader_num_workers")
+        _check_at_least(self, 0, "dataloader_num_workers", "data_retry_seconds", "data_timeout_seconds")
         _check_at_least(self, 1, "max_train_samples", "max_eval_samples", "shuffle_buffer_size")
         if self.streaming and self.eval_split_name is not None and self.max_eval_samples is None:
             raise ValueError(
@@ -274,6 +282,11 @@ class PretrainingArguments:
     max_train_steps: int | None = _help("Length of the run, in optimiser steps; wins over num_train_epochs.", None)
     per_device_train_batch_size: int = _help("Images per device and micro-batch.", 64)
     gradient_accumulation_steps: int = _help("Micro-batches per optimiser step.", 1)
+    fit_batch_to_memory: bool = _help(
+        "Where a micro-batch does not fit into memory, take smaller ones, and so many more of them that the global "
+        "batch stays what it was.",
+        False,
+    )
     mixed_precision: str = _help("no (float32) or bf16.", "no")
     gradient_checkpointing: bool = _help(
         "Recompute every layer in the backward pass: least memory, a sixth more time.", False
@@ -290,6 +303,16 @@ class PretrainingArguments:
     logging_steps: int = _help("Log every so many optimiser steps.", 10)
     checkpointing_steps: int | None = _help("Save every so many optimiser steps; once an epoch if not given.", None)
     checkpoints_total_limit: int = _help("Keep at most so many checkpoints.", 2)
+    on_save_error: str = _help(
+        "When the state cannot be written (disk full, folder gone or read-only): stop, with exit code 8; or continue: "
+        "say it, go on, and try again at the next save.",
+        "stop",
+    )
+    max_skipped_steps: int = _help(
+        "Optimiser steps in a row that may be skipped because loss or gradient is NaN or infinite; one more stops the "
+        "run with exit code 3.",
+        3,
+    )
     eval_steps: int | None = _help(
         "Score the target encoder with kNN on eval_split_name every so many optimiser steps; only at the end if not "
         "given.",
@@ -347,7 +370,9 @@ class PretrainingArguments:
             "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "schedule_scale",
             "num_cpu_threads", "eval_steps",
         )  # fmt: skip
-        _check_at_least(self, 0, "diagnostics_steps")
+        _check_at_least(self, 0, "diagnostics_steps", "max_skipped_steps")
+        if self.on_save_error not in ("stop", "continue"):
+            raise ValueError(f"on_save_error={self.on_save_error!r} must be 'stop' or 'continue'.")
         if self.on_collapse not in ("warn", "stop"):
             raise ValueError(f"on_collapse={self.on_collapse!r} must be 'warn' or 'stop'.")
         if self.on_collapse == "stop" and self.diagnostics_steps == 0:

@@ -2,27 +2,37 @@
 
     output_dir/checkpoint-<step>/   model.safetensors  optimizer.safetensors  checkpoint.json
 
-`checkpoint.json` is written last: the step, the model's configuration, the run's arguments, and size and SHA-256 of
-the other files. No generator's state is needed, every draw is a function of the step (see `data.py`). Only
-safetensors and JSON are read, never pickles.
+`checkpoint.json` is written last: its own SHA-256, the step, the model's configuration, the run's arguments, and size
+and SHA-256 of the other files. The files hold whole tensors, whatever number of processes has trained them in parts:
+`collect_state` gathers, `restore` gives each process its part again. No generator's state is needed, every draw is a
+function of the step (see `data.py`). Only safetensors and JSON are read, never pickles.
+
+A folder is made under a hidden name, `.checkpoint-<step>.partial`, and renamed; one that is replaced or deleted is
+renamed first (`.replaced`, `.deleted`). So a process that is killed leaves hidden folders (`remove_leftovers`), and
+never half of a checkpoint under its name.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ijepa_hf.export import flush_to_disk
+from ijepa_hf.export import file_bytes, flush_to_disk, remove_entry, save_tensors, saving
+from ijepa_hf.sharding import whole_tensor
 
 MANIFEST_FILE = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
@@ -31,6 +41,11 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 logger = logging.getLogger(__name__)
 
 _FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
+_HIDDEN_NAME = re.compile(r"\.checkpoint-(\d+)\.(partial|replaced|deleted)")
+_NO_DIGEST = "0" * 64  # stands for a manifest's own SHA-256 while that is computed
+_MANIFEST_FIELDS = {"step", "files", "config", "arguments", "stream"}
+_ADAMW_SLOTS = {"step", "exp_avg", "exp_avg_sq"}
+_MOST_LISTED = 5
 
 
 class DamagedCheckpointError(ValueError):
@@ -56,27 +71,62 @@ class Checkpoint:
     stream: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class TrainingTensors:
+    """All tensors of a training state, whole and on the CPU; those of a model on the CPU are shared with it.
+
+    Args:
+        model: By name: both encoders and the predictor.
+        optimizer: By `name/slot`.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> TrainingTensors:
+    """Gathers a training state; of a sharded model tensor by tensor, and all its processes have to call this together.
+
+    Args:
+        model: Both encoders and the predictor.
+        optimizer: Built from *named* parameters.
+        keep: Whether this process is the one that writes; another only helps to gather, and keeps nothing.
+
+    Returns:
+        The tensors; none in a process that keeps none.
+    """
+    tensors = TrainingTensors({}, {})
+    for name, tensor in model.state_dict().items():
+        whole = whole_tensor(tensor)
+        if keep:
+            tensors.model[name] = whole.cpu().contiguous()
+    for name, parameter in _named_parameters(optimizer).items():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            whole = whole_tensor(torch.as_tensor(value))
+            if keep:
+                tensors.optimizer[f"{name}/{slot}"] = whole.cpu().contiguous()
+    return tensors
+
+
 def save_checkpoint(
     output_dir: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: TrainingTensors,
     *,
     config: Mapping[str, Any],
     arguments: Mapping[str, Any],
     total_limit: int,
     stream: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `checkpoint-<step>`, then removes the oldest beyond the limit.
+    """Writes `checkpoint-<step>`, then removes the oldest beyond the limit. In one process only.
 
     Everything goes into a sibling folder that is renamed when it is complete and on disk; killed at any point, this
     leaves the earlier checkpoints as they were.
 
     Args:
-        output_dir: The run's folder.
+        output_dir: The run's folder. It has to exist: one that has gone with its disk is not made anew elsewhere.
         step: Optimiser steps done.
-        model: Both encoders and the predictor.
-        optimizer: Built from *named* parameters.
+        tensors: From `collect_state`.
         config: The model's configuration.
         arguments: The run's arguments.
         total_limit: Checkpoints to keep, at least 1.
@@ -87,20 +137,24 @@ def save_checkpoint(
 
     Raises:
         FloatingPointError: If a weight is not finite; nothing is written.
+        SaveError: If it cannot be written; nothing of it is left, and earlier checkpoints are whole.
     """
-    _check_finite(model, step)
-    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: _plain(tensor) for name, tensor in model.state_dict().items()}, partial / MODEL_FILE)
-    save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
-    files = {name: _fingerprint(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-    manifest = {"step": step, "files": files, "config": dict(config), "arguments": dict(arguments), "stream": stream}
-    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
-    _move_into_place(partial, final)
+    _check_finite(tensors.model, step)
+    final = output_dir / f"checkpoint-{step}"
+    with _new_folder(final, file_bytes([*tensors.model.values(), *tensors.optimizer.values()])) as partial:
+        save_tensors(tensors.model, partial / MODEL_FILE)
+        save_tensors(tensors.optimizer, partial / OPTIMIZER_FILE)
+        files = {name: _fingerprint(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        text = _sealed(
+            {"step": step, "files": files, "config": dict(config), "arguments": dict(arguments), "stream": stream}
+        )
+        (partial / MANIFEST_FILE).write_text(text, "utf-8")
     others = [folder for _, folder in _folders(output_dir) if folder != final]
     for folder in others[: max(0, len(others) - (total_limit - 1))]:
-        shutil.rmtree(folder)
+        try:
+            _delete(folder)
+        except OSError as error:  # the state is safe, and what is left over is in nobody's way
+            logger.warning("%s is beyond checkpoints_total_limit and could not be removed: %s", folder, error)
     return final
 
 
@@ -113,14 +167,16 @@ def adopt_checkpoint(checkpoint: Checkpoint, output_dir: Path) -> Path:
 
     Returns:
         The folder `checkpoint-<step>` in it.
+
+    Raises:
+        SaveError: If it cannot be written; nothing of it is left.
     """
     final = output_dir / f"checkpoint-{checkpoint.step}"
-    partial = output_dir / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for source in checkpoint.path.iterdir():
-        shutil.copyfile(source, partial / source.name)  # a file of the Hub's cache is a link: its content is copied
-    _move_into_place(partial, final)
+    sources = [source for source in checkpoint.path.iterdir() if source.is_file()]
+    with _new_folder(final, sum(source.stat().st_size for source in sources) + file_bytes([])) as partial:
+        for source in sources:
+            # a file of the Hub's cache is a link: its content is copied
+            shutil.copyfile(source, partial / source.name)
     return final
 
 
@@ -131,9 +187,26 @@ def delete_checkpoints_after(output_dir: Path, step: int) -> None:
         output_dir: The run's folder.
         step: The step that the run goes on from; 0 deletes all.
     """
-    for number, folder in _folders(output_dir):
+    for number, folder in reversed(_folders(output_dir)):
         if number > step:
-            shutil.rmtree(folder)
+            _delete(folder)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes the hidden folders of a process that was killed; one that was about to be replaced gets its name back.
+
+    Args:
+        output_dir: A run's folder that no other process is writing to.
+    """
+    for path in list(output_dir.iterdir()):
+        match = _HIDDEN_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        final = output_dir / f"checkpoint-{match[1]}"
+        if match[2] == "replaced" and not final.exists():
+            os.replace(path, final)
+        else:
+            remove_entry(path)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -147,26 +220,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        DamagedCheckpointError: If something is missing or differs from what was written.
+        DamagedCheckpointError: If something is missing or differs from what was written. Both name the newest whole
+            checkpoint beside it, if there is one.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={str(path)!r}: there is no such folder.")
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={str(path)!r}: there is no such folder.{_advice(path.parent)}"
+        )
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text("utf-8"))
-        step, files = int(manifest["step"]), manifest["files"]
-        config, arguments, stream = manifest["config"], manifest["arguments"], manifest.get("stream")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path}: {MANIFEST_FILE} is missing or unreadable ({error}).") from error
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            raise DamagedCheckpointError(f"{path}: {name} is missing.")
-        if _fingerprint(path / name) != expected:
-            raise DamagedCheckpointError(f"{path}: {name} is not what was written (size or SHA-256 differs).")
-    return Checkpoint(path, step, config, arguments, stream)
+        return _read(path)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{error}{_advice(path.parent)}") from error
 
 
 def find_latest(output_dir: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint of a run; damaged ones are named in the log and skipped.
+    """The newest whole checkpoint of a run; newer ones that are damaged are named in the log, and what that costs.
 
     Args:
         output_dir: The run's folder; need not exist.
@@ -174,27 +242,37 @@ def find_latest(output_dir: Path) -> Checkpoint | None:
     Returns:
         The checkpoint, or `None` where there is none.
     """
-    for _, folder in reversed(_folders(output_dir)):
-        try:
-            return read_checkpoint(folder)
-        except DamagedCheckpointError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
-    return None
+    checkpoint, damaged = _newest_whole(output_dir)
+    for error in damaged.values():
+        logger.warning("a damaged checkpoint: %s", error)
+    if damaged and checkpoint is None:
+        logger.warning("no whole checkpoint is left in %s.", output_dir)
+    elif damaged and checkpoint is not None:
+        newest = max(damaged)
+        logger.warning(
+            "the newest whole checkpoint is %s, of step %d, %d before the damaged one of step %d: a run that goes on "
+            "from it takes those %d steps again.",
+            checkpoint.path, checkpoint.step, newest - checkpoint.step, newest, newest - checkpoint.step,
+        )  # fmt: skip
+    return checkpoint
 
 
 def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
 ) -> None:
-    """Puts a checkpoint's weights and optimiser state in place.
+    """Puts a checkpoint's weights and optimiser state in place; of a sharded model, in every process its part.
+
+    Each process reads the files, and nothing is sent.
 
     Args:
         checkpoint: From `read_checkpoint` or `find_latest`.
         model: The model, on its device.
-        optimizer: Its optimiser, built from named parameters.
+        optimizer: Its optimiser, an AdamW built from named parameters.
         config: The model's configuration, compared with the checkpoint's first.
 
     Raises:
         ValueError: If the checkpoint is another model's; lists the fields that differ. Nothing is changed.
+        DamagedCheckpointError: If it lacks tensors or has others; names them. Nothing is changed.
     """
     stored = checkpoint.config
     differing = [name for name in sorted({*config, *stored}) if _differs(config.get(name), stored.get(name))]
@@ -204,16 +282,18 @@ def restore(
             f"resume_from_checkpoint={str(checkpoint.path)!r} is another model's: {listed}. Use the arguments of that "
             "run, or another checkpoint."
         )
-    model.load_state_dict(load_file(checkpoint.path / MODEL_FILE))
-    tensors = load_file(checkpoint.path / OPTIMIZER_FILE)
-    state = optimizer.state_dict()
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    own, parameters = model.state_dict(), _named_parameters(optimizer)
+    weights, moments = _load(checkpoint.path / MODEL_FILE), _load(checkpoint.path / OPTIMIZER_FILE)
+    _check_weights(checkpoint.path / MODEL_FILE, weights, own)
+    _check_moments(checkpoint.path / OPTIMIZER_FILE, moments, parameters)
+    model.load_state_dict({name: _like(weights[name], tensor) for name, tensor in own.items()})
+    numbers = {name: number for number, name in enumerate(parameters)}
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in moments.items():
         name, _, slot = key.rpartition("/")
-        entries.setdefault(numbers[name], {})[slot] = tensor
-    optimizer.load_state_dict({**state, "state": entries})
+        placed = tensor if slot == "step" else _like(tensor, parameters[name])
+        entries.setdefault(numbers[name], {})[slot] = placed
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
 
 
 def config_fields(config: Any) -> dict[str, Any]:
@@ -233,16 +313,110 @@ def config_fields(config: Any) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
+    """A hidden folder that takes its name when the block has filled it; nothing of it is left where that fails."""
+    partial = final.with_name(f".{final.name}.partial")
+    with saving(final, num_bytes):
+        try:
+            remove_entry(partial)
+            partial.mkdir()
+            yield partial
+            _move_into_place(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 def _move_into_place(partial: Path, final: Path) -> None:
     """Renames a finished folder, when it is on disk."""
     for entry in (*partial.iterdir(), partial):
         flush_to_disk(entry)
     replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # moved aside first, so that no moment is without a whole one
+    if final.exists():  # moved aside first: where no one stands under the name, it counts (see `_candidates`)
+        shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
-    os.replace(partial, final)
+    try:
+        os.replace(partial, final)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, final)
+        raise
     flush_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint; killed at any point, this leaves all of it or a hidden folder."""
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def _read(path: Path) -> Checkpoint:
+    """Checks a folder that exists."""
+    try:
+        content = (path / MANIFEST_FILE).read_bytes()
+        manifest = json.loads(content)
+        if not _seal_holds(content, manifest):
+            raise ValueError("it is not what was written: its SHA-256 differs")
+        step, files = int(manifest["step"]), {name: manifest["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        config, arguments, stream = manifest["config"], manifest["arguments"], manifest.get("stream")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if _is_passing(error):
+            raise
+        raise DamagedCheckpointError(f"{path}: {MANIFEST_FILE} is missing or unreadable ({error}).") from error
+    for name, expected in files.items():
+        try:
+            same = _fingerprint(path / name) == expected
+        except OSError as error:
+            if _is_passing(error):
+                raise
+            said = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+            raise DamagedCheckpointError(f"{path}: {name} {said}.") from error
+        if not same:
+            raise DamagedCheckpointError(f"{path}: {name} is not what was written (size or SHA-256 differs).")
+    return Checkpoint(path, step, config, arguments, stream)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether an error says nothing about a file: a server that does not answer, no permission, out of memory."""
+    lasting = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # EIO: a bad sector
+    return isinstance(error, OSError) and error.errno not in lasting
+
+
+def _newest_whole(output_dir: Path) -> tuple[Checkpoint | None, dict[int, DamagedCheckpointError]]:
+    """The newest whole checkpoint, and by step what is wrong with those that are newer."""
+    damaged: dict[int, DamagedCheckpointError] = {}
+    for step, folder in reversed(_candidates(output_dir)):
+        try:
+            return _read(folder), damaged
+        except DamagedCheckpointError as error:
+            damaged[step] = error
+    return None, damaged
+
+
+def _advice(output_dir: Path) -> str:
+    """What to resume from instead, as the end of a message."""
+    checkpoint, _ = _newest_whole(output_dir)
+    if checkpoint is None:
+        return ""
+    return f" The newest whole one beside it is of step {checkpoint.step}: use {str(checkpoint.path)!r} instead."
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """A manifest as text whose first entry is the SHA-256 of the text with zeros in its place."""
+    text = json.dumps({"sha256": _NO_DIGEST, **manifest}, indent=2, default=str) + "\n"
+    return text.replace(_NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def _seal_holds(content: bytes, manifest: Mapping[str, Any]) -> bool:
+    """Whether every byte is as it was written; of a manifest from before there were seals, whether it looks so."""
+    if "sha256" not in manifest:
+        return set(manifest) | {"stream"} == _MANIFEST_FIELDS
+    digest = str(manifest["sha256"]).encode()
+    return hashlib.sha256(content.replace(digest, _NO_DIGEST.encode(), 1)).hexdigest().encode() == digest
 
 
 def _own(cls: type) -> set[str]:
@@ -257,17 +431,74 @@ def _folders(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if path.is_dir())
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            for slot, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{slot}"] = _plain(torch.as_tensor(value))
-    return tensors
+def _candidates(output_dir: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders, and those that a killed process had moved aside for new ones that did not come."""
+    folders = dict(_folders(output_dir))
+    for path in output_dir.glob(".checkpoint-*.replaced") if output_dir.is_dir() else ():
+        match = _HIDDEN_NAME.fullmatch(path.name)
+        if match is not None:
+            folders.setdefault(int(match[1]), path)
+    return sorted(folders.items())
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous()
+def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The parameters by name, in the order in which `state_dict` numbers them."""
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor; where the other one is sharded, the part that this process has of it."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _check_weights(path: Path, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} is not of this model" for name in weights if name not in own]
+    problems += [
+        f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    _raise_for(path, problems)
+
+
+def _check_moments(path: Path, moments: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """A network has the state of all its parameters, or of none: it was frozen since the start of the run."""
+    begun = {key.partition(".")[0] for key in moments}
+    expected = {
+        f"{name}/{slot}": torch.Size() if slot == "step" else parameter.shape
+        for name, parameter in parameters.items()
+        if name.partition(".")[0] in begun
+        for slot in sorted(_ADAMW_SLOTS)
+    }
+    problems = [f"{key} is missing" for key in expected if key not in moments]
+    problems += [f"{key} is not of this optimiser" for key in moments if key not in expected]
+    problems += [
+        f"{key} is {list(moments[key].shape)}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in moments and moments[key].shape != shape
+    ]
+    _raise_for(path, problems)
+
+
+def _raise_for(path: Path, problems: list[str]) -> None:
+    if problems:
+        listed = "; ".join(problems[:_MOST_LISTED])
+        more = f"; and {len(problems) - _MOST_LISTED} more" if len(problems) > _MOST_LISTED else ""
+        raise DamagedCheckpointError(f"{path} does not fit the model: {listed}{more}. Nothing was changed.")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -276,9 +507,9 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest}
 
 
-def _check_finite(model: nn.Module, step: int) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
             raise FloatingPointError(
                 f"step {step}: {name} has NaN or infinite values; the checkpoint was not written."
             )

@@ -3,7 +3,9 @@
 Exit codes: 0 done; 1 an unexpected error; 2 something the user can mend (a flag, a file, a folder), said in one line;
 3 training stopped because the loss was NaN or infinite; 4 training is finished, but its upload did not arrive whole;
 5 the features have collapsed (`diagnose`, and `pretrain --on_collapse stop`); 6 `diagnose` has too little to judge;
-130 interrupted.
+7 the images cannot be read any more, or a loading process died, and the state is saved; 8 the state cannot be written;
+9 another process of the run was lost; 130 interrupted; 138 (on macOS 158) and 143 stopped by SIGUSR1 and SIGTERM, with
+the state saved. What launches several processes, such as `torchrun`, has exit codes of its own.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf_command import COMMANDS, find_command
 
 
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "convert": _convert,
             "push": _push,
         }[command](rest)
+    except StoppedBySignal as stop:
+        print(f"\nijepa-hf {command}: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         with_flag = "; the same command with --resume_from_checkpoint latest goes on"
         advice = {"pretrain": with_flag, "finetune": with_flag, "evaluate": "; the same command goes on"}
@@ -52,21 +58,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.arguments import parse_arguments
+    from ijepa_hf.batch_fitting import DoesNotFitError
+    from ijepa_hf.export import SaveError
     from ijepa_hf.hub import UploadIncompleteError
+    from ijepa_hf.optimization import NonFiniteLossError
+    from ijepa_hf.ranks import LostRankError
+    from ijepa_hf.retrying import DataSourceError
     from ijepa_hf.run_diagnostics import CollapseError
-    from ijepa_hf.training import NonFiniteLossError, pretrain
+    from ijepa_hf.training import pretrain
+    from ijepa_hf.workers import DataWorkerError
 
+    codes: dict[type[Exception], int] = {
+        DoesNotFitError: 2,
+        NonFiniteLossError: 3,
+        UploadIncompleteError: 4,
+        CollapseError: 5,
+        DataSourceError: 7,
+        DataWorkerError: 7,
+        SaveError: 8,
+        LostRankError: 9,
+    }
     try:
         pretrain(*parse_arguments(argv))
-    except NonFiniteLossError as error:
+    except tuple(codes) as error:
         print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
-        return 3
-    except CollapseError as error:
-        print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
-        return 5
-    except UploadIncompleteError as error:
-        print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
-        return 4
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
     return 0
 
 

@@ -11,8 +11,11 @@ import difflib
 import math
 from typing import Any, Self
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import IJepaConfig as StockIJepaConfig
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .masking import MaskSettings  # relative: the file is shipped with models, see export.py
 
@@ -29,6 +32,21 @@ MASK_FIELDS = (
     "mask_ratio",
 )
 LOSS_TYPES = ("smooth_l1", "mse")
+
+# What each added field that is a number or a truth value has to be. Stricter than Python: a config.json cannot hold
+# numpy's numbers, and True is no width. The stock class sees to its own fields.
+_WHOLE_FIELDS = (
+    "predictor_hidden_size",
+    "predictor_num_hidden_layers",
+    "predictor_num_attention_heads",
+    "num_context_sets",
+    "num_target_blocks",
+    "official_min_keep",
+)
+_NUMBER_FIELDS = ("context_keep_ratio", "mask_ratio", "patch_init_std")
+_PAIR_FIELDS = ("context_scale", "target_scale", "target_aspect_ratio")
+_BOOL_FIELDS = ("allow_overlap", "normalize_targets")
+_OPTIONAL_FIELDS = ("predictor_num_attention_heads", "patch_init_std")
 
 # Keyword arguments that transformers itself understands although they are not dataclass fields of the stock class.
 _TRANSFORMERS_KEYWORDS = frozenset(
@@ -87,6 +105,7 @@ class IJepaConfig(StockIJepaConfig):
     Raises:
         ValueError: If a field has a bad value, is not used by the chosen masking strategy, is unknown, or if blocks
             cannot fit the patch grid. The message names the field, the value, the rule and a value that works.
+        TypeError: If a field is of another type; likewise.
     """
 
     layer_norm_eps: float = 1e-6
@@ -109,15 +128,26 @@ class IJepaConfig(StockIJepaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
-        for name in ("context_scale", "target_scale", "target_aspect_ratio"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple):  # JSON has no tuples
-                setattr(self, name, tuple(value))
+        self._check_types()
+        for name in _PAIR_FIELDS:
+            setattr(self, name, tuple(getattr(self, name)))  # JSON has no tuples
         self._check_geometry()
         self._check_widths()
         self._check_loss()
-        self.mask_settings()  # refuses masks that cannot fit
+        self._check_stock_fields(kwargs)
+        try:
+            self.mask_settings()  # refuses masks that cannot fit
+        except ValueError as error:
+            if "grid" not in str(error):
+                raise
+            raise ValueError(f"image_size={self.image_size!r} with patch_size={self.patch_size!r}: {error}") from error
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:  # neither a ValueError nor a TypeError
+            raise _wrong_type(name, value, type(self)) from error
 
     # -- derived ---------------------------------------------------------------------------------------------------
 
@@ -208,12 +238,28 @@ class IJepaConfig(StockIJepaConfig):
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields are {', '.join(sorted(known))}."
             raise ValueError(f"{name!r} is not a field of IJepaConfig; {hint}")
 
+    def _check_types(self) -> None:
+        kinds: tuple[tuple[tuple[str, ...], Any], ...] = (
+            (_WHOLE_FIELDS, lambda value: type(value) is int),
+            (_NUMBER_FIELDS, _is_number),
+            (_PAIR_FIELDS, lambda value: isinstance(value, list | tuple) and all(map(_is_number, value))),
+            (_BOOL_FIELDS, lambda value: type(value) is bool),
+        )
+        for names, is_kind in kinds:
+            for name in names:
+                value = getattr(self, name)
+                if not is_kind(value) and not (value is None and name in _OPTIONAL_FIELDS):
+                    raise _wrong_type(name, value, type(self))
+
     def _check_geometry(self) -> None:
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             pair = (value, value) if isinstance(value, int) else tuple(value)
             if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-                raise ValueError(f"{name}={value!r} must be a positive integer or (height, width); write {name}=224.")
+                example = IJepaConfig.__dataclass_fields__[name].default
+                raise ValueError(
+                    f"{name}={value!r} must be a positive integer or (height, width); write {name}={example}."
+                )
         for axis, side, patch in zip(("height", "width"), self.image_shape, self.patch_shape, strict=True):
             if side % patch:
                 below, above = side // patch * patch, (side // patch + 1) * patch
@@ -249,11 +295,42 @@ class IJepaConfig(StockIJepaConfig):
     def _check_loss(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
-        if self.patch_init_std is not None and not self.patch_init_std > 0:
+        if self.patch_init_std is not None and not 0 < self.patch_init_std < math.inf:
             raise ValueError(
-                f"patch_init_std={self.patch_init_std} must be greater than 0; write None for 1/sqrt(inputs of a "
-                "patch) or 0.02 as published."
+                f"patch_init_std={self.patch_init_std} must be a finite number greater than 0; write None for "
+                "1/sqrt(inputs of a patch) or 0.02 as published."
             )
+
+    def _check_stock_fields(self, extra: dict[str, Any]) -> None:
+        """What the stock class takes as it comes, and torch or a whole run would stumble over."""
+        for name, example in (("layer_norm_eps", 1e-6), ("initializer_range", 0.02)):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a finite number greater than 0, for example "
+                    f"{name}={example}."
+                )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be at least 0 and below 1, for example {name}=0.0."
+                )
+        for name in ("hidden_act", "pooler_act"):
+            value = getattr(self, name, "gelu")  # the oldest supported transformers has no pooler_act
+            if value not in ACT2FN:
+                nearest = difflib.get_close_matches(value, ACT2FN, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"write for example {name}='gelu'."
+                raise ValueError(f"{name}={value!r} is no activation that transformers knows; {hint}")
+        pooled = getattr(self, "pooler_output_size", None)
+        if pooled is not None and pooled < 1:
+            raise ValueError(f"pooler_output_size={pooled} must be at least 1, or None for hidden_size.")
+        for name, value in (("dtype", self.dtype), ("torch_dtype", extra.get("torch_dtype"))):
+            known = getattr(torch, value, None) if isinstance(value, str) else value
+            if value is not None and not isinstance(known, torch.dtype):
+                raise ValueError(f"{name}={value!r} is no type of torch; write for example {name}='float32'.")
+        if type(extra.get("num_labels", 0)) not in (int, type(None)):
+            raise TypeError(f"num_labels={extra['num_labels']!r} must be int, for example num_labels=2.")
+        if extra.get("model_type", self.model_type) != type(self).model_type:
+            raise ValueError(f"model_type={extra['model_type']!r} must be 'ijepa'; leave it out.")
 
     def replace(self, **changes: Any) -> Self:
         """Returns a validated copy with some fields changed.
@@ -267,6 +344,16 @@ class IJepaConfig(StockIJepaConfig):
         fields = {name: value for name, value in self.to_dict().items() if name in self.__dataclass_fields__}
         fields.pop("transformers_version", None)
         return type(self)(**{**fields, **changes})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _wrong_type(name: str, value: Any, config_class: Any) -> TypeError:
+    entry = config_class.__dataclass_fields__[name]
+    kind = entry.type.__name__ if isinstance(entry.type, type) else str(entry.type)
+    return TypeError(f"{name}={value!r} must be {kind}, for example {name}={entry.default!r}.")
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -24,10 +24,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_hf.checkpointing import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, config_fields, find_latest, save_checkpoint
+from ijepa_hf.checkpointing import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoint,
+    collect_state,
+    config_fields,
+    find_latest,
+    save_checkpoint,
+)
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.escaping import code_span, python_string
 from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step, flush_to_disk, write_atomically
-from ijepa_hf.model_card import TAGS
+from ijepa_hf.model_card import TAGS, shell_word
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name, to_file_name
 from ijepa_hf.official_checkpoint import (
     ADAMW_SLOTS,
@@ -184,8 +193,7 @@ def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: Optimizer
     return save_checkpoint(
         folder,
         state.step,
-        model,
-        optimizer,
+        collect_state(model, optimizer),
         config=config_fields(model.config),
         arguments={
             **state.arguments,
@@ -304,11 +312,12 @@ def _card(config: IJepaConfig, report: Mapping[str, Any], name: str) -> str:
         tags=TAGS,
     )
     height, width = config.image_shape
+    reference = python_string(name)
     text = f"""---
 {data.to_yaml()}
 ---
 
-# I-JEPA, converted from `{report["source"]["name"]}`
+# I-JEPA, converted from {code_span(report["source"]["name"])}
 
 The weights of a checkpoint published with [I-JEPA](https://arxiv.org/abs/2301.08243), every bit compared: the target
 encoder at the root, both encoders and the predictor in `pretraining/`. `{REPORT_FILE}` has the SHA-256 of the file and
@@ -327,8 +336,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained({reference})
+model = AutoModel.from_pretrained({reference})
 with torch.no_grad():
     patches = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")).last_hidden_state
 features = patches.mean(dim=1)  # [1, {config.hidden_size}], as evaluated in the paper
@@ -339,14 +348,14 @@ features = patches.mean(dim=1)  # [1, {config.hidden_size}], as evaluated in the
 ```python
 from transformers import AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained("{name}", num_labels=10)  # only the last layer is new
+model = AutoModelForImageClassification.from_pretrained({reference}, num_labels=10)  # only the last layer is new
 ```
 
 ## Go on pretraining, on your own images
 
 ```bash
 pip install ijepa-hf
-ijepa-hf pretrain adapt --model_name_or_path {name} --dataset_name path/to/images
+ijepa-hf pretrain adapt --model_name_or_path {shell_word(name)} --dataset_name path/to/images
 ```
 """
     return str(ModelCard(text))

@@ -6,18 +6,21 @@ crop of (seed, epoch, index), the masks of (seed, optimiser step, slot), where s
 a step needs that step's number alone.
 
 An image that cannot be read never stops a run by itself: another one, drawn from the same numbers, stands in for it,
-and the batch says so.
+and the batch says so. Where not the image is broken but what it is read from has failed (`retrying`), it is read again
+until the source is back: another image would make it another run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import datasets
 import numpy as np
 import torch
+from datasets.utils.file_utils import is_local_path, xopen
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
 
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.configuration_ijepa import IJepaConfig
@@ -27,11 +30,14 @@ from ijepa_hf.image_transforms import (
     decode_image,
     normalize,
     random_resized_crop,
+    read_image_file,
     resize,
     stack_images,
 )
 from ijepa_hf.keyed_crops import keyed_draws
 from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
+from ijepa_hf.retrying import DataSourceError, RetryPolicy
+from ijepa_hf.workers import PlainLoader
 
 DRAW_ORDER, DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
 SUBSTITUTE_TRIES = 10
@@ -80,11 +86,20 @@ class ImageColumn:
         dataset: A map-style data set or a stream, with known features.
         column: Its image column.
         num_channels: Channels of the model.
+        retries: How patiently files of pictures are read, where rows have paths; what is mapped into memory (an Arrow
+            or .npy file) is read by the operating system, which ends the process where it cannot.
     """
 
-    def __init__(self, dataset: datasets.Dataset | datasets.IterableDataset, column: str, num_channels: int) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        column: str,
+        num_channels: int,
+        retries: RetryPolicy | None = None,
+    ) -> None:
         feature = dataset.features[column]
         self.column, self.num_channels = column, num_channels
+        self.retries = RetryPolicy() if retries is None else retries
         # an array column keeps its own type, which says what range its numbers have
         self.dtype = None if isinstance(feature, datasets.Image) else np.dtype(feature.dtype)
 
@@ -99,13 +114,34 @@ class ImageColumn:
         return dataset.select_columns([self.column, *others])
 
     def decode(self, row: Mapping[str, Any]) -> Any:
-        """Returns the row's image, a PIL image or an array; one that cannot be read is a `ValueError` saying why."""
+        """Returns the row's image, a PIL image or an array.
+
+        Args:
+            row: A row.
+
+        Raises:
+            ValueError: If the image cannot be read; says why.
+            DataSourceError: If what its file lies on failed, and went on failing.
+        """
         value = row[self.column]
+        path = value.get("path") if isinstance(value, Mapping) else None
         try:
+            if path is not None and value.get("bytes") is None:
+                value = {"bytes": self._bytes_of_file(str(path)), "path": path}
             return decode_image(value if self.dtype is None else np.asarray(value, self.dtype), self.num_channels)
+        except DataSourceError:
+            raise
         except (ValueError, OSError) as error:
-            path = value.get("path") if isinstance(value, Mapping) else None
             raise ValueError(f"{path}: {error}" if path and str(path) not in str(error) else str(error)) from error
+
+    def _bytes_of_file(self, path: str) -> bytes:
+        read = partial(read_image_file, path) if is_local_path(path) else partial(_read_remote_file, path)
+        return self.retries.call(f"image file {path!r}", lambda: self.retries.within(read))
+
+
+def _read_remote_file(address: str) -> bytes:
+    with xopen(address, "rb") as file:
+        return file.read()
 
 
 class ImageRows:
@@ -116,10 +152,18 @@ class ImageRows:
         column: Its image column.
         num_channels: Channels of the model.
         others: More columns that rows keep.
+        retries: As `ImageColumn` takes it.
     """
 
-    def __init__(self, dataset: datasets.Dataset, column: str, num_channels: int, others: Sequence[str] = ()) -> None:
-        self.images = ImageColumn(dataset, column, num_channels)
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        column: str,
+        num_channels: int,
+        others: Sequence[str] = (),
+        retries: RetryPolicy | None = None,
+    ) -> None:
+        self.images = ImageColumn(dataset, column, num_channels, retries)
         self.rows = self.images.undecoded(dataset, *others)
 
     def __len__(self) -> int:
@@ -575,7 +619,7 @@ def build_loader(
     *,
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader:
+) -> PlainLoader:
     """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
 
     Args:
@@ -588,7 +632,7 @@ def build_loader(
     Returns:
         What `make_batch` gives for each micro-batch.
     """
-    return DataLoader(
+    return PlainLoader(
         dataset,
         batch_sampler=cast(Any, sampler),
         collate_fn=make_batch,

@@ -1,7 +1,7 @@
 """A run as one HTML file that needs nothing else: no scripts, no style sheets or pictures from elsewhere.
 
 Readable on a phone, in light and dark. Whatever comes from the run's files is escaped; pictures are PNG in `data:`
-addresses. A run that is not finished has fewer sections.
+addresses, and the page tells browsers to take nothing else. A run that is not finished has fewer sections.
 """
 
 import base64
@@ -21,6 +21,8 @@ from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE
 from ijepa_hf.visualization import draw_curves_figure
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+# What a browser may take: the page's own style and pictures. It asks nobody, and runs nothing, whatever it finds.
+_ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _FITS_A_PHONE = 1200  # pixels; wider pictures are scrolled there
 
 # File in `figures`, heading, what is to be seen.
@@ -130,6 +132,7 @@ def render_html_report(run: Path) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_ALLOWED}">\n'
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 

@@ -13,7 +13,9 @@ seldom, by two).
 
 import io
 import math
+import os
 import re
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,8 @@ _DAMAGE = (
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # in Pillow's words: another one in each run
 CROP_TRIES = 10
 LOG_ASPECT = math.log(4 / 3)
+_LARGEST_FILE = 2**30  # bytes; what Pillow agrees to decode (179 million pixels) takes half of it uncompressed
+_PIXELS_COMPOSITED_AT_ONCE = 2**24
 _NORMALIZED_AT_ONCE = 2**18  # values, so that they stay in a core's cache between the three passes
 
 
@@ -95,6 +99,8 @@ def decode_image(value: Any, num_channels: int, *, channel_axis: int | None = No
         name = f"image of {len(value)} bytes" if path is None else f"image {path!r}"
         with _DamageNamed(name):
             value = Image.open(io.BytesIO(value))
+            if value.format == "EPS":  # Pillow would have another program run what it says
+                raise ValueError("a PostScript program and no picture")
     else:
         name = "image"
     if isinstance(value, Image.Image):
@@ -106,6 +112,29 @@ def decode_image(value: Any, num_channels: int, *, channel_axis: int | None = No
         "and 'path', or a uint8, uint16 or float array (nested lists have no bit depth: use "
         "numpy.asarray(rows, dtype=...))."
     )
+
+
+def read_image_file(path: str) -> bytes:
+    """Reads the file of a picture as it is.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        ValueError: no regular file (to read a pipe or a device would wait for ever), or one too large for a picture.
+        OSError: a file that is missing or cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no file, but a {'folder' if stat.S_ISDIR(status.st_mode) else 'pipe or device'}.")
+    if status.st_size > _LARGEST_FILE:
+        raise ValueError(
+            f"{path} has {status.st_size / 1e6:,.0f} MB; a picture has at most {_LARGEST_FILE / 1e6:,.0f} MB."
+        )
+    return Path(path).read_bytes()
 
 
 def random_resized_crop(
@@ -278,7 +307,7 @@ def _bytes_and_path(row: Mapping[str, Any]) -> tuple[bytes, str | None]:
         return data, path
     if path is None:
         raise ValueError(f"an image dict must have 'bytes' or 'path'; this one has {sorted(row)} with neither set.")
-    return Path(path).read_bytes(), path
+    return read_image_file(path), path
 
 
 class _DamageNamed:
@@ -304,6 +333,8 @@ def _decode_picture(image: Image.Image, num_channels: int, name: str) -> Image.I
             "num_channels=3."
         )
     with _DamageNamed(name):
+        if 0 in image.size:
+            raise ValueError(f"it has no pixels: {image.width}x{image.height}")
         image = _upright(image)
         if image.mode[0] not in "IF":
             return _to_eight_bits(image, num_channels)
@@ -321,12 +352,24 @@ def _to_eight_bits(image: Image.Image, num_channels: int) -> Image.Image:
     if image.has_transparency_data:
         if image.mode == "La":
             image = image.convert("LA")  # Pillow converts premultiplied grayscale to this one mode only
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = _on_white(image)
     if image.mode not in ("L", "RGB", "1"):
         image = image.convert("RGB")  # so that luma is taken of what is seen, not of ink or palette numbers
     wanted = "L" if num_channels == 1 else "RGB"
     return image if image.mode == wanted else image.convert(wanted)  # to convert is to copy
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparency on white; a large one is done in parts, because each step makes a copy."""
+    rows = max(1, _PIXELS_COMPOSITED_AT_ONCE // image.width)
+    if rows >= image.height:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(image.height, top + rows)))
+        result.paste(_on_white(part).convert("RGB"), (0, top))
+    return result
 
 
 def _decode_wide(image: Image.Image, num_channels: int) -> np.ndarray:

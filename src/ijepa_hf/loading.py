@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import (
@@ -28,6 +26,7 @@ from ijepa_hf.data import (
     build_loader,
 )
 from ijepa_hf.memory_images import keep_in_memory
+from ijepa_hf.retrying import RetryPolicy, end_reading_thread
 from ijepa_hf.run_folder import append_rows, read_rows
 from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
 from ijepa_hf.streaming import (
@@ -40,6 +39,7 @@ from ijepa_hf.streaming import (
     shard_lengths,
     warn_of_one_shard,
 )
+from ijepa_hf.workers import PlainLoader
 
 IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little
 _NAMED_AT_A_STOP = 20
@@ -127,7 +127,7 @@ class TrainingImages:
         start_step: int,
         rank: int,
         pin_memory: bool,
-    ) -> DataLoader:
+    ) -> PlainLoader:
         """The micro-batches of one rank; where its images are kept in memory, they are decoded first, which is said.
 
         Args:
@@ -142,15 +142,21 @@ class TrainingImages:
             pin_memory: Whether batches go to a GPU.
 
         Returns:
-            A loader of `Batch`es; close it with `close_loader`.
+            A loader of `Batch`es; close it with `close_loader`. Its iterators raise `DataSourceError` where the source
+            failed for longer than was to be waited, `DataWorkerError` where a loading process died, and `ValueError`
+            where the data are bad; the batches given until then make whole micro-batches.
 
         Raises:
             ValueError: If `keep_in_memory` is `yes` and the images are not of one size and 8 bits.
+            DataSourceError: If they are decoded first, and the source fails.
         """
         layout = layouts[-1]
         if self.stream is not None:
             order = StreamOrder(self.shard_lengths, layouts, seed, shuffle_buffer_size)
-            batches = StreamedBatches(self.stream, order, crops, num_steps=num_steps, start_step=start_step, rank=rank)
+            batches = StreamedBatches(
+                self.stream, order, crops, num_steps=num_steps, start_step=start_step, rank=rank,
+                retries=self.column.retries,
+            )  # fmt: skip
             return build_stream_loader(batches, make_batch, pin_memory=pin_memory)
         assert self.rows is not None
         sampler = StepBatchSampler(
@@ -201,14 +207,18 @@ class TrainingImages:
             close_loader(loader)
 
 
-def close_loader(loader: DataLoader) -> None:
-    """Ends what a loader has open in this process; a stream's reading threads could kill the process at its exit.
+def close_loader(loader: PlainLoader) -> None:
+    """Ends what a loader has running: its workers, and in this process a stream's files.
+
+    A file of a stream that is still being read when the process ends could kill it.
 
     Args:
         loader: From `TrainingImages.loader`.
     """
-    if isinstance(loader.dataset, StreamedBatches):
-        loader.dataset.close()
+    loader.close()
+    if isinstance(loader.source, StreamedBatches):
+        loader.source.close()
+    end_reading_thread()
 
 
 def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: int) -> TrainingImages:
@@ -225,7 +235,9 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
     Raises:
         FileNotFoundError: If there is no such data set.
         ValueError: If the data cannot be used as asked: a column is missing, a stream has fewer shards than readers.
+        DataSourceError: If shards are counted, and the source fails for longer than `data_retry_seconds`.
     """
+    retries = RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds)
     stream = open_stream(data, data.train_split_name) if data.streaming else None
     dataset = load_split(data, data.train_split_name) if stream is None else stream.rows
     column = find_image_column(dataset, data.image_column_name)
@@ -239,11 +251,11 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
     if stream is None:
         if data.max_train_samples is not None:
             dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
-        rows = ImageRows(dataset, column, config.num_channels, others)
+        rows = ImageRows(dataset, column, config.num_channels, others, retries)
         keep = data.keep_images_in_memory
         return TrainingImages(len(rows), rows.images, regions, rows=rows, keep_in_memory=keep)
-    image_column = ImageColumn(stream.rows, column, config.num_channels)
-    lengths = shard_lengths(stream, column)
+    image_column = ImageColumn(stream.rows, column, config.num_channels, retries)
+    lengths = shard_lengths(stream, column, retries)
     if data.max_train_samples is not None:
         lengths = cut_lengths(lengths, data.max_train_samples)
     warn_of_one_shard(stream)

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +55,12 @@ STRATEGY_FIELDS = {
     "regions": ("allow_overlap",),
 }
 
+# Far above what a transformer attends to. Beyond, a number is a slip of the pen, and checks and draws would take many
+# minutes or more memory than there is.
+MAX_PATCHES = 2**16  # of an image: 256 x 256 patches, for example 4096 pixels a side in patches of 16
+MAX_BLOCKS = 256  # target blocks, and context sets, of an image
+ASPECT_RATIO_LIMITS = (1e-5, 1e5)  # longer than the longest grid
+
 # `multi_block`: how often an image's targets are drawn before targets are put on top of each other.
 MAX_TARGET_DRAWS = 20
 # `multi_block_official`: draws of a context position before one more target block may be overlapped.
@@ -85,14 +90,14 @@ class MaskSettings:
     """What `draw_masks` needs to know, checked when it is made. Fields are named and preset as in `IJepaConfig`.
 
     Args:
-        grid_size: rows and columns of patches, each at least 1.
+        grid_size: rows and columns of patches, each at least 1, together at most `MAX_PATCHES` patches.
         masking_strategy: "multi_block", "multi_block_official", "block", "rasterized", "random" or "regions". Which of
             the fields below it uses is in `STRATEGY_FIELDS`.
-        num_context_sets: S, context sets per image, at least 1.
-        num_target_blocks: M of the multi-block strategies, target blocks per image, at least 1.
+        num_context_sets: S, context sets per image, 1 to `MAX_BLOCKS`.
+        num_target_blocks: M of the multi-block strategies, target blocks per image, 1 to `MAX_BLOCKS`.
         context_scale: lowest and highest share of the grid that the context block covers, above 0 and up to 1.
         target_scale: lowest and highest share of the grid that one target block covers, above 0 and up to 1.
-        target_aspect_ratio: lowest and highest height / width of a target block, above 0.
+        target_aspect_ratio: lowest and highest height / width of a target block, inside `ASPECT_RATIO_LIMITS`.
         context_keep_ratio: share of the grid that the context keeps, above 0 and up to 1 (`multi_block` only).
         official_min_keep: every block must have more than this many patches, at least 0 (`multi_block_official` only).
         allow_overlap: leave target patches in the context.
@@ -117,11 +122,26 @@ class MaskSettings:
 
     def __post_init__(self) -> None:
         self._check_pair("grid_size", whole=True)
+        if self.num_patches > MAX_PATCHES:
+            raise ValueError(
+                f"grid_size={self.grid_size!r} has {self.num_patches} patches, but an image may have {MAX_PATCHES} at "
+                "most, for example grid_size=(256, 256); use a smaller image or larger patches."
+            )
         for name in ("context_scale", "target_scale"):
             self._check_pair(name, highest=1.0)
         self._check_pair("target_aspect_ratio")
-        self._check_count("num_context_sets", 1)
-        self._check_count("num_target_blocks", 1)
+        if (
+            not ASPECT_RATIO_LIMITS[0]
+            <= min(self.target_aspect_ratio)
+            <= max(self.target_aspect_ratio)
+            <= (ASPECT_RATIO_LIMITS[1])
+        ):
+            raise ValueError(
+                f"target_aspect_ratio={self.target_aspect_ratio!r} must lie between {ASPECT_RATIO_LIMITS[0]:g} and "
+                f"{ASPECT_RATIO_LIMITS[1]:g}, for example target_aspect_ratio={_default('target_aspect_ratio')!r}."
+            )
+        self._check_count("num_context_sets", 1, MAX_BLOCKS)
+        self._check_count("num_target_blocks", 1, MAX_BLOCKS)
         self._check_count("official_min_keep", 0)
         if not _is_number(self.context_keep_ratio) or not 0 < self.context_keep_ratio <= 1:
             raise ValueError(
@@ -201,11 +221,13 @@ class MaskSettings:
             raise ValueError(f"{name}={value!r} must satisfy 0 < lowest <= highest{limit}, {example}.")
         object.__setattr__(self, name, (first, second))
 
-    def _check_count(self, name: str, lowest: int) -> None:
+    def _check_count(self, name: str, lowest: int, highest: float = math.inf) -> None:
         value = getattr(self, name)
-        if not _is_whole(value) or value < lowest:
+        if not _is_whole(value) or not lowest <= value <= highest:
+            limit = "" if highest == math.inf else f" and at most {highest}"
             raise ValueError(
-                f"{name}={value!r} must be a whole number of at least {lowest}, for example {name}={_default(name)}."
+                f"{name}={value!r} must be a whole number of at least {lowest}{limit}, for example "
+                f"{name}={_default(name)}."
             )
         object.__setattr__(self, name, int(value))
 
@@ -611,14 +633,21 @@ def _check_equal(what: str, counts: np.ndarray, remedy: str) -> None:
 
 def _target_size(grid: tuple[int, int], scale: float, aspect_ratio: float) -> tuple[int, int]:
     """Height and width of a target block. One too long for the grid takes the whole side and keeps its area."""
+    heights, widths = _target_sizes(grid, scale, np.array([aspect_ratio]))
+    return int(heights[0]), int(widths[0])
+
+
+def _target_sizes(grid: tuple[int, int], scale: float, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths, int64 `[n]`, of target blocks of n aspect ratios, see `_target_size`."""
     rows, columns = grid
     area = scale * rows * columns
-    height, width = _round(math.sqrt(area * aspect_ratio)), _round(math.sqrt(area / aspect_ratio))
-    if height > rows:
-        height, width = rows, _round(area / rows)
-    elif width > columns:
-        height, width = _round(area / columns), columns
-    return max(1, height), max(1, width)
+    heights, widths = np.floor(np.sqrt(area * ratios) + 0.5), np.floor(np.sqrt(area / ratios) + 0.5)
+    is_tall, is_wide = heights > rows, widths > columns  # never both: a block has at most the area of the grid
+    heights, widths = (
+        np.where(is_tall, rows, np.where(is_wide, _round(area / columns), heights)),
+        np.where(is_tall, _round(area / rows), np.where(is_wide, columns, widths)),
+    )
+    return np.maximum(heights, 1).astype(np.int64), np.maximum(widths, 1).astype(np.int64)
 
 
 def _context_size(grid: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -631,11 +660,20 @@ def _official_size(
     grid: tuple[int, int], uniform: float, scale: tuple[float, float], aspect_ratio: tuple[float, float]
 ) -> tuple[int, int]:
     """Height and width as in the published code: one number drives both ranges, and no block fills a side."""
+    heights, widths = _official_sizes(grid, np.array([uniform]), scale, aspect_ratio)
+    return int(heights[0]), int(widths[0])
+
+
+def _official_sizes(
+    grid: tuple[int, int], uniforms: np.ndarray, scale: tuple[float, float], aspect_ratio: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths, int64 `[n]`, of blocks for n numbers from 0 to 1, see `_official_size`."""
     rows, columns = grid
-    area = int(rows * columns * (scale[0] + uniform * (scale[1] - scale[0])))
-    ratio = aspect_ratio[0] + uniform * (aspect_ratio[1] - aspect_ratio[0])
-    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-    return min(height, rows - 1), min(width, columns - 1)
+    areas = np.floor(rows * columns * (scale[0] + uniforms * (scale[1] - scale[0])))
+    ratios = aspect_ratio[0] + uniforms * (aspect_ratio[1] - aspect_ratio[0])
+    # rint sends halves to the even neighbour, as Python's `round` does
+    heights, widths = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    return np.minimum(heights, rows - 1).astype(np.int64), np.minimum(widths, columns - 1).astype(np.int64)
 
 
 # Blocks on the grid
@@ -773,10 +811,10 @@ def _check_block_fits(settings: MaskSettings) -> None:
 
 
 def _largest_block(settings: MaskSettings, mask_ratio: float) -> int:
-    ratios = _around(
-        _ratios_that_round(mask_ratio * settings.num_patches, settings.grid_size), *settings.target_aspect_ratio
-    )
-    return max(math.prod(_target_size(settings.grid_size, mask_ratio, ratio)) for ratio in ratios)
+    low, high = settings.target_aspect_ratio
+    ratios = _around(_ratios_that_round(mask_ratio * settings.num_patches, settings.grid_size, low, high), low, high)
+    heights, widths = _target_sizes(settings.grid_size, mask_ratio, ratios)
+    return int((heights * widths).max())
 
 
 def _check_quadrants(settings: MaskSettings) -> None:
@@ -816,9 +854,10 @@ def _fewest_context_patches(settings: MaskSettings, target_scale: tuple[float, f
     if settings.allow_overlap:
         return height * width
     area = target_scale[1] * settings.num_patches
-    ratios = _around(_ratios_that_round(area, grid), *settings.target_aspect_ratio)
-    sizes = {_target_size(grid, target_scale[1], ratio) for ratio in ratios}
-    return height * width - max(min(height, tall) * min(width, wide) for tall, wide in sizes)
+    low, high = settings.target_aspect_ratio
+    ratios = _around(_ratios_that_round(area, grid, low, high), low, high)
+    tall, wide = _target_sizes(grid, target_scale[1], ratios)
+    return height * width - int((np.minimum(height, tall) * np.minimum(width, wide)).max())
 
 
 def _check_official_ends(settings: MaskSettings) -> None:
@@ -854,30 +893,46 @@ def _smallest_official_block(
 ) -> int:
     """The fewest patches of any block that `_official_size` can give."""
     cells = settings.num_patches
-    areas = range(int(cells * scale[0]), int(cells * scale[1]) + 1)
-    ratios = {ratio for area in areas for ratio in _ratios_that_round(area, settings.grid_size)}
-    steps = [_share(area / cells, scale) for area in areas] + [_share(ratio, aspect_ratio) for ratio in ratios]
-    sizes = {_official_size(settings.grid_size, step, scale, aspect_ratio) for step in _around(steps, 0.0, 1.0)}
-    return min(height * width for height, width in sizes)
+    areas = np.arange(int(cells * scale[0]), int(cells * scale[1]) + 1)
+    ends = _shares(areas / cells, scale)  # of the numbers that give an area, which is one number to the next
+    # While the area stays, the ratio goes on; where it rounds differently lies between the sides at both ends.
+    ratios = aspect_ratio[0] + np.append(ends, 1.0).clip(0, 1) * (aspect_ratio[1] - aspect_ratio[0])
+    steps = [ends]
+    for area, low, high in zip(areas.tolist(), ratios[:-1].tolist(), ratios[1:].tolist(), strict=True):
+        if low < high:
+            steps.append(_shares(_ratios_that_round(area, settings.grid_size, low, high), aspect_ratio))
+    heights, widths = _official_sizes(
+        settings.grid_size, _around(np.concatenate(steps), 0.0, 1.0), scale, aspect_ratio
+    )
+    return int((heights * widths).min())
 
 
-def _ratios_that_round(area: float, grid: tuple[int, int]) -> list[float]:
-    """The aspect ratios at which the rounded height or width of a block of this area steps to the next number."""
-    if area <= 0:
-        return []
-    halves = [side + 0.5 for side in range(max(grid) + 1)]
-    return [half * half / area for half in halves] + [area / (half * half) for half in halves]
+def _ratios_that_round(area: float, grid: tuple[int, int], low: float, high: float) -> np.ndarray:
+    """The aspect ratios from low to high at which the rounded height or width of a block of this area steps on.
+
+    Some outside of low and high may be among them. Past the grid's sides all blocks are cut to the same.
+    """
+    if area * ASPECT_RATIO_LIMITS[1] < 0.25:
+        return np.empty(0)  # always one patch
+    longest = max(grid) + 1
+
+    def halves(shortest: float, tallest: float) -> np.ndarray:
+        return np.arange(max(0, math.floor(shortest) - 1), min(longest, math.ceil(tallest) + 1)) + 0.5
+
+    tall = halves(min(longest, math.sqrt(area * low)), min(longest, math.sqrt(area * high)))
+    wide = halves(min(longest, math.sqrt(area / high)), min(longest, math.sqrt(area / low)))
+    return np.concatenate([tall * tall / area, area / (wide * wide)])
 
 
-def _around(steps: Iterable[float], low: float, high: float) -> list[float]:
+def _around(steps: np.ndarray, low: float, high: float) -> np.ndarray:
     """Numbers that visit every piece of [low, high] between steps of a function: the ends and the middles."""
-    edges = sorted({low, high, *(step for step in steps if low < step < high)})
-    return [low, *((left + right) / 2 for left, right in pairwise(edges)), high]
+    edges = np.unique(np.concatenate([[low, high], steps[(low < steps) & (steps < high)]]))
+    return np.concatenate([[low], (edges[:-1] + edges[1:]) / 2, [high]])
 
 
-def _share(value: float, interval: tuple[float, float]) -> float:
-    """Where in an interval a value lies, 0 at its start and 1 at its end."""
-    return (value - interval[0]) / (interval[1] - interval[0]) if interval[1] > interval[0] else 0.0
+def _shares(values: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
+    """Where in an interval values lie, 0 at its start and 1 at its end."""
+    return (values - interval[0]) / (interval[1] - interval[0]) if interval[1] > interval[0] else np.zeros(len(values))
 
 
 def _check_slots(slots: slice, batch_size: int) -> slice:
@@ -900,9 +955,12 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def _round(value: float) -> int:

@@ -1,7 +1,6 @@
 """What a run says while it goes on: the lines of `metrics.jsonl`, the same on the screen and to the trackers."""
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.plan import Plan, StepValues
-from ijepa_hf.run_folder import METRICS_FILE
+from ijepa_hf.run_folder import METRICS_FILE, append_rows
 
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 
@@ -85,6 +84,8 @@ class MetricsLog:
     ) -> None:
         self.is_main = accelerator.is_main_process
         self.plan = plan
+        self.path = output_dir / METRICS_FILE
+        self.unwritten: list[dict[str, Any]] = []  # lines that a full disk has not taken yet
         self.trackers: list[Any] = []
         if not self.is_main:
             return
@@ -98,13 +99,12 @@ class MetricsLog:
                 self.trackers = list(accelerator.trackers)
             except Exception as error:  # as in tell_trackers
                 logger.warning("the trackers %s failed to start and are dropped: %s", report_to, error)
-        self.file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
 
     def write(
         self, step: int, *, loss: float, grad_norms: tuple[float, float], targets: Tensor, values: StepValues,
         clock: Clock,
     ) -> dict[str, Any]:  # fmt: skip
-        """Writes one line. On the main process only.
+        """Writes one line, and those that could not be written before. On the main process only.
 
         Args:
             step: Optimiser steps done.
@@ -116,6 +116,9 @@ class MetricsLog:
 
         Returns:
             The line.
+
+        Raises:
+            OSError: If the file cannot be written; the line is kept for the next time.
         """
         rows = targets.flatten(0, 2).float()
         rows = rows[:: max(1, len(rows) // RANKME_ROWS)][:RANKME_ROWS]
@@ -132,9 +135,10 @@ class MetricsLog:
             "target_rankme": rankme(rows),
             **clock.read(self.plan.global_batch_size),
         }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
         self.tell_trackers(line, step)
+        self.unwritten.append(line)
+        append_rows(self.path, self.unwritten)
+        self.unwritten = []
         return line
 
     def tell_trackers(self, line: dict[str, Any], step: int) -> None:
@@ -147,10 +151,7 @@ class MetricsLog:
                 self.trackers.remove(tracker)
 
     def close(self) -> None:
-        """Closes the file and finishes the trackers."""
-        if not self.is_main:
-            return
-        self.file.close()
+        """Finishes the trackers."""
         for tracker in self.trackers:
             try:
                 tracker.finish()

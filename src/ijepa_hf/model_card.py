@@ -4,6 +4,7 @@ Everything on a card comes from the run's `report.json` and its configuration, s
 from committed numbers and compared. Scores appear only where the report has them.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from huggingface_hub import (
 )
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.escaping import code_span, markdown_text, on_one_line, python_string
 from ijepa_hf.evaluation.knn import NEIGHBOURS
 
 TAGS = ["ijepa", "jepa", "self-supervised-learning", "vision"]
@@ -60,7 +62,11 @@ def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
             scores="\n".join(_markdown_table(scores)),
             verdict=" ".join(verdict(scores)) if scores else "",
             neighbours=NEIGHBOURS,
-            arguments="\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None),
+            arguments="\n".join(argument_lines(arguments)),
+            words=markdown_text,
+            code=code_span,
+            python=python_string,
+            shell=shell_word,
         )
     return str(card)
 
@@ -77,7 +83,7 @@ def render_unfinished_card(arguments: Mapping[str, Any], step: int) -> str:
     """
     reference = arguments.get("hub_model_id") or arguments["output_dir"]
     source = arguments.get("model_name_or_path")
-    started = f", starting from `{source}`" if source else ""
+    started = f", starting from {code_span(source)}" if source else ""
     metadata = ModelCardData(
         license=arguments.get("license"),
         library_name="transformers",
@@ -86,9 +92,9 @@ def render_unfinished_card(arguments: Mapping[str, Any], step: int) -> str:
     )
     return str(
         ModelCard(
-            f"---\n{metadata.to_yaml()}\n---\n\n# {Path(reference).name}\n\n"
-            f"An I-JEPA image encoder, being pretrained on `{arguments['dataset_name']}` with ijepa-hf{started}. This "
-            f"is step {step}; the card is written when the training has ended.\n"
+            f"---\n{metadata.to_yaml()}\n---\n\n# {markdown_text(Path(reference).name)}\n\n"
+            f"An I-JEPA image encoder, being pretrained on {code_span(arguments['dataset_name'])} with "
+            f"ijepa-hf{started}. This is step {step}; the card is written when the training has ended.\n"
         )
     )
 
@@ -191,12 +197,38 @@ def loading_lines(reference: str) -> list[str]:
     Returns:
         Indented lines.
     """
+    name = python_string(reference)
     return [
         "    from transformers import AutoImageProcessor, AutoModel",
-        f'    processor, model = AutoImageProcessor.from_pretrained("{reference}"), '
-        f'AutoModel.from_pretrained("{reference}")',
+        f"    processor, model = AutoImageProcessor.from_pretrained({name}), AutoModel.from_pretrained({name})",
         '    features = model(**processor(image, return_tensors="pt")).last_hidden_state.mean(1)',
     ]
+
+
+def argument_lines(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments as lines of a block of code, which none of them can end.
+
+    Args:
+        arguments: Values by name.
+
+    Returns:
+        A line for each that is set, by name.
+    """
+    return [
+        f"{on_one_line(name)}: {on_one_line(value)}" for name, value in sorted(arguments.items()) if value is not None
+    ]
+
+
+def shell_word(text: str) -> str:
+    """A name as one word of a command.
+
+    Args:
+        text: The name.
+
+    Returns:
+        It, between quotes where a shell would not read it as one word.
+    """
+    return shlex.quote(on_one_line(text))
 
 
 def _compared(mine: float, other: float) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ijepa_hf.arguments import ModelArguments, argument_values
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.escaping import on_one_line
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, sincos_position_table
 
 PUBLISHED_LICENSE = "cc-by-nc-4.0"
@@ -262,7 +263,7 @@ def read_contents(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"checkpoint={str(path)!r} cannot be read as a published I-JEPA checkpoint (damaged, or it holds code, "
-            f"which is never run): {reason}"
+            f"which is never run): {on_one_line(reason)}"
         ) from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"checkpoint={str(path)!r} holds a {type(contents).__name__}, no dictionary of networks.")

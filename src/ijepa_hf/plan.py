@@ -54,11 +54,13 @@ def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int, *, ha
         The plan.
 
     Raises:
-        ValueError: If the data set is smaller than a global batch, or the warm-ups are as long as the run.
+        ValueError: If the data set is smaller than a global batch, the warm-ups are as long as the run, or a length or
+            rate is beyond what a float holds.
     """
     batch = global_batch_size(num_samples, run.per_device_train_batch_size, run.gradient_accumulation_steps, num_ranks)
     per_epoch = num_samples // batch
-    num_steps = run.max_train_steps or max(1, math.ceil(per_epoch * run.num_train_epochs))
+    epochs = _finite("num_train_epochs", run.num_train_epochs, per_epoch)
+    num_steps = run.max_train_steps or max(1, math.ceil(epochs))
     predictor_warmup = run.predictor_warmup_steps
     if predictor_warmup is None:
         share = max(1, int(PREDICTOR_WARMUP_SHARE * num_steps))
@@ -69,7 +71,7 @@ def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int, *, ha
             f"--predictor_warmup_steps {num_steps // 20} or train for longer."
         )
     scheduled = num_steps - predictor_warmup
-    warmup = int(run.warmup_epochs * per_epoch)
+    warmup = int(_finite("warmup_epochs", run.warmup_epochs, per_epoch))
     if warmup and warmup >= scheduled:
         raise ValueError(
             f"warmup_epochs={run.warmup_epochs:g} are {warmup} steps, but the run has only {scheduled}; use "
@@ -79,11 +81,22 @@ def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int, *, ha
         learning_rate = run.learning_rate
     else:
         assert run.base_learning_rate is not None  # PretrainingArguments.check
-        learning_rate = run.base_learning_rate * batch / 256
-    momentum_steps = run.schedule_scale * scheduled
+        learning_rate = _finite("base_learning_rate", run.base_learning_rate, batch) / 256
+    momentum_steps = _finite("schedule_scale", run.schedule_scale, scheduled)
     return Plan(
         batch, per_epoch, num_steps, predictor_warmup, warmup, int(momentum_steps), momentum_steps, learning_rate
     )
+
+
+def _finite(name: str, value: float, times: int) -> float:
+    """An argument times a whole number, refused where no float can hold it."""
+    try:
+        product = value * times
+    except OverflowError:
+        product = math.inf
+    if not math.isfinite(product):
+        raise ValueError(f"{name}={value} is too large, or no number: times {times:.3g} it is {product}.")
+    return product
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
+from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage, table_cast
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -43,8 +44,9 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ijepa_hf.arguments import DataArguments
+from ijepa_hf.escaping import on_one_line
 from ijepa_hf.export import flush_to_disk, write_atomically
-from ijepa_hf.image_transforms import decode_image, resize
+from ijepa_hf.image_transforms import decode_image, read_image_file, resize
 from ijepa_hf.sources import find_image_column, load_split
 
 MANIFEST_FILE = "manifest.json"
@@ -272,7 +274,9 @@ def _summary(folder: Path, split: str, manifest: "Manifest", rows: "SourceRows",
         lines += _listed(manifest.skipped, _NAMED_IN_SUMMARY)
     in_pixels = rows.columns_of_many_values()
     if manifest.num_shrunk and in_pixels:
-        lines.append(f"kept as they were, also where they hold positions in pixels: {', '.join(in_pixels)}")
+        lines.append(
+            f"kept as they were, also where they hold positions in pixels: {', '.join(map(on_one_line, in_pixels))}"
+        )
     command = ["ijepa-hf", "pretrain", "RECIPE", "--dataset_name", str(folder), "--streaming"]
     command += [] if split == "train" else ["--train_split_name", split]
     command += [] if column_name is None else ["--image_column_name", column_name]
@@ -291,7 +295,8 @@ def _listed(skipped: Sequence[Mapping[str, Any]], most: int) -> list[str]:
     lines = []
     for row in skipped[:most]:
         named = row["path"] is None or row["path"] in row["reason"]
-        lines.append(f"  row {row['row']}: " + ("" if named else f"{row['path']}: ") + row["reason"])
+        words = row["reason"] if named else f"{row['path']}: {row['reason']}"
+        lines.append(f"  row {row['row']}: {on_one_line(words)}")
     return lines + ([f"  and {len(skipped) - most:,} more"] if len(skipped) > most else [])
 
 
@@ -359,6 +364,8 @@ def rewrite_picture(data: bytes, settings: PictureFormat) -> tuple[bytes, str | 
     except Exception:
         decode_image(data, 3)  # says why, in the words of training
         raise
+    if picture.format == "EPS":  # to decode it from here would start Ghostscript
+        decode_image(data, 3)  # refuses it
     is_gray = picture.mode in _GRAY_MODES or picture.mode.startswith("I")
     kind = picture.format or ""
     decoded = decode_image(picture, 1 if is_gray else 3)
@@ -535,8 +542,11 @@ class SourceRows(TorchDataset[list[PreparedImage]]):
         table = self.others[rows.start : rows.stop]
         features = datasets.Features({name: self.features[name] for name in table.column_names})
         try:
-            return embed_table_storage(table_cast(table, features.arrow_schema))
-        except OSError as error:
+            table = table_cast(table, features.arrow_schema)
+            for name, kind in features.items():
+                _check_named_files(table.column(name), kind)
+            return embed_table_storage(table)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"rows {rows.start} to {rows.stop - 1}: a picture of another column than {self.column!r} cannot be "
                 f"read: {error}; mend it, or remove that column from the source."
@@ -554,7 +564,7 @@ class SourceRows(TorchDataset[list[PreparedImage]]):
             if data is None:
                 if not path:
                     raise ValueError("the row has no image.")
-                data = Path(path).read_bytes()
+                data = read_image_file(path)
             content, suffix, shrunk = rewrite_picture(data, self.settings)
         except (ValueError, OSError) as error:
             return PreparedImage(None, name, path, len(data or b""), False, str(error))
@@ -569,6 +579,35 @@ class SourceRows(TorchDataset[list[PreparedImage]]):
         except ValueError as error:
             return PreparedImage(None, None, None, array.nbytes, False, str(error))
         return PreparedImage(content, None, None, array.nbytes, content.shape != array.shape)
+
+
+def _check_named_files(column: pa.ChunkedArray, kind: Any) -> None:
+    """Refuses a column that names files where they are no pictures on this disk.
+
+    Whoever wrote the source chose the paths. Without this, `/home/me/.ssh/id_ed25519` or an address inside the network
+    would be read, and its bytes would become part of a data set that may be published.
+
+    Args:
+        column: Of the source.
+        kind: Its feature.
+
+    Raises:
+        OSError: If a row names a file that is not there, or that Pillow does not recognise.
+        ValueError: If a row names what is no file, such as a pipe.
+    """
+    if require_storage_embed(kind):
+        for path in _named_files(column.to_pylist()):
+            Image.open(io.BytesIO(read_image_file(path)))  # not decoded: a text or a key has no picture's head
+
+
+def _named_files(value: Any) -> Iterator[str]:
+    """The paths of pairs of `bytes` and `path` that have no bytes, at any depth."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        if value["bytes"] is None and value["path"] is not None:
+            yield value["path"]
+    elif isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _named_files(entry)
 
 
 def _features_after(features: datasets.Features, column: str, settings: PictureFormat) -> datasets.Features:

@@ -29,6 +29,7 @@ from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import ImageRows, resized_pixels
 from ijepa_hf.diagnostics import rankme
+from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy
@@ -407,6 +408,6 @@ def render_report(output_dir: Path) -> str:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]
         lines += score_table(report["scores"], "{:<42} {:>8} {:>8} {:>8}")
         lines += ["", *verdict(report["scores"])]
-    figures = ", ".join(str(path) for path in sorted((output_dir / "figures").glob("*.png")))
+    figures = ", ".join(on_one_line(path) for path in sorted((output_dir / "figures").glob("*.png")))
     lines += ["", f"pictures: {figures}", "", "load it with:", "", *loading_lines(str(output_dir))]
     return "\n".join(lines)

@@ -6,15 +6,39 @@ The files that grow have a line of JSON for each entry, with the optimiser step 
 on from an earlier step can drop what came after it. `docs/architecture.md` lists all that a run leaves behind.
 """
 
+import errno
 import json
-import shutil
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ijepa_hf.arguments import PretrainingArguments, argument_defaults, as_recipe
-from ijepa_hf.checkpointing import Checkpoint, adopt_checkpoint, delete_checkpoints_after
-from ijepa_hf.export import CODE_FILES, exported_step, write_atomically
+from ijepa_hf.checkpointing import (
+    Checkpoint,
+    adopt_checkpoint,
+    delete_checkpoints_after,
+    find_latest,
+    remove_leftovers,
+)
+from ijepa_hf.export import (
+    CODE_FILES,
+    WEIGHTS_FILE,
+    SaveError,
+    exported_step,
+    file_bytes,
+    free_bytes,
+    remove_entry,
+    saving,
+    write_atomically,
+)
+from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
+from ijepa_hf.run_lock import LOCK_FILE
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -22,10 +46,12 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
 UNREADABLE_FILE = "unreadable_images.jsonl"
+SKIPPED_FILE = "skipped_steps.jsonl"
 RECIPE_FILE = "recipe.yaml"
 EVAL_RESULTS_FOLDER = ".eval_results"  # the Hub's name for the folder of machine-readable scores
 
-GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, DIAGNOSTICS_FILE, UNREADABLE_FILE)
+GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, DIAGNOSTICS_FILE, UNREADABLE_FILE, SKIPPED_FILE)
+DAMAGED_SUFFIX = ".damaged"  # of the file that keeps the lines of a growing one that cannot be read
 
 # What may differ between a run and its continuation: none of it changes a weight (the global batch is compared).
 _FREE_ARGUMENTS = frozenset(
@@ -48,6 +74,11 @@ _FREE_ARGUMENTS = frozenset(
         "diagnostics_steps",
         "on_collapse",
         "max_broken_share",
+        "data_retry_seconds",
+        "data_timeout_seconds",
+        "on_save_error",
+        "max_skipped_steps",
+        "fit_batch_to_memory",
         "license",
         "push_to_hub",
         "hub_model_id",
@@ -56,10 +87,12 @@ _FREE_ARGUMENTS = frozenset(
         "hub_revision",
     ]
 )
-# What a run writes, and `overwrite_output_dir` deletes.
+# What a run writes, and `overwrite_output_dir` deletes. `run.json` is replaced only: it says whose the rest is, also
+# after a process that was killed while it deleted.
 _RUN_ENTRIES = (
-    RUN_FILE, REPORT_FILE, RECIPE_FILE, *GROWING_FILES, "README.md", "config.json", "model.safetensors",
-    "preprocessor_config.json", "pretraining", "figures", "trackers", *CODE_FILES, EVAL_RESULTS_FOLDER,
+    REPORT_FILE, RECIPE_FILE, *GROWING_FILES, *(name + DAMAGED_SUFFIX for name in GROWING_FILES), "README.md",
+    "config.json", WEIGHTS_FILE, "preprocessor_config.json", PRETRAINING_SUBFOLDER, "figures", "trackers", *CODE_FILES,
+    EVAL_RESULTS_FOLDER,
 )  # fmt: skip
 
 
@@ -74,7 +107,7 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
     Raises:
         ValueError: If the folder is not empty and holds no run, another run, or this one unfinished.
     """
-    if not output_dir.exists() or all(entry.name.endswith(".partial") for entry in output_dir.iterdir()):
+    if not output_dir.exists() or all(_is_leftover(entry.name) for entry in output_dir.iterdir()):
         return
     if not (output_dir / RUN_FILE).is_file():
         raise ValueError(
@@ -83,7 +116,7 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
     if run.overwrite_output_dir:
         _check_nothing_needed_is_deleted(output_dir, run)
         return
-    stored = read_run(output_dir)
+    stored = read_run(output_dir, run)
     assert stored is not None  # the file is there
     differing = differing_arguments(stored["arguments"], arguments)
     if differing:
@@ -104,7 +137,7 @@ def check_begun(output_dir: Path, run: PretrainingArguments) -> None:
     Raises:
         ValueError: If it holds a run from other weights, or one that is not finished and was not asked to go on.
     """
-    stored = None if run.overwrite_output_dir else read_run(output_dir)
+    stored = None if run.overwrite_output_dir else read_run(output_dir, run)
     if stored is None:
         return
     before = stored["arguments"].get("model_name_or_path")
@@ -132,11 +165,18 @@ def _check_nothing_needed_is_deleted(output_dir: Path, run: PretrainingArguments
                 raise ValueError(f"overwrite_output_dir would delete {name}={value!r}; choose another --output_dir.")
 
 
-def read_run(output_dir: Path) -> dict[str, Any] | None:
+def _is_leftover(name: str) -> bool:
+    """Whether a file or folder says nothing about whose the run's folder is: a lock, or what a killed process left."""
+    return name == LOCK_FILE or (name.startswith(".") and name.endswith((".partial", ".deleted")))
+
+
+def read_run(output_dir: Path, run: PretrainingArguments | None = None) -> dict[str, Any] | None:
     """What `run.json` says: `arguments`, and `config`, the model's configuration.
 
     Args:
         output_dir: The run's folder.
+        run: A run that is to go on needs no `run.json`: where that is damaged, the newest whole checkpoint says the
+            same, which is said in the log.
 
     Returns:
         The record, or `None` where there is none.
@@ -148,11 +188,19 @@ def read_run(output_dir: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(path.read_bytes())
         record["arguments"]["output_dir"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); choose another --output_dir.") from error
-    return record
+        resumes = run is not None and run.resume_from_checkpoint is not None
+        checkpoint = find_latest(output_dir) if resumes else None
+        if checkpoint is None:
+            raise ValueError(f"{path} is damaged ({error!r}); choose another --output_dir.") from error
+        logger.warning(
+            "%s is damaged (%r); what %s says of the run is taken instead, and the file is written again.",
+            path, error, checkpoint.path,
+        )  # fmt: skip
+        return {"arguments": checkpoint.arguments, "config": checkpoint.config}
+    return dict(record)
 
 
 def is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
@@ -163,12 +211,17 @@ def is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
         run: A run that overwrites the folder has no use for a finished one.
 
     Returns:
-        The answer.
+        The answer; no, with a warning, where the report is damaged.
     """
-    if run.overwrite_output_dir or not (output_dir / REPORT_FILE).is_file():
+    path = output_dir / REPORT_FILE
+    if run.overwrite_output_dir or not path.is_file():
         return False
-    report = json.loads((output_dir / REPORT_FILE).read_text("utf-8"))
-    return exported_step(output_dir) == report["step"]
+    try:
+        step = json.loads(path.read_bytes())["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%r): the run counts as unfinished.", path, error)
+        return False
+    return exported_step(output_dir) == step
 
 
 def prepare_output_dir(
@@ -180,32 +233,45 @@ def prepare_output_dir(
 ) -> None:
     """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go.
 
+    What a killed process left behind goes too. Lines of a log that cannot be read are moved into a file of their own.
+
     Args:
         output_dir: The folder, checked by `check_output_dir`.
         arguments: What `run.json` is to hold, and `recipe.yaml`, which starts the same run again.
         config: The model's configuration, for `run.json`.
         run: Says whether to overwrite.
         checkpoint: What the run goes on from; one of another folder is taken over, with that run's log.
+
+    Raises:
+        SaveError: If something cannot be written.
     """
     start_step = 0 if checkpoint is None else checkpoint.step
-    kept = {
-        name: [] if checkpoint is None else read_rows(checkpoint.path.parent / name, up_to_step=start_step)
-        for name in GROWING_FILES
-    }
-    if run.overwrite_output_dir and output_dir.exists():
-        _delete_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments, "config": config}, indent=2) + "\n")
-    _write_text(output_dir / RECIPE_FILE, as_recipe(arguments))
-    delete_checkpoints_after(output_dir, start_step)
-    if checkpoint is not None and checkpoint.path.resolve().parent != output_dir.resolve():
-        adopt_checkpoint(checkpoint, output_dir)
-    for name, rows in kept.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        if lines or name == METRICS_FILE:
-            _write_text(output_dir / name, lines)
-        else:
-            (output_dir / name).unlink(missing_ok=True)
+    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in GROWING_FILES}
+    damaged: dict[str, list[bytes]] = {}
+    if checkpoint is not None:
+        for name in GROWING_FILES:
+            rows, problems = _sort_rows(checkpoint.path.parent / name)
+            kept[name] = [row for row in rows if row["step"] <= start_step]
+            damaged[name] = [line for line, _ in problems.values()]
+    logs = {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in kept.items()}
+    with saving(output_dir, sum(map(len, logs.values())) + file_bytes([])):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
+        if run.overwrite_output_dir:
+            _delete_run(output_dir)
+        _remove_partial_files(output_dir)
+        _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments, "config": config}, indent=2) + "\n")
+        _write_text(output_dir / RECIPE_FILE, as_recipe(arguments))
+        if checkpoint is not None and checkpoint.path.resolve().parent != output_dir.resolve():
+            adopt_checkpoint(checkpoint, output_dir)  # first, so that at no moment there is none
+        delete_checkpoints_after(output_dir, start_step)
+        for name, lines in damaged.items():
+            _move_damaged_lines(output_dir / name, lines)
+        for name, text in logs.items():
+            if text or name == METRICS_FILE:
+                _write_text(output_dir / name, text)
+            else:
+                (output_dir / name).unlink(missing_ok=True)
 
 
 def read_rows(path: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
@@ -221,26 +287,134 @@ def read_rows(path: Path, *, up_to_step: int | None = None) -> list[dict[str, An
     Raises:
         ValueError: If a line is damaged; names the file and the line.
     """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], start=1):
-        try:
-            rows += [json.loads(line)] if line else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error}); remove that line.") from error
+    rows, problems = _sort_rows(path)
+    for number, (_, reason) in problems.items():
+        raise ValueError(f"{path}, line {number} is damaged ({reason}); remove that line.")
     return rows if up_to_step is None else [row for row in rows if row["step"] <= up_to_step]
 
 
+def _sort_rows(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[bytes, str]]]:
+    """The lines that can be read, and by number those that cannot, with the reason."""
+    rows: list[dict[str, Any]] = []
+    problems: dict[int, tuple[bytes, str]] = {}
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no entry with a step")
+            rows.append(row)
+        except ValueError as error:
+            problems[number] = line, str(error)
+    return rows, problems
+
+
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds lines to a file that grows with the run.
+    """Adds lines to a file that grows with the run: all of them or, where that fails, none.
+
+    A last line that a crash has cut short is removed first, as `read_rows` leaves it out.
 
     Args:
         path: The file; made if it is missing.
         rows: Each with its `step`.
+
+    Raises:
+        SaveError: If they cannot be written; the file is as it was.
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    _append(path, "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8"))
+
+
+def _append(path: Path, content: bytes) -> None:
+    with saving(path, len(content)):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = _length_of_whole_lines(descriptor)
+            try:
+                if size < os.fstat(descriptor).st_size:
+                    os.ftruncate(descriptor, size)
+                written = 0
+                while written < len(content):
+                    written += os.write(descriptor, content[written:])
+            except BaseException:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _length_of_whole_lines(descriptor: int) -> int:
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return size
+    with open(descriptor, "rb", closefd=False) as file:
+        return file.read().rfind(b"\n") + 1
+
+
+def _move_damaged_lines(path: Path, lines: Sequence[bytes]) -> None:
+    if lines:
+        target = path.with_name(path.name + DAMAGED_SUFFIX)
+        _append(target, b"".join(line + b"\n" for line in lines))
+        logger.warning("%d damaged lines of %s are kept in %s, the others stay.", len(lines), path, target)
+
+
+def check_still_there(output_dir: Path) -> None:
+    """Refuses to save into a folder that is no longer the run's: an empty mount point is a folder too.
+
+    Args:
+        output_dir: The run's folder, prepared by `prepare_output_dir`.
+
+    Raises:
+        SaveError: If its `run.json` has gone.
+    """
+    if not (output_dir / RUN_FILE).is_file():
+        raise SaveError(
+            f"{output_dir} holds no {RUN_FILE} any more: it was deleted or replaced, or its disk has gone. Nothing "
+            "was written there. Mount the disk again and resume the run; with --on_save_error continue a run goes on, "
+            "and tries again at its next save.",
+            errno.ENOENT,
+        )
+
+
+def bytes_to_come(model: nn.Module, output_dir: Path, total_limit: int) -> int:
+    """How much a run's folder may still grow: all the checkpoints that are kept, one more, and the exported model.
+
+    Args:
+        model: Both encoders and the predictor; those that are trained require a gradient.
+        output_dir: The run's folder, whose checkpoints and exported weights make room for those to come.
+        total_limit: Checkpoints to keep.
+
+    Returns:
+        Bytes, at least those of one checkpoint.
+    """
+    weights = model.state_dict()
+    moments = [parameter for parameter in model.parameters() if parameter.requires_grad for _ in range(2)]
+    one = file_bytes([*weights.values(), *moments])
+    encoder = file_bytes(tensor for name, tensor in weights.items() if name.startswith("ijepa."))
+    there = [*output_dir.glob("checkpoint-*/*"), output_dir / WEIGHTS_FILE, *output_dir.glob("pretraining/*")]
+    held = sum(path.stat().st_size for path in there if path.is_file())
+    # each is written beside the one that it takes the place of
+    return max(one, (total_limit + 1) * one + encoder + 2 * file_bytes(weights.values()) - held)
+
+
+def check_space(output_dir: Path, num_bytes: int) -> None:
+    """Refuses a run whose states do not fit on the disk.
+
+    Args:
+        output_dir: The run's folder; need not exist.
+        num_bytes: What it will take, see `bytes_to_come`.
+
+    Raises:
+        ValueError: If less is free.
+    """
+    free = free_bytes(output_dir)
+    if free is not None and free < num_bytes:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} has too little space: the run will need {num_bytes:,} bytes there, and "
+            f"{free:,} are free. Free some, choose an --output_dir on another disk, or keep fewer checkpoints "
+            "(--checkpoints_total_limit)."
+        )
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -250,11 +424,19 @@ def _write_text(path: Path, text: str) -> None:
 def _delete_run(output_dir: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in the folder."""
     delete_checkpoints_after(output_dir, -1)
-    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob(".*.partial")):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
+    for name in _RUN_ENTRIES:
+        remove_entry(output_dir / name)
+
+
+def _remove_partial_files(output_dir: Path) -> None:
+    """Removes the files that a killed process was writing; `.push-*.partial` are the uploader's."""
+    names = {f".{name}.partial" for name in (RUN_FILE, *_RUN_ENTRIES)}
+    for folder in (output_dir, output_dir / PRETRAINING_SUBFOLDER):
+        for entry in folder.glob(".*.partial"):
+            if entry.name in names:
+                remove_entry(entry)
+    for entry in (output_dir / EVAL_RESULTS_FOLDER).glob(".*.partial"):
+        remove_entry(entry)
 
 
 def differing_arguments(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -202,7 +202,7 @@ def _record(
     """Arguments and configuration that this run has begun with, if it has begun."""
     if checkpoint is not None:
         return checkpoint.arguments, IJepaConfig(**checkpoint.config)
-    stored = None if run.overwrite_output_dir else read_run(output_dir)
+    stored = None if run.overwrite_output_dir else read_run(output_dir, run)
     if stored is None or "config" not in stored:
         return None
     return stored["arguments"], IJepaConfig(**stored["config"])

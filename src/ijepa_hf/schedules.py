@@ -123,10 +123,10 @@ def ema_momentum_at(step0: int, *, ema_momentum: float, final_ema_momentum: floa
 
     Source: I-JEPA (arXiv 2301.08243), appendix A.1 (0.996 to 1.0, linearly).
     """
-    if step0 < 0:
+    if not 0 <= step0 < math.inf:
         raise ValueError(f"step0={step0} must be 0 or more: the first update of the target encoder is number 0.")
-    if not total_steps > 0:
-        raise ValueError(f"total_steps={total_steps} must be above 0.")
+    if not 0 < total_steps < math.inf:
+        raise ValueError(f"total_steps={total_steps} must be a finite number above 0.")
     for name, value in (("ema_momentum", ema_momentum), ("final_ema_momentum", final_ema_momentum)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name}={value} must be in [0, 1], for example 0.996.")
@@ -140,12 +140,12 @@ def _half_cosine(progress: float, start: float, final: float) -> float:
 
 
 def _check_step(step: int) -> None:
-    if step < 1:
+    if not 1 <= step < math.inf:
         raise ValueError(f"step={step} must be 1 or more: the first optimiser step is number 1.")
 
 
 def _check_whole_total(total_steps: int) -> None:
-    if total_steps < 1 or total_steps != int(total_steps):
+    if not 1 <= total_steps < math.inf or total_steps != int(total_steps):
         raise ValueError(
             f"total_steps={total_steps} must be a whole number of at least 1; "
             "write int(schedule_scale * num_train_epochs * steps_per_epoch)."

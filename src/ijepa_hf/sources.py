@@ -255,7 +255,9 @@ def _split_folders(folder: Path, below: Sequence[tuple[str, ...]]) -> list[str]:
 def _files_of_one_kind(folder: Path) -> tuple[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
     for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith((".", "__")) and not _leads_back(Path(here, name))
+        )
         for name in sorted(names):
             kind = _KIND_OF_SUFFIX.get(os.path.splitext(name)[1].lower())
             if kind is not None and not name.startswith((".", "__")) and name not in _METADATA:
@@ -273,6 +275,11 @@ def _files_of_one_kind(folder: Path) -> tuple[str, list[Path]]:
             ".parquet, .tar, .csv, .tsv or .npy file."
         )
     return next(iter(found.items()))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one that it lies in: following it would never end."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _splits_by_file_name(folder: Path, files: list[Path]) -> dict[str, list[Path]]:

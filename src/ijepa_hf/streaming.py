@@ -28,12 +28,14 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
-from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
 from ijepa_hf.data import DRAW_ORDER, CropReader, SampleKey, global_batch_size, keyed_generator
+from ijepa_hf.retrying import DataSourceError, RetryPolicy, describe, is_shard_failure
 from ijepa_hf.sources import ImageStream
+from ijepa_hf.workers import PlainLoader
 
 ROWS_AT_ONCE = 64  # rows fetched from a shard together: bytes, not pixels
 _DRAW_BLOCK = 6  # beside the streams of `data`
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 # -- shards ----------------------------------------------------------------------------------------------------------
 
 
-def shard_lengths(stream: ImageStream, column: str) -> list[int]:
+def shard_lengths(stream: ImageStream, column: str, retries: RetryPolicy | None = None) -> list[int]:
     """How many images each shard of a stream has.
 
     Those of .parquet files are in their footers, a few kilobytes each. Other shards have to be read from end to end,
@@ -57,20 +59,23 @@ def shard_lengths(stream: ImageStream, column: str) -> list[int]:
     Args:
         stream: The stream.
         column: Its image column.
+        retries: How patiently files are read.
 
     Returns:
         Rows of each shard, in the order of the shards.
 
     Raises:
         ValueError: If the stream is empty, or a file is broken.
+        DataSourceError: If the source failed, and went on failing.
     """
+    retries = RetryPolicy() if retries is None else retries
     if _are_parquet(stream.files):
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
-            footers = threads.map(_footer_rows, stream.files)
+            footers = threads.map(partial(_footer_rows, retries=retries), stream.files)
             few = len(stream.files) < _FOOTERS_WITHOUT_A_BAR
             lengths = list(tqdm(footers, "footers", len(stream.files), unit="shard", mininterval=1.0, disable=few))
     else:
-        lengths = _count(stream, column)
+        lengths = _count(stream, column, retries)
     if not any(lengths):
         raise ValueError("the stream holds no images: its shards have no rows.")
     return lengths
@@ -80,28 +85,32 @@ def _are_parquet(files: Sequence[str]) -> bool:
     return bool(files) and all(file.lower().endswith(".parquet") for file in files)
 
 
-def _footer_rows(file: str) -> int:
-    try:
-        with xopen(file, "rb") as opened:
+def _footer_rows(file: str, retries: RetryPolicy) -> int:
+    def read() -> int:
+        with retries.open(partial(xopen, file, "rb")) as opened:
             return pq.read_metadata(opened).num_rows
+
+    try:
+        return retries.call(f"shard {file!r}", read)
     except pa.ArrowException as error:
         raise ValueError(f"shard {file!r} cannot be read: {error}") from error
 
 
-def _count(stream: ImageStream, column: str) -> list[int]:
+def _count(stream: ImageStream, column: str, retries: RetryPolicy) -> list[int]:
     num_shards = stream.rows.num_shards
     logger.warning(
         "the images of the stream are counted first, by reading %s once from end to end: its order depends on how "
         "many each shard has, and only .parquet files say so. Shards made by `ijepa-hf prepare` need no counting.",
         "its one shard" if num_shards == 1 else f"its {num_shards} shards",
     )
-    rows, lengths = stream.rows.select_columns([column]), []
+    images, lengths = stream._replace(rows=stream.rows.select_columns([column])), []
     with tqdm(desc="count", unit="image", mininterval=1.0) as progress:
-        for index in range(num_shards):
+        for shard in range(num_shards):
             lengths.append(0)
-            for batch in rows.shard(num_shards=num_shards, index=index).iter(batch_size=ROWS_AT_ONCE):
-                lengths[-1] += len(batch[column])
-                progress.update(len(batch[column]))
+            with contextlib.closing(_read_patiently(images, shard, 0, retries)) as batches:
+                for rows in batches:
+                    lengths[-1] += len(rows)
+                    progress.update(len(rows))
     return lengths
 
 
@@ -384,6 +393,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
         num_steps: Optimiser steps of the whole run.
         start_step: Optimiser steps already done; not before the last layout's.
         rank: This process.
+        retries: How patiently shards are read.
 
     Raises:
         ValueError: If `order` knows other shards than the stream has, or `start_step` lies before the last layout.
@@ -398,6 +408,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
         num_steps: int,
         start_step: int = 0,
         rank: int = 0,
+        retries: RetryPolicy | None = None,
     ) -> None:
         if len(order.lengths) != stream.rows.num_shards:
             raise ValueError(
@@ -411,6 +422,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
             )
         self.stream, self.order, self.crops = stream, order, crops
         self.num_steps, self.start_step, self.rank = num_steps, start_step, rank
+        self.retries = RetryPolicy() if retries is None else retries
         self._open: list[_Batches] = []
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -436,12 +448,16 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
 
         Args:
             worker: From 0 on.
+
+        Raises:
+            DataSourceError: If a shard could not be read for as long as that was tried, or is broken.
+            ValueError: If a shard has become shorter.
         """
         order, layout = self.order, self.order.layouts[-1]
         readers, accumulation = layout.readers_per_rank, layout.accumulation_steps
         reader = (self.start_step * accumulation + worker) % readers
         step = self.start_step
-        with contextlib.closing(_ShardCursor(self.stream, order.lengths)) as cursor:
+        with contextlib.closing(_ShardCursor(self.stream, order.lengths, self.retries)) as cursor:
             while step < self.num_steps:
                 epoch = step // order.steps_per_epoch
                 dealt_from = max(epoch * order.steps_per_epoch, layout.start_step)
@@ -478,8 +494,8 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
 class _ShardCursor:
     """Reads rows of shards in ascending order; keeps the shard open in which it is."""
 
-    def __init__(self, stream: ImageStream, lengths: Sequence[int] | np.ndarray) -> None:
-        self.stream, self.lengths = stream, lengths
+    def __init__(self, stream: ImageStream, lengths: Sequence[int] | np.ndarray, retries: RetryPolicy) -> None:
+        self.stream, self.lengths, self.retries = stream, lengths, retries
         self.shard = -1
         self.next_row = 0  # of the open shard
         self.fetched: list[dict[str, Any]] = []
@@ -490,7 +506,7 @@ class _ShardCursor:
         """Row `row` of a shard; costs least where rows asked of one shard ascend."""
         if shard != self.shard or row < self.next_row:
             self.close()
-            self.batches = _read_shard(self.stream, shard, row)
+            self.batches = _read_patiently(self.stream, shard, row, self.retries)
             self.shard, self.first_fetched = shard, row
         while row >= self.first_fetched + len(self.fetched):
             self._fetch()
@@ -502,9 +518,8 @@ class _ShardCursor:
         self.first_fetched += len(self.fetched)
         self.fetched = next(self.batches, [])
         if not self.fetched:
-            name = f" ({self.stream.files[self.shard]})" if self.stream.files else ""
             raise ValueError(
-                f"shard {self.shard} of the stream{name} ends after {self.first_fetched} rows, but had "
+                f"{_name_of(self.stream, self.shard)} ends after {self.first_fetched} rows, but had "
                 f"{self.lengths[self.shard]} when the run began: it was changed. Put the old file back, or start anew."
             )
 
@@ -515,24 +530,65 @@ class _ShardCursor:
         self.batches, self.fetched, self.shard = None, [], -1
 
 
-def _read_shard(stream: ImageStream, shard: int, first: int) -> _Batches:
-    """Yields the rows of a shard from row `first` on, some at once."""
+def _name_of(stream: ImageStream, shard: int) -> str:
+    return f"shard {shard} of the stream" + (f" ({stream.files[shard]})" if stream.files else "")
+
+
+def _read_patiently(stream: ImageStream, shard: int, first: int, retries: RetryPolicy) -> _Batches:
+    """Yields the rows of a shard from row `first` on, some at once.
+
+    Where its source fails, the shard is opened again at the row where it was: the rows are those of one that never
+    failed.
+    """
+    name = _name_of(stream, shard)
+    batches: _Batches | None = None
+
+    def fetch() -> list[dict[str, Any]]:
+        nonlocal batches
+        if batches is None:
+            batches = _read_shard(stream, shard, first, retries)
+        reading, batches = batches, None  # it has ended where this fails
+        rows = next(reading, [])
+        batches = reading
+        return rows
+
+    try:
+        while rows := retries.call(name, fetch, is_shard_failure):
+            first += len(rows)
+            yield rows
+    except pa.ArrowException as error:
+        raise DataSourceError(
+            f"{name} is broken from row {first} on, or a row shortly after: {describe(error)}. Put a sound file of as "
+            "many rows in its place; the same command with --resume_from_checkpoint latest then goes on."
+        ) from error
+    finally:
+        if batches is not None:
+            batches.close()
+
+
+def _read_shard(stream: ImageStream, shard: int, first: int, retries: RetryPolicy | None = None) -> _Batches:
+    """Yields the rows of a shard from row `first` on, some at once; each read is under the time limit."""
+    retries = RetryPolicy() if retries is None else retries
     if _are_parquet(stream.files):
-        yield from _read_parquet(stream.files[shard], stream.rows.features, first)
+        yield from _read_parquet(stream.files[shard], stream.rows.features, first, retries)
         return
-    part = stream.rows.shard(num_shards=stream.rows.num_shards, index=shard)
     # .iter, not __iter__: the latter would share this one shard out among the workers once more
-    for batch in (part.skip(first) if first else part).iter(batch_size=ROWS_AT_ONCE):
-        yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    batches = stream.rows.shard(num_shards=stream.rows.num_shards, index=shard).iter(batch_size=ROWS_AT_ONCE)
+    while batch := retries.within(partial(next, batches, None)):
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        # rows before the first are read like others, and not skipped at once, so that the limit is on 64 rows
+        if first < len(rows):
+            yield rows[first:]
+        first = max(0, first - len(rows))
 
 
-def _read_parquet(file: str, features: datasets.Features, first: int) -> _Batches:
+def _read_parquet(file: str, features: datasets.Features, first: int, retries: RetryPolicy) -> _Batches:
     """Reads the rows of `datasets`, but in its own way, for two reasons.
 
     Row groups before row `first` are not read at all; stretches begin anywhere in a file. And no thread reads ahead:
     one that does can kill a process that leaves early (https://github.com/apache/arrow/issues/45214).
     """
-    with xopen(file, "rb") as opened, pq.ParquetFile(opened) as parquet:
+    with retries.open(partial(xopen, file, "rb")) as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
         ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
         group = int(np.searchsorted(ends, first, side="right"))
         first -= int(ends[group - 1]) if group else 0
@@ -544,7 +600,7 @@ def _read_parquet(file: str, features: datasets.Features, first: int) -> _Batche
             first = max(0, first - len(batch))
 
 
-def build_stream_loader(batches: StreamedBatches, make_batch: Callable[..., Any], *, pin_memory: bool) -> DataLoader:
+def build_stream_loader(batches: StreamedBatches, make_batch: Callable[..., Any], *, pin_memory: bool) -> PlainLoader:
     """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
 
     Without workers, call `batches.close()` when the loader is left, early or not; workers end with the loader's
@@ -558,7 +614,7 @@ def build_stream_loader(batches: StreamedBatches, make_batch: Callable[..., Any]
     Returns:
         What `make_batch` gives for each micro-batch.
     """
-    return DataLoader(
+    return PlainLoader(
         batches,
         batch_size=None,  # they are batches already
         collate_fn=make_batch,

@@ -4,12 +4,16 @@
 draw a global batch, take the step (`training_step`), log, score, save and, where asked, upload. Schedules, order,
 crops and masks are pure functions of the step, so a resumed run needs weights, optimiser state and the step's number
 (for a stream also who has read it so far), and gives the bits of an uninterrupted one.
+
+Between two steps all processes agree whether to go on (`_RunState.agree`): only there a run is stopped, by a signal,
+by data that fail or by a disk that is full, so that what is saved is the state of a step.
 """
 
 import contextlib
 import dataclasses
 import logging
-import math
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +22,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ijepa_hf.announcement import announce, draw_first_masks
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
-from ijepa_hf.checkpointing import config_fields, find_latest, restore, save_checkpoint
+from ijepa_hf.batch_fitting import DoesNotFitError, does_not_fit_message, is_out_of_memory, largest_micro_batch
+from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, restore, save_checkpoint
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import (
-    Batch,
-    BatchMaker,
-    CropReader,
-    IJepaDataCollator,
-    keyed_generator,
-)
-from ijepa_hf.export import export_model, exported_step
+from ijepa_hf.data import Batch, BatchMaker, CropReader, IJepaDataCollator, keyed_generator
+from ijepa_hf.export import SaveError, export_model, exported_step
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
+from ijepa_hf.interruption import StoppedBySignal, StopSignals
 from ijepa_hf.loading import (
     TooManyUnreadableError,
     TrainingImages,
@@ -45,15 +45,12 @@ from ijepa_hf.loading import (
     close_loader,
     open_training_images,
 )
-from ijepa_hf.masking import draw_masks
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line, log_line
-from ijepa_hf.modeling_ijepa import (
-    IJepaForPretraining,
-    IJepaForPretrainingOutput,
-    enable_gradient_checkpointing,
-    new_model,
-)
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, enable_gradient_checkpointing, new_model
+from ijepa_hf.non_finite import first_non_finite
+from ijepa_hf.optimization import NonFiniteLossError, StepResult, make_optimizer, set_attention, training_step
 from ijepa_hf.plan import Plan, StepValues, make_plan, values_at
+from ijepa_hf.ranks import Ranks
 from ijepa_hf.report import (
     EvaluationSets,
     describe_machine,
@@ -66,168 +63,36 @@ from ijepa_hf.report import (
 from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due, steps_between
 from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
+    SKIPPED_FILE,
     UNREADABLE_FILE,
     append_rows,
+    bytes_to_come,
     check_output_dir,
+    check_space,
+    check_still_there,
     is_finished,
     prepare_output_dir,
     read_rows,
 )
+from ijepa_hf.run_lock import OutputDirInUseError, RunLock, lock_output_dir
 from ijepa_hf.run_start import check_checkpoint, find_start, load_starting_encoder
+from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, whole_model
 from ijepa_hf.streaming import StreamLayout
-from ijepa_hf.visualization import draw_masks_figure
+from ijepa_hf.workers import DataWorkerError, PlainLoader
 
 MASK_FIGURE_IMAGES = 6
-MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
-HIGH_REDRAW_RATE = 0.4
 CHUNK_OF_BATCHES = 4  # in one forward pass of the monitor: without gradients it takes less memory than a step on one
 LAST_UPLOAD_SECONDS = 60.0  # that a run which stops by itself waits for the upload of its last good state
+SIGNALLED_UPLOAD_SECONDS = 15.0  # and one that was told to stop, with half a minute until it is killed
+LAST_SAVE_SECONDS = 3600.0  # that a finished run with on_save_error=continue goes on trying to write its end
+_SAVE_AGAIN_SECONDS = 30.0
+_GOES_ON = "the same command with --resume_from_checkpoint latest goes on"
+_SIGNAL_SECONDS = 0.5  # in which a signal that has ended a loading process too reaches this one
+_FAILED = 1000  # beside the numbers of signals, what a process says that cannot go on
 
 logger = logging.getLogger(__name__)
 
 _DRAW_DROPOUT = 4  # beside the streams of data.py
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Loss or gradient became NaN or infinite; the run stopped before it could spoil the weights."""
-
-
-# -- one step --------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> torch.optim.AdamW:
-    """AdamW in the published groups: biases and 1-D parameters do not decay; the (3-D) mask token does.
-
-    Args:
-        model: Whose context encoder and predictor are trained; the target encoder is in no group.
-        run: Betas and epsilon.
-
-    Returns:
-        The optimiser; its groups keep `param_names`, learning rate and decay are set at each step.
-    """
-    decayed: list[tuple[str, nn.Parameter]] = []
-    plain: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_plain = parameter.ndim == 1 or name.endswith("bias")
-            (plain if is_plain else decayed).append((name, parameter))
-    groups = [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(run.adam_beta1, run.adam_beta2), eps=run.adam_epsilon, fused=True)
-
-
-@dataclass
-class StepResult:
-    """What came of one optimiser step.
-
-    Args:
-        loss: Mean over the global batch.
-        grad_norm_encoder: Of the context encoder, before clipping.
-        grad_norm_predictor: Of the predictor, before clipping.
-        targets: `[B, M, P, D]` of this rank's last micro-batch.
-    """
-
-    loss: float
-    grad_norm_encoder: float
-    grad_norm_predictor: float
-    targets: Tensor
-
-
-def training_step(
-    accelerator: Accelerator,
-    prepared: nn.Module,
-    model: IJepaForPretraining,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict[str, Tensor]],
-    values: StepValues,
-    *,
-    max_grad_norm: float | None = None,
-) -> StepResult:
-    """One optimiser step: forward and backward of each micro-batch, AdamW, then the moving average.
-
-    Args:
-        accelerator: Runs the backward pass and averages over ranks.
-        prepared: The model as `accelerator.prepare` returned it.
-        model: The model inside.
-        optimizer: From `make_optimizer`.
-        micro_batches: `pixel_values` float, `context_indices`, `target_indices`, on the device, of equal size.
-        values: Learning rate, weight decay and momentum of this step, and whether only the predictor learns.
-        max_grad_norm: Clip to this norm; `None` is off.
-
-    Returns:
-        Loss, gradient norms and targets.
-
-    Raises:
-        NonFiniteLossError: If loss or gradient is NaN or infinite on any rank; the weights are as they were before.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = values.learning_rate
-        if group["decays"]:
-            group["weight_decay"] = values.weight_decay
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
-            output: IJepaForPretrainingOutput = prepared(**batch)
-            assert output.loss is not None
-            loss = output.loss / len(micro_batches)
-            accelerator.backward(loss)
-            total += loss.detach()
-    mean = float(accelerator.reduce(total, "mean"))
-    if not math.isfinite(mean):
-        raise NonFiniteLossError(f"the loss is {mean}")
-    assert output.targets is not None
-    norms = [float(_grad_norm(part)) for part in (model.context_encoder, model.predictor)]
-    if not all(map(math.isfinite, norms)):  # the same on every rank: gradients are averaged
-        raise NonFiniteLossError(f"the gradient norm is {norms[0]} in the encoder, {norms[1]} in the predictor")
-    if values.encoder_is_frozen:
-        # Dropped and not left out of the backward pass: DDP expects every gradient in every step, and with one it
-        # drops out, AdamW makes no state and no step for a parameter.
-        for parameter in model.context_encoder.parameters():
-            parameter.grad = None
-    if max_grad_norm is not None:
-        accelerator.clip_grad_norm_(prepared.parameters(), max_grad_norm)
-    optimizer.step()
-    if not values.encoder_is_frozen:
-        model.update_target_encoder(values.ema_momentum)
-    return StepResult(mean, norms[0], norms[1], output.targets)
-
-
-def _grad_norm(module: nn.Module) -> Tensor:
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
-def eager_is_faster(device_type: str, mixed_precision: str) -> bool:
-    """Whether eager attention trains faster than torch's fused one: on a CPU in bf16.
-
-    There the fused backward pass is slow on short sequences; eager trained 1.3 to 1.5 times as fast on a processor
-    with bf16 instructions.
-
-    Args:
-        device_type: `cpu`, `cuda`, ...
-        mixed_precision: `no` or `bf16`.
-
-    Returns:
-        The answer.
-    """
-    return device_type == "cpu" and mixed_precision == "bf16"
-
-
-def set_attention(model: IJepaForPretraining, attn_implementation: str | None, accelerator: Accelerator) -> None:
-    """Chooses how attention is computed.
-
-    Args:
-        model: The model.
-        attn_implementation: As transformers names it; `None` takes what is fastest: `eager` where
-            `eager_is_faster` says so, else `sdpa`.
-        accelerator: Says device and precision.
-    """
-    if attn_implementation is None:
-        if not eager_is_faster(accelerator.device.type, accelerator.mixed_precision):
-            return  # as the model came: sdpa
-        attn_implementation = "eager"
-    model.set_attn_implementation(attn_implementation)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
@@ -245,9 +110,17 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         The run's folder, see "What a run leaves behind" in docs/architecture.md.
 
     Raises:
-        ValueError: If an argument is bad, the folder is another run's, or the data do not fit; found before any work.
+        ValueError: If an argument is bad, the folder is another run's or in use, or the data do not fit; found before
+            any work.
         FileNotFoundError: If a folder, file or checkpoint that was named does not exist.
-        NonFiniteLossError: If the loss becomes NaN or infinite; the last checkpoint is kept.
+        StoppedBySignal: If SIGTERM, SIGUSR1 or Ctrl-C asked for it; the state is saved.
+        DataSourceError: If the images cannot be read any more; the state is saved.
+        DataWorkerError: If a loading process died; the state is saved.
+        SaveError: If the state could not be written and `on_save_error` is `stop`.
+        DoesNotFitError: If a micro-batch does not fit into memory; says what does.
+        LostRankError: If another process of the run has died.
+        NonFiniteLossError: If the loss was NaN or infinite in more steps in a row than `max_skipped_steps`; the last
+            good state is saved.
         CollapseError: If the features were judged to have collapsed and `on_collapse` is `stop`; a checkpoint is kept.
         UploadIncompleteError: If the finished run did not arrive on the Hub; says what finishes it.
     """
@@ -255,7 +128,24 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     output_dir = Path(run.output_dir)
     if run.num_cpu_threads is not None:
         torch.set_num_threads(run.num_cpu_threads)
-    accelerator = _make_accelerator(run, output_dir)
+    with StopSignals() as signals:
+        accelerator = _make_accelerator(run, output_dir)
+        ranks = Ranks(accelerator.num_processes, accelerator.process_index)
+        with ranks.naming_the_lost(_going_on(output_dir)), _locked(output_dir, ranks) as lock:
+            _pretrain(model_arguments, data, run, output_dir, accelerator, ranks, signals, lock)
+    return output_dir
+
+
+def _pretrain(
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    run: PretrainingArguments,
+    output_dir: Path,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    signals: StopSignals,
+    lock: RunLock | None,
+) -> None:
     start = find_start(model_arguments, data, run, output_dir)
     config, checkpoint, data = start.config, start.checkpoint, start.data
     data.check(start.model_arguments)
@@ -272,10 +162,21 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
     pushes = run.push_to_hub and accelerator.is_main_process
     if is_finished(output_dir, run):
         _show_finished(accelerator, run, output_dir, arguments, plan)
-        return output_dir
+        return
     if checkpoint is not None:
         check_checkpoint(checkpoint, arguments, plan)
     start_step = 0 if checkpoint is None else checkpoint.step
+    model, notes = start.build_model()
+    _set_up_model(model, model_arguments, run, accelerator)
+    if accelerator.is_main_process:
+        check_space(output_dir, bytes_to_come(model, output_dir, run.checkpoints_total_limit))
+    crops, make_batch = _make_readers(images, config, data, run, plan)
+    # data that cannot be used at all are found before anything is written
+    size = min(MASK_FIGURE_IMAGES, run.per_device_train_batch_size)
+    first_batch = images.first_batch(crops, make_batch, size=size, seed=run.seed)
+    if run.fit_batch_to_memory:
+        run = _fit_batch(model.to(accelerator.device), run, first_batch, accelerator, ranks)
+        arguments = describe_arguments(start.model_arguments, data, run, plan, images.num_images)
     layout = StreamLayout(
         start_step,
         accelerator.num_processes,
@@ -284,30 +185,27 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         run.gradient_accumulation_steps,
     )
     layouts = images.layouts_from(None if checkpoint is None else checkpoint.stream, layout)
-    model, notes = start.build_model()
-    _set_up_model(model, model_arguments, run, accelerator)
     optimizer = make_optimizer(model, run)
-    prepared = accelerator.prepare(model)  # the optimiser stays bare: its steps are driven here, once per global batch
+    prepared, optimizer = _prepare(accelerator, model, optimizer)
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, config_fields(config))
-    crops, make_batch = _make_readers(images, config, data, run, plan)
-    _check_ranks_agree(accelerator, start_step, run.model_revision)
-    # data that cannot be used at all are found before anything is written
-    first_batch = images.first_batch(crops, make_batch, size=min(MASK_FIGURE_IMAGES, layout.batch_size), seed=run.seed)
+    _check_ranks_agree(ranks, start_step, run.model_revision)
     with _uploading(run, output_dir, arguments, start_step) if pushes else contextlib.nullcontext() as uploader:
         if accelerator.is_main_process:
             prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
-            _draw_first_masks(first_batch, config, output_dir)
-            _announce(accelerator, model, images, run, plan, start_step)
+            draw_first_masks(first_batch, config, output_dir)
+            announce(accelerator, model, images, run, plan, start_step)
             for note in notes:
                 logger.warning("%s", note)
-        accelerator.wait_for_everyone()
+        ranks.wait()
         state = _RunState(
-            accelerator, model, prepared, optimizer, config, data, run, plan, output_dir, arguments, evaluation,
+            accelerator, ranks, signals, lock, model, prepared, optimizer, config, data, run, plan, output_dir, arguments,
+            evaluation,
             stream=images.stream_state(layouts),
             unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
             uploader=uploader,
             diagnostics=_make_diagnostics(accelerator, images, crops, evaluation, config, data, run, plan),
+            last_save=start_step,
         )  # fmt: skip
         loader = images.loader(
             crops,
@@ -324,14 +222,11 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
             _run_steps(state, loader, start_step)
         finally:
             close_loader(loader)
-        if accelerator.is_main_process:
-            _report(state)
-        accelerator.wait_for_everyone()
+        _report(state)
         accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
         accelerator.end_training()
         if uploader is not None:  # last: other ranks need not wait for it
             print(f"\n{uploader.finish(plan.num_steps)}")
-    return output_dir
 
 
 def _show_finished(
@@ -348,28 +243,41 @@ def _show_finished(
 
 
 def _report(state: "_RunState") -> None:
-    starting_encoder = None
-    if state.evaluation is not None:
-        starting_encoder = load_starting_encoder(state.run, state.config)
-    with threadpool_limits(state.run.num_cpu_threads):  # scikit-learn's too: on small matrices they only compete
-        write_report(
-            state.model,
-            state.output_dir,
-            state.evaluation,
-            state.arguments,
-            step=state.plan.num_steps,
-            machine=describe_machine(state.accelerator.device, state.accelerator.num_processes),
-            starting_encoder=starting_encoder,
-        )
-    print()
-    print(render_report(state.output_dir))
+    model = state.whole_model()
+    if model is not None:
+        starting_encoder = None
+        if state.evaluation is not None:
+            starting_encoder = load_starting_encoder(state.run, state.config)
+        with threadpool_limits(state.run.num_cpu_threads):  # scikit-learn's too: on small matrices they only compete
+            write_report(
+                model,
+                state.output_dir,
+                state.evaluation,
+                state.arguments,
+                step=state.plan.num_steps,
+                machine=describe_machine(state.accelerator.device, state.accelerator.num_processes),
+                starting_encoder=starting_encoder,
+            )
+        print()
+        print(render_report(state.output_dir))
+    state.ranks.wait()
 
 
 @dataclass
 class _RunState:
-    """What the loop, the log and the saving share."""
+    """What the loop, the log and the saving share.
+
+    Args:
+        lock: Of the folder, on the main process.
+        last_save: The step whose state was written last, or tried to be.
+        failure: Why this process cannot go on; all hear of it in `agree`.
+        skipped_in_a_row: Steps that were skipped since the last good one.
+    """
 
     accelerator: Accelerator
+    ranks: Ranks
+    signals: StopSignals
+    lock: RunLock | None
     model: IJepaForPretraining
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
@@ -384,29 +292,125 @@ class _RunState:
     unreadable: UnreadableLog
     uploader: HubUploader | None
     diagnostics: RunDiagnostics | None
+    last_save: int
+    failure: Exception | None = None
+    skipped_in_a_row: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    def agree(self, step: int) -> None:
+        """Between two steps: all processes go on together, or save and stop together.
+
+        Args:
+            step: Optimiser steps done.
+
+        Raises:
+            StoppedBySignal: If any process was told to stop.
+            Exception: Any process's `failure`, on all.
+        """
+        code = self.ranks.highest(self.signals.received if self.failure is None else _FAILED)
+        if code == 0:
+            return
+        failures: list[Exception] = []
+        if code == _FAILED:
+            told = self.ranks.gather(None if self.failure is None else (type(self.failure), str(self.failure)))
+            for rank, failure in enumerate(told):
+                if failure is not None:
+                    here = "" if rank == self.ranks.rank else f"process {rank}: "
+                    failures.append(failure[0](f"{here}{failure[1]}"))
+        saving_failed = any(
+            isinstance(failure, SaveError | OutputDirInUseError | NonFiniteLossError) for failure in failures
+        )
+        if step != self.last_save and not saving_failed:
+            self.failure = None
+            self.save(step)
+        kept = self._what_is_kept(step)
+        if not failures:
+            name = signal.Signals(code).name
+            raise StoppedBySignal(code, f"stopped by {name} at step {step} of {self.plan.num_steps}; {kept}")
+        error = self.failure if isinstance(self.failure, SaveError) else failures[0]
+        raise type(error)(f"stopped at step {step} of {self.plan.num_steps}: {error} {kept[0].upper()}{kept[1:]}")
+
+    def _what_is_kept(self, step: int) -> str:
+        latest = find_latest(self.output_dir) if self.is_main else None
+        if latest is None:
+            return "no checkpoint has been written." if self.is_main else f"{_GOES_ON}."
+        where = "the state is" if latest.step == step else "the last state that was written is"
+        return f"{where} in {latest.path}; {_GOES_ON}."
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what writes into the run's folder: a failure ends the run at the next `agree`, or is only said."""
+        try:
+            yield
+        except FloatingPointError as error:  # a weight: what was saved before is all there is
+            self.failure = NonFiniteLossError(str(error))
+        except OSError as error:
+            if self.run.on_save_error == "stop":
+                self.failure = error if isinstance(error, SaveError) else SaveError(str(error))
+            else:
+                logger.warning("%s The run goes on (on_save_error=continue) and tries again at the next save.", error)
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint and the two-part folder, and has them uploaded where that was asked for."""
-        if self.accelerator.is_main_process:
+        """Writes a checkpoint and the two-part folder, and has them uploaded where that was asked for.
+
+        All processes call it. What cannot be written is dealt with by `writing`.
+        """
+        tensors = collect_state(self.model, self.optimizer, keep=self.is_main)
+        self.last_save = step
+        if not self.is_main:
+            return
+        try:
+            if self.lock is not None:
+                self.lock.check()
+        except OutputDirInUseError as error:  # another run's states are not to be written over, whatever was asked
+            self.failure = error
+            return
+        with self.writing():
+            check_still_there(self.output_dir)
             save_checkpoint(
                 self.output_dir,
                 step,
-                self.model,
-                self.optimizer,
+                tensors,
                 config=config_fields(self.config),
                 arguments=self.arguments,
                 total_limit=self.run.checkpoints_total_limit,
                 stream=self.stream,
             )
-            self.export(step)
+            self.export(step, tensors.model)
             if self.uploader is not None:
                 self.uploader.submit(step)
-        self.accelerator.wait_for_everyone()
 
-    def export(self, step: int) -> None:
-        """Writes the two-part folder."""
+    def save_at_the_end(self, step: int) -> None:
+        """Where the last state could not be written, goes on trying for an hour; a signal ends that.
+
+        Raises:
+            SaveError: On the main process, if it still cannot be written.
+        """
+        if self.run.on_save_error != "continue":
+            return
+        until = time.monotonic() + LAST_SAVE_SECONDS
+        while self.ranks.highest(int(self.is_main and exported_step(self.output_dir) != step)):
+            with self.signals.raising():
+                time.sleep(_SAVE_AGAIN_SECONDS)
+            self.save(step)
+            if self.ranks.highest(int(time.monotonic() > until)):
+                self.failure = SaveError(f"the end of the run could not be written to {self.output_dir}.")
+                self.agree(step)
+
+    def export(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Writes the two-part folder, on the main process."""
         mean, std = self.data.image_mean, self.data.image_std
-        export_model(self.model, self.output_dir, step=step, image_mean=mean, image_std=std)
+        export_model(self.model, self.output_dir, step=step, image_mean=mean, image_std=std, state=tensors, must_exist=True)
+
+    def whole_model(self) -> IJepaForPretraining | None:
+        """The model with all its weights on the main process, `None` on others; all have to call it."""
+        if not is_sharded(self.model):
+            return self.model if self.is_main else None
+        return whole_model(self.model, keep=self.is_main)
 
     def evaluate(self, model: IJepaForPretraining, step: int) -> dict[str, Any]:
         """Scores a target encoder as that of a step, writes it down and returns the line. On the main process only."""
@@ -414,80 +418,150 @@ class _RunState:
         with threadpool_limits(self.run.num_cpu_threads):
             scores = evaluate_encoder(model.target_encoder, self.evaluation, self.config, self.arguments)
         row = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **scores}
-        append_rows(self.output_dir / EVALUATIONS_FILE, [row])
+        with self.writing():
+            append_rows(self.output_dir / EVALUATIONS_FILE, [row])
         return row
 
 
-def _run_steps(state: _RunState, loader: DataLoader, start_step: int) -> None:
+def _run_steps(state: _RunState, loader: PlainLoader, start_step: int) -> None:
     """The loop over optimiser steps."""
-    accelerator, run, plan = state.accelerator, state.run, state.plan
-    if accelerator.is_main_process and start_step and exported_step(state.output_dir) != start_step:
-        state.export(start_step)  # the last life of this run was cut short between checkpoint and export
-    if accelerator.is_main_process and run.eval_steps:
+    run, plan = state.run, state.plan
+    if start_step and exported_step(state.output_dir) != start_step:
+        # the last life of this run was cut short between checkpoint and export
+        tensors = collect_state(state.model, state.optimizer, keep=state.is_main)
+        if state.is_main:
+            with state.writing():
+                state.export(start_step, tensors.model)
+    if run.eval_steps:
         _evaluate_start(state, start_step)
-    accelerator.wait_for_everyone()
     state.model.train()
     clock = Clock()
-    batches = iter(loader)
     every = run.checkpointing_steps or plan.steps_per_epoch
-    progress = tqdm(
-        total=plan.num_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process, mininterval=1.0
-    )
-    with contextlib.closing(progress), contextlib.closing(_open_metrics_log(state)) as metrics:
+    progress = tqdm(total=plan.num_steps, initial=start_step, unit="step", disable=not state.is_main, mininterval=1.0)
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(_open_metrics_log(state)) as metrics,
+        contextlib.closing(iter(loader)) as batches,
+        state.signals.deferred(),
+    ):
         if start_step == 0:
             _diagnose(state, 0, progress, metrics)
         for step in range(start_step, plan.num_steps):
-            with clock.waiting():
-                micro_batches = [next(batches) for _ in range(run.gradient_accumulation_steps)]
+            micro_batches = _fetch(state, batches, clock)
+            state.agree(step)
             for batch in micro_batches:
                 state.unreadable.add(batch.unreadable)
             values = values_at(step, run, plan)
-            _seed_dropout(state, step)
-            try:
-                result = training_step(
-                    accelerator,
-                    state.prepared,
-                    state.model,
-                    state.optimizer,
-                    [_to_device(batch.inputs, state) for batch in micro_batches],
-                    values,
-                    max_grad_norm=run.max_grad_norm,
-                )
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(_stop_message(step + 1, error, values, state.output_dir)) from None
+            result = _take_step(state, step, micro_batches, values)
             done = step + 1
             if state.diagnostics is not None:
-                state.diagnostics.note_step(None if values.encoder_is_frozen else values.ema_momentum)
+                skipped = result is None or values.encoder_is_frozen
+                state.diagnostics.note_step(None if skipped else values.ema_momentum)
             progress.update()
             clock.steps += 1
             is_last = done == plan.num_steps
+            is_saved = done % every == 0 or is_last
             is_logged = done == 1 or done % run.logging_steps == 0 or is_last
             # one rank writes, so one rank takes the spectrum of the targets
-            if is_logged and accelerator.is_main_process:
-                row = metrics.write(
-                    done,
-                    loss=result.loss,
-                    grad_norms=(result.grad_norm_encoder, result.grad_norm_predictor),
-                    targets=result.targets,
-                    values=values,
-                    clock=clock,
-                )
-                progress.write(log_line(row))
-                progress.set_postfix(loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False)
+            if is_logged and state.is_main and result is not None:
+                with state.writing():
+                    row = metrics.write(
+                        done,
+                        loss=result.loss,
+                        grad_norms=(result.grad_norm_encoder, result.grad_norm_predictor),
+                        targets=result.targets,
+                        values=values,
+                        clock=clock,
+                    )
+                    progress.write(log_line(row))
+                    progress.set_postfix(
+                        loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False
+                    )
             with clock.stopped():
                 if is_logged:
                     _settle_unreadable(state, done)
                 if run.eval_steps and (done % run.eval_steps == 0 or is_last):
-                    if accelerator.is_main_process:
-                        scores = state.evaluate(state.model, done)
+                    model = state.whole_model()
+                    if model is not None:
+                        scores = state.evaluate(model, done)
                         progress.write(evaluation_line(scores))
                         metrics.tell_trackers(scores, done)
-                    accelerator.wait_for_everyone()
                 _diagnose(state, done, progress, metrics)
-                if done % every == 0 or is_last:
+                if is_saved:
                     state.save(done)
-                if state.diagnostics is not None and (done % every == 0 or is_last):
-                    state.diagnostics.draw(state.model, is_last=is_last)
+                    _draw_diagnostics(state, is_last=is_last)
+        state.save_at_the_end(plan.num_steps)
+        state.agree(plan.num_steps)
+
+
+def _fetch(state: _RunState, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
+    """The micro-batches of a step; none where a signal came meanwhile, or they cannot be read."""
+    try:
+        with clock.waiting(), state.signals.raising():
+            return [next(batches) for _ in range(state.run.gradient_accumulation_steps)]
+    except StoppedBySignal:
+        pass  # noted in `received`
+    except (DataWorkerError, ValueError, OSError) as error:
+        if isinstance(error, DataWorkerError):
+            time.sleep(_SIGNAL_SECONDS)
+        if not state.signals.received:
+            state.failure = error
+    return []
+
+
+def _take_step(state: _RunState, step: int, micro_batches: list[Batch], values: StepValues) -> StepResult | None:
+    """Takes one optimiser step; `None` where it had to be skipped because its numbers were not finite."""
+    _seed_dropout(state, step)
+    inputs = [_to_device(batch.inputs, state) for batch in micro_batches]
+    try:
+        result = training_step(
+            state.accelerator,
+            state.prepared,
+            state.model,
+            state.optimizer,
+            inputs,
+            values,
+            max_grad_norm=state.run.max_grad_norm,
+        )
+    except NonFiniteLossError as error:
+        _skip_step(state, step, error, inputs, values)
+        return None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise DoesNotFitError(_what_fits(state, error, inputs)) from error
+        raise
+    state.skipped_in_a_row = 0
+    return result
+
+
+def _skip_step(
+    state: _RunState, step: int, error: NonFiniteLossError, inputs: list[dict[str, Tensor]], values: StepValues
+) -> None:
+    """Leaves weights, optimiser and moving average as they are, says where the numbers broke, and counts.
+
+    Raises:
+        NonFiniteLossError: On every process, if more steps in a row were skipped than may be; the last good state is
+            saved.
+    """
+    found = state.ranks.gather(first_non_finite(state.model, inputs, state.accelerator.autocast))
+    place = next(
+        (f"{where} (process {rank})" for rank, where in enumerate(found) if where), "nothing when tried again"
+    )
+    place = place if state.ranks.number > 1 else place.removesuffix(" (process 0)")
+    state.optimizer.zero_grad(set_to_none=True)
+    state.skipped_in_a_row += 1
+    if state.is_main:
+        logger.warning("step %d is skipped: %s; first not finite: %s", step + 1, error, place)
+        with state.writing():
+            append_rows(
+                state.output_dir / SKIPPED_FILE, [{"step": step + 1, "reason": str(error), "first_non_finite": place}]
+            )
+    if state.skipped_in_a_row <= state.run.max_skipped_steps:
+        return
+    good = step + 1 - state.skipped_in_a_row  # no step since has changed anything
+    if good > state.last_save:
+        state.save(good)
+    raise NonFiniteLossError(_stop_message(step + 1, error, place, values, state))
 
 
 def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) -> None:
@@ -503,10 +577,13 @@ def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) 
     if not is_due(step, every, plan.num_steps):
         return
     failure: list[str | None] = [None]
-    if state.diagnostics is not None:
+    model = state.whole_model()
+    if state.diagnostics is not None and model is not None:
         epoch = round(step / plan.steps_per_epoch, 4)
         before = state.diagnostics.verdict
-        verdict = state.diagnostics.measure(state.model, step, epoch, metrics.tell_trackers)
+        verdict = before
+        with state.writing():
+            verdict = state.diagnostics.measure(model, step, epoch, metrics.tell_trackers)
         if verdict is not None and (before is None or before.name != verdict.name):
             progress.write(f"step {step} verdict: {verdict}")
         if verdict is not None and verdict.is_failure:
@@ -518,6 +595,15 @@ def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) 
             raise CollapseError(failure[0])
 
 
+def _draw_diagnostics(state: _RunState, *, is_last: bool) -> None:
+    if state.run.diagnostics_steps == 0:
+        return
+    model = state.whole_model()
+    if state.diagnostics is not None and model is not None:
+        with state.writing():
+            state.diagnostics.draw(model, is_last=is_last)
+
+
 def _open_metrics_log(state: _RunState) -> MetricsLog:
     return MetricsLog(state.accelerator, state.plan, state.output_dir, state.run.report_to, state.arguments)
 
@@ -526,7 +612,8 @@ def _settle_unreadable(state: _RunState, step: int) -> None:
     """Brings together what all ranks could not read; where that is too much, saves the run before it stops."""
     num_seen = step * state.plan.global_batch_size
     try:
-        state.unreadable.settle(gather_object, step, num_seen, is_main=state.accelerator.is_main_process)
+        with state.writing():
+            state.unreadable.settle(gather_object, step, num_seen, is_main=state.is_main)
     except TooManyUnreadableError:
         state.save(step)
         raise
@@ -534,10 +621,11 @@ def _settle_unreadable(state: _RunState, step: int) -> None:
 
 def _evaluate_start(state: _RunState, start_step: int) -> None:
     """The first line of the scores: the network that the run started from."""
-    if any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
+    model = state.whole_model()
+    if model is None or any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
         return
     if start_step == 0:
-        tqdm.write(evaluation_line(state.evaluate(state.model, 0)))
+        tqdm.write(evaluation_line(state.evaluate(model, 0)))
     elif state.run.model_name_or_path is None:  # scores were asked for later; fresh weights can be drawn again
         fresh = new_model(state.config, state.run.seed).to(state.accelerator.device)
         tqdm.write(evaluation_line(state.evaluate(fresh, 0)))
@@ -557,13 +645,81 @@ def _seed_dropout(state: _RunState, step: int) -> None:
         torch.manual_seed(int(keyed_generator(state.run.seed, _DRAW_DROPOUT, step, rank).integers(2**62)))
 
 
-def _stop_message(step: int, error: NonFiniteLossError, values: StepValues, output_dir: Path) -> str:
-    latest = find_latest(output_dir)
+def _stop_message(step: int, error: NonFiniteLossError, place: str, values: StepValues, state: _RunState) -> str:
+    latest = find_latest(state.output_dir)
     kept = f"the last good checkpoint is {latest.path}" if latest else "no checkpoint had been written yet"
+    times = f" in {state.skipped_in_a_row} steps in a row" if state.skipped_in_a_row > 1 else ""
     return (
-        f"stopped at step {step}: {error} (learning rate {values.learning_rate:.3g}); {kept}. Try a lower "
-        "--learning_rate, a longer --warmup_epochs, or --max_grad_norm 1."
+        f"stopped at step {step}: {error}{times}, first in {place} (learning rate {values.learning_rate:.3g}); "
+        f"{kept}. Try a lower --learning_rate, a longer --warmup_epochs, or --max_grad_norm 1; --max_skipped_steps "
+        "says how many steps in a row may be skipped."
     )
+
+
+def _going_on(output_dir: Path) -> str:
+    return f"Of {output_dir} the last checkpoint is whole; {_GOES_ON}."
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _fit_batch(
+    model: IJepaForPretraining,
+    run: PretrainingArguments,
+    example: Batch,
+    accelerator: Accelerator,
+    ranks: Ranks,
+) -> PretrainingArguments:
+    """The run with micro-batches that fit into the memory of all processes, at the same global batch.
+
+    Raises:
+        ValueError: If that would change the run, or cannot be tried.
+        DoesNotFitError: If not even one image fits.
+    """
+    if model.config.masking_strategy == "multi_block_official":
+        raise ValueError(
+            "fit_batch_to_memory=True would change the run: with masking_strategy='multi_block_official' the masks "
+            "depend on the batch of each device. Leave it out, and choose --per_device_train_batch_size yourself."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "fit_batch_to_memory=True tries batches on the whole model, which FSDP2 never has in one process. Leave "
+            "it out, and choose --per_device_train_batch_size with `ijepa-hf estimate`."
+        )
+    asked = run.per_device_train_batch_size
+    fitting = largest_micro_batch(
+        model.train(), asked, example.inputs, num_ranks=ranks.number, autocast=accelerator.autocast
+    )
+    parts = ranks.highest(asked // fitting if fitting else asked + 1)  # all take the same
+    if parts > asked:
+        raise DoesNotFitError(does_not_fit_message(asked, None, run.gradient_accumulation_steps, accelerator.device))
+    if parts > 1:
+        logger.warning(
+            "per_device_train_batch_size=%d does not fit into memory: taking %d micro-batches of %d, which is the "
+            "same global batch.", asked, parts * run.gradient_accumulation_steps, asked // parts,
+        )  # fmt: skip
+    return dataclasses.replace(
+        run,
+        per_device_train_batch_size=asked // parts,
+        gradient_accumulation_steps=run.gradient_accumulation_steps * parts,
+    )
+
+
+def _what_fits(state: _RunState, error: Exception, inputs: list[dict[str, Tensor]]) -> str:
+    """What to do about a step that ran out of memory."""
+    run, device = state.run, state.accelerator.device
+    state.optimizer.state.clear()  # tried beside as much memory as it would take
+    error.__traceback__ = None  # which holds on to what the step had made
+    fitting = None
+    if not is_sharded(state.model):
+        fitting = largest_micro_batch(
+            state.model,
+            run.per_device_train_batch_size,
+            {name: value[:1].cpu() for name, value in inputs[0].items()},
+            num_ranks=state.ranks.number,
+            autocast=state.accelerator.autocast,
+        )
+    return does_not_fit_message(run.per_device_train_batch_size, fitting, run.gradient_accumulation_steps, device)
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
@@ -588,13 +744,46 @@ def _uploading(
     except UploadIncompleteError:
         raise
     except BaseException as error:
-        left = uploader.stop(0.0 if isinstance(error, KeyboardInterrupt) else LAST_UPLOAD_SECONDS)
+        is_interrupt = isinstance(error, KeyboardInterrupt) and getattr(error, "signal_number", None) in (
+            None, signal.SIGINT,
+        )  # fmt: skip
+        wait = SIGNALLED_UPLOAD_SECONDS if isinstance(error, StoppedBySignal) else LAST_UPLOAD_SECONDS
+        left = uploader.stop(0.0 if is_interrupt else wait)
         if left is not None:
             logger.warning("%s", left)
         raise
 
 
 # -- building --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(output_dir: Path, ranks: Ranks) -> Iterator[RunLock | None]:
+    """Keeps other runs out of the folder; the main process does so for all."""
+    lock, refusal = None, None
+    if ranks.rank == 0:
+        try:
+            lock = lock_output_dir(output_dir)
+        except (ValueError, OSError) as error:
+            refusal = error
+    told = ranks.gather(None if refusal is None else str(refusal))[0]
+    if told is not None:
+        raise refusal if refusal is not None else OutputDirInUseError(told)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _prepare(
+    accelerator: Accelerator, model: IJepaForPretraining, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as accelerate runs it, and the optimiser, which stays bare: its steps are driven here."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.prepare(model), optimizer
+    prepared, wrapped = accelerator.prepare(model, optimizer)  # shards in place, and gives the optimiser the shards
+    return prepared, wrapped.optimizer
 
 
 def _make_accelerator(run: PretrainingArguments, output_dir: Path) -> Accelerator:
@@ -613,6 +802,7 @@ def _make_accelerator(run: PretrainingArguments, output_dir: Path) -> Accelerato
         log_with=run.report_to or None,
         project_dir=str(output_dir / "trackers"),
         kwargs_handlers=[ddp],
+        fsdp_plugin=make_fsdp_plugin(),
     )
 
 
@@ -697,18 +887,8 @@ def describe_arguments(
     return {**named, "global_batch_size": plan.global_batch_size, "num_train_images": num_images}
 
 
-def _draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> None:
-    """Draws the first images of the run with their masks: worth a look while it trains."""
-    path = output_dir / "figures" / "masks.png"
-    path.parent.mkdir(exist_ok=True)
-    inputs = batch.inputs
-    draw_masks_figure(
-        inputs["pixel_values"], inputs["context_indices"], inputs["target_indices"], config.patch_shape, path
-    )
-
-
-def _check_ranks_agree(accelerator: Accelerator, start_step: int, revision: str | None) -> None:
-    found = set(gather_object([(start_step, revision)]))
+def _check_ranks_agree(ranks: Ranks, start_step: int, revision: str | None) -> None:
+    found = set(ranks.gather((start_step, revision)))
     if len({step for step, _ in found}) > 1:
         raise ValueError(
             f"the processes found checkpoints of different steps ({sorted(step for step, _ in found)}): output_dir "
@@ -718,57 +898,4 @@ def _check_ranks_agree(accelerator: Accelerator, start_step: int, revision: str 
         raise ValueError(
             "the processes found different commits of model_name_or_path "
             f"({', '.join(str(commit) for _, commit in found)}); name one with --model_revision."
-        )
-
-
-def _announce(
-    accelerator: Accelerator,
-    model: IJepaForPretraining,
-    images: TrainingImages,
-    run: PretrainingArguments,
-    plan: Plan,
-    start_step: int,
-) -> None:
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print("***** Running training *****")
-    shards = f", streamed from {len(images.shard_lengths)} shards" if images.stream is not None else ""
-    print(f"  images                  {images.num_images}{shards}")
-    print(f"  epochs, steps           {plan.num_steps / plan.steps_per_epoch:.4g}, {plan.num_steps}")
-    print(
-        f"  global batch            {plan.global_batch_size} = {run.per_device_train_batch_size} x "
-        f"{run.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes"
-    )
-    print(f"  trained parameters      {trained:,}")
-    print(f"  device, precision       {accelerator.device}, {run.mixed_precision}")
-    _announce_masks(model.config)
-    if run.model_name_or_path is not None:
-        print(f"  weights from            {run.model_name_or_path}")
-    if plan.predictor_warmup_steps:
-        print(f"  predictor warm-up       {plan.predictor_warmup_steps} steps with frozen encoders")
-    if start_step:
-        print(f"  continuing at step      {start_step}")
-
-
-def _announce_masks(config: IJepaConfig) -> None:
-    """Says what the masks of this run are like, and warns where they are hard to fit."""
-    settings = config.mask_settings()
-    if settings.masking_strategy == "regions":
-        print("  masks                   targets are the regions that come with the images")
-        return
-    trials = [draw_masks(settings, MASK_TRIAL_IMAGES, keyed_generator(step)) for step in range(MASK_TRIALS)]
-    redraw_rate = sum(masks.redraw_rate for masks in trials) / MASK_TRIALS
-    context = round(sum(masks.context_indices.shape[-1] for masks in trials) / MASK_TRIALS)
-    target = round(sum(masks.target_indices.shape[-1] for masks in trials) / MASK_TRIALS)
-    rows, columns = config.grid_size
-    print(
-        f"  masks                   {context} context patches of {rows}x{columns}, {settings.num_targets} targets "
-        f"of about {target}, {100 * redraw_rate:.1f} % of images redrawn"
-    )
-    if redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
-        logger.warning(
-            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then "
-            "overlap more "
-            "than they should; a lower --context_keep_ratio or fewer --num_target_blocks gives them room.",
-            config.context_keep_ratio,
-            100 * redraw_rate,
         )

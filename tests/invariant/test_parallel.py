@@ -1,77 +1,151 @@
-"""Invariant 7: two ranks on half batches, and two accumulated micro-batches, equal one rank on the whole batch."""
+"""Invariant 7: a run is the same for any number of ranks and micro-batches at one global batch.
+
+Sums in another order round differently, by about 1e-7 of a weight in twenty steps; that is what the tolerance is for.
+Nothing needs leaving out. The gradient of the attention's key bias is truly zero, and Adam would make steps of the
+learning rate's size of its rounding noise; but that noise is 1e-12 in the first steps of training, far below Adam's
+epsilon (1e-8 by default). With weights far from their first values it would not be.
+"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file
 from tiny import final_weights, logged, tiny_flags, tiny_run
+from torchrun import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
-# Sums in another order round differently; Adam's first steps divide by the gradient's own size and so enlarge that.
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 2e-5
-# The key third of attention biases has a true gradient of zero, which Adam turns into steps of rounding noise.
-NOISE = "attention.key.bias"
+from ijepa_hf import IJepaForPretraining
+from ijepa_hf.data import StepBatchSampler
+from ijepa_hf.modeling_ijepa import new_model
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "run_ijepa_pretraining.py"
+TOLERANCE = 1e-6
+LOSS_TOLERANCE = 2e-6  # relative
+GLOBAL_BATCH, STEPS, SAVED_AT, NUM_IMAGES = 8, 20, 10, 64
+# A moving average that moves: with the published momentum, 0.996 and more, it would go a fiftieth of the way.
+RUN = {"max_train_steps": STEPS, "checkpointing_steps": SAVED_AT, "ema_momentum": 0.9, "final_ema_momentum": 0.99}
+NETWORKS = ("context_encoder", "ijepa", "predictor")
+
+
+def run_on(ranks, folder, **changes):
+    """A run on some ranks at the same global batch, with a checkpoint half way."""
+    flags = tiny_flags(folder, **RUN, per_device_train_batch_size=GLOBAL_BATCH // ranks, **changes)
+    out = torchrun(ranks, SCRIPT, flags, dict(os.environ))
+    assert f"8 = {GLOBAL_BATCH // ranks} x 1 micro-batches x {ranks} processes" in out
+    return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("whole") / "run")
+    return tiny_run(tmp_path_factory.mktemp("whole") / "run", **RUN)
 
 
-def assert_equal_up_to_rounding(one, other):
-    for (step, loss), (other_step, other_loss) in zip(
-        logged(one, "step", "loss"), logged(other, "step", "loss"), strict=True
-    ):
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return run_on(2, tmp_path_factory.mktemp("two") / "run")
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return run_on(4, tmp_path_factory.mktemp("four") / "run")
+
+
+def differences(ours, theirs):
+    """The largest difference in each network; the same names in both."""
+    assert ours.keys() == theirs.keys()
+    largest = dict.fromkeys(NETWORKS, 0.0)
+    for name, value in ours.items():
+        network = name.partition(".")[0]
+        largest[network] = max(largest[network], float((value - theirs[name]).abs().max()))
+    return largest
+
+
+def assert_same_run(one, other, first_step=1):
+    ours, theirs = (
+        [
+            row
+            for row in logged(run, "step", "loss", "grad_norm_encoder", "grad_norm_predictor")
+            if row[0] >= first_step
+        ]
+        for run in (one, other)
+    )
+    assert len(ours) == STEPS - first_step + 1
+    for (step, loss, *norms), (other_step, other_loss, *other_norms) in zip(ours, theirs, strict=True):
         assert step == other_step
         assert loss == pytest.approx(other_loss, rel=LOSS_TOLERANCE)
-    ours, theirs = final_weights(one), final_weights(other)
+        # Adam hides a gradient that is a multiple of what it should be; the norm does not
+        assert norms == pytest.approx(other_norms, rel=1e-3)
+    largest = differences(final_weights(one), final_weights(other))
+    assert max(largest.values()) < TOLERANCE, largest
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_on_parts_of_the_batch_equal_one_rank_on_the_whole(whole, ranks, request):
+    assert_same_run(request.getfixturevalue({2: "on_two", 4: "on_four"}[ranks]), whole)
+
+
+def test_the_run_moves_all_three_networks_far_more_than_the_tolerance(whole):
+    model = IJepaForPretraining.from_pretrained(whole / "pretraining")
+    moved = differences(model.state_dict(), new_model(model.config, seed=0).state_dict())
+    assert min(moved.values()) > 1000 * TOLERANCE, moved
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_four_ranks_goes_on_on_fewer_at_the_same_global_batch(whole, on_four, ranks, tmp_path):
+    checkpoint = on_four / f"checkpoint-{SAVED_AT}"
+    assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == SAVED_AT
+    if ranks == 1:
+        other = tiny_run(tmp_path / "run", **RUN, resume_from_checkpoint=checkpoint)
+    else:
+        other = run_on(ranks, tmp_path / "run", resume_from_checkpoint=checkpoint)
+    assert_same_run(other, whole, first_step=SAVED_AT + 1)
+
+
+def test_optimiser_states_of_four_ranks_and_of_one_are_the_same_files_up_to_rounding(whole, on_four):
+    ours, theirs = (load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (on_four, whole))
+    assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        if NOISE not in name:
-            torch.testing.assert_close(value, theirs[name], atol=WEIGHT_TOLERANCE, rtol=0, msg=name)
+        assert float((value - theirs[name]).abs().max()) < TOLERANCE, name
+
+
+def test_data_come_in_the_same_order_on_any_number_of_ranks_from_any_step():
+    def images(ranks, start_step):
+        samplers = [
+            StepBatchSampler(
+                NUM_IMAGES, GLOBAL_BATCH // ranks, STEPS, seed=0, start_step=start_step, rank=rank, num_ranks=ranks
+            )
+            for rank in range(ranks)
+        ]
+        return [[key for part in parts for key in part] for parts in zip(*samplers, strict=True)]
+
+    alone = images(1, 0)
+    assert len(alone) == STEPS
+    for ranks in (2, 4):
+        assert images(ranks, 0) == alone
+    for ranks in (1, 2):
+        assert images(ranks, SAVED_AT) == alone[SAVED_AT:]
 
 
 def test_two_accumulated_micro_batches_equal_one_batch(whole, tmp_path):
-    halves = tiny_run(tmp_path / "run", per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    assert_equal_up_to_rounding(halves, whole)
-
-
-def test_two_ranks_on_half_batches_equal_one_rank(whole, tmp_path, child_environment):
-    flags = tiny_flags(tmp_path / "run", per_device_train_batch_size=4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(ROOT / "scripts" / "run_ijepa_pretraining.py"), *flags]
-    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 x 1 micro-batches x 2 processes" in done.stdout
-    assert_equal_up_to_rounding(tmp_path / "run", whole)
+    halves = tiny_run(tmp_path / "run", **RUN, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert_same_run(halves, whole)
 
 
 def test_a_run_goes_on_with_another_number_of_micro_batches_at_the_same_global_batch(whole, tmp_path):
-    checkpoint = whole / "checkpoint-4"
-    assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == 4
     halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    other = tiny_run(tmp_path / "run", resume_from_checkpoint=checkpoint, **halves)
-    for name, value in final_weights(other).items():
-        if NOISE not in name:
-            torch.testing.assert_close(value, final_weights(whole)[name], atol=WEIGHT_TOLERANCE, rtol=0, msg=name)
+    checkpoint = whole / f"checkpoint-{SAVED_AT}"
+    assert_same_run(
+        tiny_run(tmp_path / "run", **RUN, resume_from_checkpoint=checkpoint, **halves), whole, first_step=SAVED_AT + 1
+    )
 
 
 def test_accelerate_launch_of_the_script_is_the_same_program(whole, tmp_path, child_environment):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "scripts" / "run_ijepa_pretraining.py"), *tiny_flags(tmp_path / "run")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    command += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(SCRIPT), *tiny_flags(tmp_path / "run", **RUN)]
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = final_weights(tmp_path / "run"), final_weights(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert max(differences(final_weights(tmp_path / "run"), final_weights(whole)).values()) == 0.0

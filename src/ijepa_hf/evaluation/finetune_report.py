@@ -12,7 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from matplotlib.figure import Figure
 
+from ijepa_hf.escaping import code_span, markdown_text, python_string
 from ijepa_hf.evaluation.labelled_data import LabelledSplits
+from ijepa_hf.model_card import argument_lines
 
 RESULT_FILE = "finetune.json"
 
@@ -148,16 +150,16 @@ def _summary(result: Mapping[str, Any]) -> str:
 def _unknown_license_lines(result: Mapping[str, Any]) -> list[str]:
     if result.get("license_is_known", True):
         return []
-    model = result["arguments"]["model"]
+    model = code_span(result["arguments"]["model"])
     return [
-        f"that of `{model}` could not be read; look it up, and set `license` at the top of the card ({REPOCARD_NAME})"
+        f"that of {model} could not be read; look it up, and set `license` at the top of the card ({REPOCARD_NAME})"
     ]
 
 
 def _loading_lines(name: str) -> list[str]:
     return [
         "from transformers import pipeline",
-        f'classify = pipeline("image-classification", model="{name}")',
+        f'classify = pipeline("image-classification", model={python_string(name)})',
         'classify("picture.png")',
     ]
 
@@ -192,18 +194,19 @@ def render_finetuning_card(result: Mapping[str, Any]) -> str:
             )
         ],
     )
-    start = "A network with new weights" if arguments["from_scratch"] else f"`{base or Path(arguments['model']).name}`"
+    start = (
+        "A network with new weights" if arguments["from_scratch"] else code_span(base or Path(arguments["model"]).name)
+    )
     if not arguments["from_scratch"] and result.get("model_commit") is not None:
         start += f" (commit `{result['model_commit']}`)"
-    settings = "\n".join(f"{name}: {value}" for name, value in sorted(arguments.items()) if value is not None)
     lines = [
         "---",
         data.to_yaml(),
         "---",
         "",
-        f"# {Path(arguments['output_dir']).name}",
+        f"# {markdown_text(Path(arguments['output_dir']).name)}",
         "",
-        f"{start}, fine-tuned on `{dataset}` with `ijepa-hf finetune`.",
+        f"{start}, fine-tuned on {code_span(dataset)} with `ijepa-hf finetune`.",
         "",
         f"{_summary(result)[0].upper()}{_summary(result)[1:]}. It is the last epoch's; nothing was chosen on the "
         "held-out images. The interval is that of the images alone, not of other seeds.",
@@ -216,7 +219,7 @@ def render_finetuning_card(result: Mapping[str, Any]) -> str:
         "![Training loss and held-out accuracy](figures/curves.png)",
         "",
         "```",
-        settings,
+        *argument_lines(arguments),
         "```",
         "",
     ]

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, metadata_load
 from huggingface_hub.repocard import metadata_save
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.feature_store import differences
 from ijepa_hf.export import write_atomically
 
@@ -152,9 +153,10 @@ def render_scores(scores: Sequence[Score]) -> str:
         groups.setdefault(_group(score), []).append(score)
     lines = []
     for group in groups.values():
-        settings = [f"{name} {value}" for name, value in group[0].settings.items() if value is not None]
+        settings = [f"{name} {on_one_line(value)}" for name, value in group[0].settings.items() if value is not None]
+        target = on_one_line(group[0].target)  # a column's name, which the data set's author has chosen
         images = f"{group[0].num_train_images} training images"
-        lines.append(f"{group[0].method} of {group[0].target}, {group[0].metric} ({', '.join([images, *settings])})")
+        lines.append(f"{group[0].method} of {target}, {group[0].metric} ({', '.join([images, *settings])})")
         for score in sorted(group, key=lambda score: ROWS.index(score.features)):
             low, high = (_number(score, value) for value in score.interval)
             lines.append(

@@ -1,0 +1,99 @@
+"""What a run says of itself before its first step: what is trained on what, and what its masks are like."""
+
+import logging
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import Batch, keyed_generator
+from ijepa_hf.loading import TrainingImages
+from ijepa_hf.masking import draw_masks
+from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.plan import Plan
+from ijepa_hf.visualization import draw_masks_figure
+
+MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
+HIGH_REDRAW_RATE = 0.4
+
+logger = logging.getLogger(__name__)
+
+
+def announce(
+    accelerator: Accelerator,
+    model: IJepaForPretraining,
+    images: TrainingImages,
+    run: PretrainingArguments,
+    plan: Plan,
+    start_step: int,
+) -> None:
+    """Prints what is going to be trained, on what, and what the masks are like.
+
+    Args:
+        accelerator: Says device and processes.
+        model: The model.
+        images: The images.
+        run: The run.
+        plan: Its length.
+        start_step: Optimiser steps already done.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print("***** Running training *****")
+    shards = f", streamed from {len(images.shard_lengths)} shards" if images.stream is not None else ""
+    print(f"  images                  {images.num_images}{shards}")
+    print(f"  epochs, steps           {plan.num_steps / plan.steps_per_epoch:.4g}, {plan.num_steps}")
+    print(
+        f"  global batch            {plan.global_batch_size} = {run.per_device_train_batch_size} x "
+        f"{run.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes"
+    )
+    print(f"  trained parameters      {trained:,}")
+    print(f"  device, precision       {accelerator.device}, {run.mixed_precision}")
+    _announce_masks(model.config)
+    if run.model_name_or_path is not None:
+        print(f"  weights from            {run.model_name_or_path}")
+    if plan.predictor_warmup_steps:
+        print(f"  predictor warm-up       {plan.predictor_warmup_steps} steps with frozen encoders")
+    if start_step:
+        print(f"  continuing at step      {start_step}")
+
+
+def _announce_masks(config: IJepaConfig) -> None:
+    """Says what the masks of this run are like, and warns where they are hard to fit."""
+    settings = config.mask_settings()
+    if settings.masking_strategy == "regions":
+        print("  masks                   targets are the regions that come with the images")
+        return
+    trials = [draw_masks(settings, MASK_TRIAL_IMAGES, keyed_generator(step)) for step in range(MASK_TRIALS)]
+    redraw_rate = sum(masks.redraw_rate for masks in trials) / MASK_TRIALS
+    context = round(sum(masks.context_indices.shape[-1] for masks in trials) / MASK_TRIALS)
+    target = round(sum(masks.target_indices.shape[-1] for masks in trials) / MASK_TRIALS)
+    rows, columns = config.grid_size
+    print(
+        f"  masks                   {context} context patches of {rows}x{columns}, {settings.num_targets} targets "
+        f"of about {target}, {100 * redraw_rate:.1f} % of images redrawn"
+    )
+    if redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
+        logger.warning(
+            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then "
+            "overlap more "
+            "than they should; a lower --context_keep_ratio or fewer --num_target_blocks gives them room.",
+            config.context_keep_ratio,
+            100 * redraw_rate,
+        )
+
+
+def draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> None:
+    """Draws the first images of the run with their masks, into `figures/masks.png`: worth a look while it trains.
+
+    Args:
+        batch: Some of the run's first images.
+        config: Says the grid.
+        output_dir: The run's folder.
+    """
+    path = output_dir / "figures" / "masks.png"
+    path.parent.mkdir(exist_ok=True)
+    inputs = batch.inputs
+    draw_masks_figure(
+        inputs["pixel_values"], inputs["context_indices"], inputs["target_indices"], config.patch_shape, path
+    )

@@ -1,0 +1,121 @@
+"""How many images of a micro-batch fit into memory, found by trying forward and backward pass beside AdamW's state."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+from ijepa_hf.data import keyed_generator
+from ijepa_hf.masking import draw_masks
+from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.step_cost import DRAWS
+
+
+class DoesNotFitError(MemoryError):
+    """A micro-batch does not fit into memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def largest_micro_batch(
+    model: IJepaForPretraining,
+    batch_size: int,
+    example: Mapping[str, Tensor],
+    *,
+    num_ranks: int = 1,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> int | None:
+    """The largest micro-batch that fits, among those that divide the one that was asked for.
+
+    A trial takes forward and backward pass of the largest masks that the first steps draw, while as much memory is
+    held as AdamW's two moments take, and with several ranks the buffers in which gradients are averaged. Weights are
+    left as they are; gradients are cleared.
+
+    Args:
+        model: On its device, not sharded; in training mode, with its checkpointing set.
+        batch_size: Images asked for.
+        example: Some images of the run with their masks, at least one, as the collator gives them.
+        num_ranks: Processes of the run.
+        autocast: Makes the context of the forward pass.
+
+    Returns:
+        `batch_size` itself or a divisor of it; `None` where not even one image fits.
+    """
+    for size in (size for size in range(batch_size, 0, -1) if batch_size % size == 0):
+        if _fits(model, _inputs(model, size, example), num_ranks, autocast):
+            return size
+    return None
+
+
+def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_steps: int, device: torch.device) -> str:
+    """What to do where a micro-batch does not fit.
+
+    Args:
+        batch_size: Images asked for.
+        fitting: What `largest_micro_batch` found.
+        accumulation_steps: Micro-batches asked for.
+        device: Whose memory it is.
+
+    Returns:
+        One line.
+    """
+    message = f"per_device_train_batch_size={batch_size} does not fit into the memory of {device}; "
+    if fitting is None:
+        message += "not even 1 image does: use a smaller model,"
+    elif fitting == batch_size:  # another program may have had the memory
+        message += "it did when tried again with nothing else in it: end what else uses that memory,"
+    else:
+        message += (
+            f"{fitting} does. With --per_device_train_batch_size {fitting} --gradient_accumulation_steps "
+            f"{accumulation_steps * batch_size // fitting} the global batch stays what it is; --fit_batch_to_memory "
+            "finds both by itself. Or try"
+        )
+    return f"{message} --selective_checkpointing, --gradient_checkpointing, or --mixed_precision bf16."
+
+
+def _inputs(model: IJepaForPretraining, size: int, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A micro-batch as large as any; masks that come with the images are repeated, others drawn."""
+    config, device = model.config, model.device
+    context, target = example["context_indices"], example["target_indices"]
+    if config.masking_strategy != "regions":
+        settings = config.mask_settings()
+        drawn = [draw_masks(settings, size, keyed_generator(step)) for step in range(DRAWS)]
+        largest = max(drawn, key=lambda masks: masks.context_indices.shape[-1] + masks.target_indices[0].numel())
+        context, target = largest.context_indices, largest.target_indices
+    pixels = torch.zeros(size, config.num_channels, *config.image_shape, device=device)
+    rows = [value[torch.arange(size) % len(value)].to(device) for value in (context, target)]
+    return {"pixel_values": pixels, "context_indices": rows[0], "target_indices": rows[1]}
+
+
+def _fits(
+    model: IJepaForPretraining,
+    inputs: Mapping[str, Tensor],
+    num_ranks: int,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> bool:
+    held: list[Tensor] = []
+    try:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                held += [torch.empty_like(parameter) for _ in range(2 if num_ranks == 1 else 3)]
+        with autocast():
+            loss = model(**inputs).loss
+        loss.backward()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        held.clear()
+        for parameter in model.parameters():
+            parameter.grad = None
+        clear_device_cache(garbage_collection=True)
+    return True

@@ -1,0 +1,87 @@
+"""Where numbers first became NaN or infinite, found by taking the step that failed once more, watched."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def first_non_finite(
+    model: nn.Module,
+    micro_batches: Sequence[Mapping[str, Tensor]],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> str | None:
+    """The first module of a step whose numbers are not finite.
+
+    Looked for in the order in which they would spread: inputs, weights, outputs of modules in the order in which they
+    are computed, then gradients in the order in which the backward pass reaches them. Gradients are taken as the
+    failed step left them; the forward pass is taken again, without gradients. Call it before they are cleared.
+
+    Args:
+        model: The model of the step, with its gradients.
+        micro_batches: Its inputs.
+        autocast: Makes the context in which the step's forward pass runs.
+
+    Returns:
+        What it is, with the module's name, such as "the output of predictor.layer.3.mlp"; `None` where all is finite.
+    """
+    for batch in micro_batches:
+        for name, value in batch.items():
+            if not _is_finite(value):
+                return f"the input {name}"
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter):
+            return f"the weight {name}"
+    order: list[str] = []
+    broken: list[str] = []
+    with _watching(model, order, broken), torch.no_grad(), autocast():
+        for batch in micro_batches:
+            model(**batch)
+            if broken:
+                return f"the output of {broken[0]}"
+    gradients = {
+        name.rpartition(".")[0]: name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not _is_finite(parameter.grad)
+    }
+    for module in reversed(order):  # the backward pass goes the other way
+        if module in gradients:
+            return f"the gradient of {gradients[module]}"
+    return f"the gradient of {next(iter(gradients.values()))}" if gradients else None
+
+
+@contextlib.contextmanager
+def _watching(model: nn.Module, order: list[str], broken: list[str]) -> Iterator[None]:
+    """Notes the names of modules as they finish, and of those whose output is not finite."""
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            order.append(name)
+            if not all(map(_is_finite, _tensors(output))):
+                broken.append(name)
+
+        return note
+
+    handles = [module.register_forward_hook(watch(name or "the model")) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())

@@ -1,0 +1,93 @@
+"""What the processes of a run tell each other beside gradients: go on, stop, and why.
+
+All that is said here goes over gloo and memory of the CPU, also where gradients go over NCCL: it does not wait for the
+GPU, and a process that has died closes its connections, which the others notice at once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The main process alone scores and draws, while the others wait for its word.
+WAIT_AT_MOST = timedelta(hours=4)
+# How gloo and NCCL call a peer that is gone; they raise plain RuntimeErrors.
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused",
+    "remote process exited", "timed out", "Timed out", "timeout", "Timeout", "NCCL", "TCPStore",
+)  # fmt: skip
+
+
+class LostRankError(RuntimeError):
+    """Another process of the run has ended or cannot be reached."""
+
+
+class Ranks:
+    """The processes of a run.
+
+    Args:
+        number: How many.
+        rank: This one's number, from 0.
+    """
+
+    def __init__(self, number: int = 1, rank: int = 0) -> None:
+        self.number, self.rank = number, rank
+        self.group = dist.new_group(backend="gloo", timeout=WAIT_AT_MOST) if number > 1 else None
+
+    def highest(self, code: int) -> int:
+        """The highest of a number that each process gives; all have to call it.
+
+        Args:
+            code: This process's, at least 0.
+
+        Returns:
+            The highest.
+        """
+        if self.group is None:
+            return code
+        codes = torch.tensor([code])
+        dist.all_reduce(codes, dist.ReduceOp.MAX, group=self.group)
+        return int(codes)
+
+    def gather(self, message: Any) -> list[Any]:
+        """What each process says; all have to call it.
+
+        Args:
+            message: This one's word, a small picklable object.
+
+        Returns:
+            Those of all, by rank.
+        """
+        if self.group is None:
+            return [message]
+        messages: list[Any] = [None] * self.number
+        dist.all_gather_object(messages, message, group=self.group)
+        return messages
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        self.highest(0)
+
+    @contextlib.contextmanager
+    def naming_the_lost(self, advice: str) -> Iterator[None]:
+        """Calls the errors that the loss of another process makes, inside, by their name.
+
+        Args:
+            advice: How to go on; ends the message.
+
+        Raises:
+            LostRankError: Instead of such an error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.number == 1 or not (isinstance(error, dist.DistError) or any(w in str(error) for w in _LOST)):
+                raise
+            reason = str(error).strip().splitlines()[0].split(". This is typically")[0]
+            raise LostRankError(
+                f"process {self.rank} of {self.number} cannot go on: another process of this run has ended, or cannot "
+                f"be reached ({reason}). The reason stands in that process's output. {advice}"
+            ) from error

@@ -1,0 +1,138 @@
+"""Models of which each process holds a part, as FSDP2 makes them: how they are cut, and the whole of one.
+
+What is cut is fixed here and not in accelerate's configuration, because the model reads some weights directly: each
+transformer layer is a unit that is gathered when it runs, and all else (embeddings, the last norms, the predictor's
+projections) is one unit with the root.
+"""
+
+import os
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaLayer
+
+# Settings of accelerate's launcher that would change what a run does, and what is there instead.
+_REFUSED = {
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "use --gradient_checkpointing True instead"),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "the moving average and saving are not made for it"),
+}
+
+
+@torch.no_grad()
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; for a sharded one all processes that hold a part have to call this together.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The tensor itself, detached; or a sharded one's values, gathered, on its device.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only parts of a model's parameters.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The answer; the same in all processes.
+    """
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def shard_model(model: IJepaForPretraining, mesh: DeviceMesh | None = None) -> None:
+    """Leaves each process its part of a model, in place, with torch alone.
+
+    What accelerate does with the plugin of `make_fsdp_plugin`, which works on GPUs only. The optimiser is made, or
+    given its parameters, afterwards.
+
+    Args:
+        model: The same weights in all processes, which have to call this together.
+        mesh: The processes that share; all of them if not given.
+    """
+    for part in (model.ijepa, model.context_encoder, model.predictor):
+        for layer in part.layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def make_fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """How accelerate is to shard the model, where the configuration that it was launched with asks for sharding.
+
+    Weights are gathered and gradients averaged in float32, and bf16 comes from autocast around the forward pass, as
+    without sharding: so values do not depend on how a model is spread. accelerate's own way, weights gathered in bf16,
+    halves the traffic, and would add up the residual stream, the gradients and the loss in bf16.
+
+    Returns:
+        The plugin, or `None` where no sharding was asked for.
+
+    Raises:
+        ValueError: If the configuration asks for what this package cannot do with a sharded model.
+    """
+    if not _is_on("ACCELERATE_USE_FSDP"):
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(
+            f"fsdp_version={version} in accelerate's configuration is not supported, because its parameters lose "
+            "their names; write fsdp_version: 2, as in scripts/accelerate/fsdp2_1_node_8_gpus.yaml."
+        )
+    for variable, (name, reason) in _REFUSED.items():
+        if _is_on(variable):
+            raise ValueError(
+                f"{name}=true in accelerate's configuration is not supported: {reason}; write {name}: false."
+            )
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        # Not all of `_no_split_modules`: accelerate makes a unit of the input embedding by itself, and torch refuses
+        # one inside another that was made before.
+        transformer_cls_names_to_wrap=[IJepaLayer.__name__],
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_ram_efficient_loading=False,  # all processes draw or read the same weights
+        state_dict_type="FULL_STATE_DICT",
+    )
+
+
+def whole_model(
+    model: IJepaForPretraining, keep: bool, device: torch.device | str | None = None
+) -> IJepaForPretraining | None:
+    """A model with all its weights in one process, for what runs there alone: scores, measurements, pictures.
+
+    All processes that hold a part of a sharded model have to call this together.
+
+    Args:
+        model: Sharded, or not.
+        keep: Whether this process wants the whole; another only helps to gather it.
+        device: Where the whole goes; stays where it is if not given.
+
+    Returns:
+        A copy that is not sharded, in the mode of the model (train or eval), its target encoder frozen; `None` where
+        `keep` is false. A model that is not sharded is returned itself.
+    """
+    if not is_sharded(model):
+        return model
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():  # one by one: a process that keeps none needs room for one
+        whole = whole_tensor(tensor)
+        if keep:
+            weights[name] = whole.to(device) if isinstance(tensor, DTensor) else whole.to(device, copy=True)
+    if not keep:
+        return None
+    with torch.device("meta"):  # no weights are drawn
+        copy = IJepaForPretraining(model.config)
+    copy.load_state_dict(weights, assign=True)
+    copy.set_attn_implementation(model.config._attn_implementation)
+    return copy.train(model.training)
+
+
+def _is_on(variable: str) -> bool:
+    return bool(str_to_bool(os.environ.get(variable, "false")))

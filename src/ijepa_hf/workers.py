@@ -1,0 +1,233 @@
+"""A `DataLoader` whose failures are plain: a worker's error with its own words, a dead worker named, none left behind.
+
+torch gives an error of a worker back as the text of its traceback, and of a worker that died its number; the latter
+out of a signal handler, which may strike in the middle of an optimiser step. Here errors travel as values, a death is
+found out when the next batch is asked for, so that the weights are those after a whole step, and workers end with the
+process that they work for, however that one ends.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+_DEATH_SECONDS = 1.0  # within which the end of a process that broke a connection is known
+_PATIENCE_SECONDS = 2.0  # for workers that were asked to end, before they are made to
+# ask the run to stop, and often reach its workers too; SIGTERM is not here, because it is what ends a worker
+_OF_THE_RUN = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_WHY = {
+    "SIGKILL": ", most often because memory ran out",
+    "SIGBUS": ": a file that is mapped into memory could not be read, or shared memory (/dev/shm) is full",
+    "SIGSEGV": ": a library crashed",
+    "SIGABRT": ": a library crashed",
+}
+_GOES_ON = "the same command with --resume_from_checkpoint latest goes on."
+_LESS_MEMORY = (
+    "fewer --dataloader_num_workers, a smaller --shuffle_buffer_size, or --keep_images_in_memory no need less memory"
+)
+
+
+class DataWorkerError(RuntimeError):
+    """A loading process died."""
+
+
+class PlainLoader(DataLoader):
+    """A `DataLoader` that raises `ValueError`s and `OSError`s as they were raised, in whichever process.
+
+    Its iterators raise `DataWorkerError`, saying what happened and what to do, where a worker died or memory ran out
+    in it; no worker is left after that. Any other exception comes as torch gives it, with its traceback: it is a bug.
+
+    Args:
+        dataset: Gives samples: map-style with `__getitems__`, or iterable.
+        collate_fn: Makes a batch of them.
+        **options: The other arguments of `DataLoader`, but no `worker_init_fn`.
+    """
+
+    def __init__(self, dataset: Dataset, collate_fn: Callable[..., Any], **options: Any) -> None:
+        iterates = isinstance(dataset, IterableDataset)
+        self.source = dataset
+        self.running: list[PlainIterator] = []
+        super().__init__(
+            _PassingIterable(dataset) if iterates else _PassingItems(dataset),
+            collate_fn=_PassingCollate(collate_fn),
+            worker_init_fn=_begin_worker,
+            **options,
+        )
+
+    def __iter__(self) -> "PlainIterator":  # type: ignore[override]
+        """Returns an iterator over the batches; its workers, where there are some, begin at once."""
+        self.running.append(PlainIterator(self))
+        return self.running[-1]
+
+    def close(self) -> None:
+        """Ends all workers; iterators give nothing any more."""
+        while self.running:
+            self.running.pop().close()
+
+
+class PlainIterator(Iterator[Any]):
+    """The batches of a `PlainLoader`, with the workers that make them.
+
+    Args:
+        loader: The loader.
+    """
+
+    def __init__(self, loader: PlainLoader) -> None:
+        before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        # workers begin with these blocked, so that none strikes before `_begin_worker` has them ignored
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
+        try:
+            self.batches: Any = DataLoader.__iter__(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        if signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
+            # torch's would raise in the middle of whatever goes on when a worker dies; `next` finds it out too
+            signal.signal(signal.SIGCHLD, handler)
+        self.workers = [process for process in multiprocessing.active_children() if process not in before]
+
+    def __next__(self) -> Any:
+        if self.batches is None:
+            raise StopIteration
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            dead = self._dead_workers(error)
+            self.close()
+            if dead:
+                raise DataWorkerError(_describe_deaths(dead)) from error
+            raise
+        if isinstance(batch, _Failed):
+            self.close()
+            raise batch.error
+        return batch
+
+    def _dead_workers(self, error: Exception) -> list[BaseProcess]:
+        """Those that died; one that had no more to read ended with exit code 0."""
+        alive = [worker.sentinel for worker in self.workers if worker.exitcode is None]
+        if alive and not any(worker.exitcode for worker in self.workers):
+            multiprocessing.connection.wait(alive, _DEATH_SECONDS)
+        ended = [worker for worker in self.workers if worker.exitcode is not None]
+        return [worker for worker in ended if worker.exitcode or "exited unexpectedly" in str(error)]
+
+    def close(self) -> None:
+        """Ends the workers: asks them first, as torch does, and does not wait for one that is stuck in a read."""
+        batches, self.batches = self.batches, None
+        if not self.workers:
+            return
+        end = threading.Timer(_PATIENCE_SECONDS, self._terminate)
+        end.daemon = True
+        end.start()
+        try:
+            # an exception's traceback may keep the iterator, and its workers with it, for as long as it likes
+            shut_down = getattr(batches, "_shutdown_workers", None)
+            if shut_down is not None:
+                shut_down()
+        finally:
+            end.cancel()
+        self._terminate()
+        for worker in self.workers:
+            worker.join(_PATIENCE_SECONDS)
+            if worker.exitcode is None:
+                worker.kill()
+                worker.join(_PATIENCE_SECONDS)
+
+    def _terminate(self) -> None:
+        for worker in self.workers:
+            if worker.exitcode is None:
+                worker.terminate()
+
+
+def _describe_deaths(dead: Sequence[BaseProcess]) -> str:
+    told = []
+    for worker in dead:
+        code = worker.exitcode or 0
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+            told.append(f"a loading process (pid {worker.pid}) was killed by signal {name}{_WHY.get(name, '')}")
+        else:
+            told.append(f"a loading process (pid {worker.pid}) ended by itself, with exit code {code}")
+    return f"{'; '.join(told)}. {_GOES_ON[0].upper()}{_GOES_ON[1:-1]}; {_LESS_MEMORY}."
+
+
+# -- in the worker ---------------------------------------------------------------------------------------------------
+
+
+def _begin_worker(_: int) -> None:
+    """Leaves signals that are meant for the run to the main process, and ends when that one does."""
+    for number in _OF_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
+    threading.Thread(target=_end_with_parent, name="ends with its parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # torch looks between two batches only, and a read may take long
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Failed:
+    """An exception in the place of a batch."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.loads(pickle.dumps(self.error))
+        except Exception:  # of a type with a constructor of its own
+            return _Failed, (OSError(f"{type(self.error).__name__}: {self.error}"),)
+        return _Failed, (self.error,)
+
+
+def _passing(work: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return work(*arguments)
+    except (ValueError, OSError) as error:
+        return _Failed(error)
+    except MemoryError:
+        text = f"memory ran out while images were loaded; {_LESS_MEMORY}, and {_GOES_ON}"
+        return _Failed(DataWorkerError(text))
+
+
+class _PassingItems(Dataset[Any]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        return _passing(self.dataset.__getitems__, keys)
+
+
+class _PassingIterable(IterableDataset[Any]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.dataset)
+        while True:
+            batch = _passing(next, batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+class _PassingCollate:
+    def __init__(self, collate: Callable[..., Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        return samples if isinstance(samples, _Failed) else _passing(self.collate, samples)
