@@ -82,7 +82,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.system()}"}
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
-        prepare("digits", str(shards), split="train", shard_size="100KB")
+        prepare("digits", str(shards), shard_size="100KB")
         stream = {"dataset_name": shards, "streaming": True, "shuffle_buffer_size": 100}
         for name, changes in (("map-style", {"keep_images_in_memory": "no"}), ("stream", stream)):
             run = {

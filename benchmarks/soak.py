@@ -422,7 +422,7 @@ def name_of(fault: Callable[[Campaign], None]) -> str:
 def campaign_flags(folder: Path) -> dict[str, dict[str, Any]]:
     """What the run of each kind of campaign is."""
     shards = folder / "shards"
-    prepare_shards("digits", str(shards), split="train", shard_size="40KB")
+    prepare_shards("digits", str(shards), shard_size="40KB")
     common = {
         "max_train_steps": STEPS, "checkpointing_steps": EVERY, "hidden_dropout_prob": 0.1, "max_train_samples": 400,
         "logging_steps": 4,

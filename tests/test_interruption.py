@@ -2,10 +2,11 @@
 
 import os
 import signal
+import time
 
 import pytest
 
-from ijepa_hf.interruption import StoppedBySignal, StopSignals
+from ijepa_hf.interruption import SAME_REQUEST_SECONDS, StoppedBySignal, StopSignals
 
 
 def test_outside_of_what_must_not_be_torn_a_signal_raises_at_once_and_inside_it_waits():
@@ -30,9 +31,13 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once_but_one_that_a_launcher_repeats_is_the_same_request(monkeypatch):
     with StopSignals() as signals, signals.deferred():
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + SAME_REQUEST_SECONDS)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

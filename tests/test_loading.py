@@ -1,6 +1,8 @@
 """The images of a run: both ways of reading give the loop the same thing, and unreadable ones are counted."""
 
 import json
+import multiprocessing
+import threading
 
 import pytest
 from tiny import tiny_config
@@ -8,6 +10,7 @@ from tiny import tiny_config
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, UnreadableImage
 from ijepa_hf.loading import TooManyUnreadableError, UnreadableLog, close_loader, open_training_images
+from ijepa_hf.retrying import RetryPolicy
 from ijepa_hf.sources import load_digits
 from ijepa_hf.streaming import StreamLayout
 
@@ -95,6 +98,37 @@ def test_regions_of_the_data_become_the_targets_of_either_way_of_reading(shards)
         assert batch.inputs["target_indices"].tolist() == [expected] * 3
     with pytest.raises(ValueError, match="regions_column_name='areas' is no column .*'boxes'"):
         open_training_images(arguments(shards, regions_column_name="areas"), config, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_flags_say_how_patiently_images_are_read(shards, streaming):
+    data = arguments(shards, streaming=streaming, data_retry_seconds=7.0, data_timeout_seconds=3.0)
+    images = open_training_images(data, tiny_config(), num_ranks=1)
+    assert images.column.retries == RetryPolicy(7.0, 3.0)
+    if streaming:
+        loader = images.loader(
+            *readers(images), [StreamLayout(0, 1, 0, 8, 1)], seed=0, shuffle_buffer_size=5, num_steps=1, start_step=0,
+            rank=0, pin_memory=False,
+        )  # fmt: skip
+        assert loader.source.retries == RetryPolicy(7.0, 3.0)
+    flags = DataArguments()
+    assert RetryPolicy() == RetryPolicy(flags.data_retry_seconds, flags.data_timeout_seconds)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_closing_a_loader_ends_its_workers_and_the_thread_that_reads(shards, streaming):
+    images = open_training_images(arguments(shards, streaming=streaming), tiny_config(), num_ranks=1)
+    loader = images.loader(
+        *readers(images), [StreamLayout(0, 1, 2, 8, 1)], seed=0, shuffle_buffer_size=5, num_steps=7, start_step=0,
+        rank=0, pin_memory=False,
+    )  # fmt: skip
+    iterator = iter(loader)
+    next(iterator)
+    assert len(multiprocessing.active_children()) == 2
+    close_loader(loader)
+    assert multiprocessing.active_children() == []
+    assert not [thread for thread in threading.enumerate() if "time limit" in thread.name]
 
 
 # -- what a checkpoint keeps of a stream -----------------------------------------------------------------------------

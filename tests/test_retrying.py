@@ -134,6 +134,12 @@ def clock(monkeypatch):
     return fake
 
 
+@pytest.fixture(autouse=True)
+def _few_rows_at_once(monkeypatch):
+    """So that shards of a few rows are read in several parts, and fail in the middle."""
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 4)
+
+
 @pytest.fixture
 def at_once(monkeypatch):
     """Waits of a hundredth of a second between tries."""
@@ -456,7 +462,6 @@ def test_tars_are_opened_again_at_the_row_where_they_were(tmp_path, monkeypatch,
                 entry = tarfile.TarInfo(f"{number:04d}.png")
                 entry.size = len(encoded(number))
                 archive.addfile(entry, io.BytesIO(encoded(number)))
-    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 4)
     stream = open_stream(DataArguments(dataset_name=str(tmp_path)), "train")
     column = ImageColumn(stream.rows, "png", 3)
     stream = stream._replace(rows=column.undecoded(stream.rows))

@@ -32,6 +32,7 @@ from ijepa_hf.arguments import (
 )
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.export import write_atomically
+from ijepa_hf.optimization import eager_is_faster
 from ijepa_hf.plan import make_plan
 from ijepa_hf.step_cost import (
     Memory,
@@ -44,7 +45,6 @@ from ijepa_hf.step_cost import (
     update_bytes,
 )
 from ijepa_hf.step_timing import HARDWARE, StepTime, measure_step_time, step_time_on
-from ijepa_hf.optimization import eager_is_faster
 from ijepa_hf.warm_start import open_starting_weights
 
 DEFAULT_UTILIZATION = 0.35  # of the peak; docs/performance.md says what is known of it

@@ -1,7 +1,8 @@
 """Stopping when a signal asks for it: between two steps, with the state saved.
 
 Schedulers warn before they take a machine away (SIGTERM, often SIGUSR1 some minutes before), people press Ctrl-C. The
-first signal lets the step that is under way end; a second one of the same kind does what it would do without us.
+first signal lets the step that is under way end; a second one of the same kind, some seconds later, does what it would
+do without us.
 """
 
 import contextlib
@@ -9,11 +10,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A scheduler signals every process of a job, and a launcher among them passes it on to the others: one request.
+SAME_REQUEST_SECONDS = 3.0
 # Set by `torchrun` and by `accelerate launch`: such a parent does not leave a run behind on purpose, as a shell may.
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
@@ -45,6 +49,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0  # the first signal's number; 0 means none
+        self._since = 0.0  # when it came
         self._defers = False
         self._previous: dict[signal.Signals, Any] = {}
         self._parent = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
@@ -92,13 +97,16 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # in a process forked from this one, such as a loading worker
             return
+        if self.received == number and time.monotonic() - self._since < SAME_REQUEST_SECONDS:
+            return
         if self.received == number:  # asked twice: no more waiting
             signal.signal(number, self._previous[signal.Signals(number)] or signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received = self.received or number
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
         if not self._defers:
             raise StoppedBySignal(self.received)
         name = signal.Signals(number).name
-        message = f"\n{name}: this step ends, the state is saved, then the run stops. Once more stops it at once.\n"
+        message = f"\n{name}: this step ends, the state is saved, then the run stops. Again later stops it at once.\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())  # print is not safe in a handler

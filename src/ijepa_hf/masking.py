@@ -59,6 +59,9 @@ STRATEGY_FIELDS = {
 # minutes or more memory than there is.
 MAX_PATCHES = 2**16  # of an image: 256 x 256 patches, for example 4096 pixels a side in patches of 16
 MAX_BLOCKS = 256  # target blocks, and context sets, of an image
+MAX_PATCHES_TRIED = (
+    2**23
+)  # patches x context sets x target blocks: what a draw that often fails looks at, ten times over
 ASPECT_RATIO_LIMITS = (1e-5, 1e5)  # longer than the longest grid
 
 # `multi_block`: how often an image's targets are drawn before targets are put on top of each other.
@@ -125,7 +128,7 @@ class MaskSettings:
         if self.num_patches > MAX_PATCHES:
             raise ValueError(
                 f"grid_size={self.grid_size!r} has {self.num_patches} patches, but an image may have {MAX_PATCHES} at "
-                "most, for example grid_size=(256, 256); use a smaller image or larger patches."
+                "most; use a smaller image or larger patches, for example grid_size=(256, 256)."
             )
         for name in ("context_scale", "target_scale"):
             self._check_pair(name, highest=1.0)
@@ -142,6 +145,13 @@ class MaskSettings:
             )
         self._check_count("num_context_sets", 1, MAX_BLOCKS)
         self._check_count("num_target_blocks", 1, MAX_BLOCKS)
+        tried = self.num_patches * self.num_context_sets * self.num_target_blocks
+        if tried > MAX_PATCHES_TRIED:
+            raise ValueError(
+                f"num_context_sets={self.num_context_sets} and num_target_blocks={self.num_target_blocks} are too many "
+                f"for grid_size={self.grid_size}: their product with the {self.num_patches} patches is {tried}, and may "
+                f"be {MAX_PATCHES_TRIED}; use for example num_context_sets=1 with num_target_blocks=4."
+            )
         self._check_count("official_min_keep", 0)
         if not _is_number(self.context_keep_ratio) or not 0 < self.context_keep_ratio <= 1:
             raise ValueError(
@@ -333,6 +343,7 @@ def _draw_multi_block_official(
     context_size = _official_size(grid, generator.random(), settings.context_scale, (1.0, 1.0))
     corners = _draw_corners(generator, grid, target_size, per_target, use_last=False)[slots]
     target_blocks = _block_indices(grid, target_size, corners)
+    first_covering = _first_covering(target_blocks, settings.num_patches)
 
     # One row per image and context set; each is redrawn by itself until it has enough patches.
     image = np.repeat(np.arange(len(target_blocks)), settings.num_context_sets)
@@ -341,11 +352,10 @@ def _draw_multi_block_official(
     redrawn = pending[:0]
     for attempt in range(OFFICIAL_TRIES * num_targets + 1):
         corners = _draw_corners(generator, grid, context_size, per_context, use_last=False)[slots].reshape(-1, 1)
-        inside = _patches_inside(grid, context_size, corners[pending])
+        inside = _patches_inside(grid, context_size, corners[pending])[:, 0]
         # The last target blocks are the first that may be overlapped.
         num_avoided = 0 if settings.allow_overlap else num_targets - attempt // OFFICIAL_TRIES
-        avoided = target_blocks[image[pending], :num_avoided]
-        visible[pending] = _without_targets(inside, avoided)[:, 0]
+        visible[pending] = inside & (first_covering[image[pending]] >= num_avoided)
         pending = pending[visible[pending].sum(axis=1) <= settings.official_min_keep]
         if attempt == 0:
             redrawn = np.unique(image[pending])
@@ -714,6 +724,15 @@ def _without_targets(inside: np.ndarray, target_blocks: np.ndarray) -> np.ndarra
     # Flat indices: numpy assigns through them in half the time that it takes with three axes.
     visible[(target_blocks.reshape(num_images, 1, -1) + first).ravel()] = False
     return visible.reshape(inside.shape)
+
+
+def _first_covering(target_blocks: np.ndarray, num_patches: int) -> np.ndarray:
+    """Which of an image's target blocks `[B, M, P]` is the first to hold each patch, M if none: int64 `[B, N]`."""
+    num_images, num_blocks = target_blocks.shape[:2]
+    first = np.full((num_images, num_patches), num_blocks)
+    for block in range(num_blocks - 1, -1, -1):
+        np.put_along_axis(first, target_blocks[:, block], block, axis=1)
+    return first
 
 
 def _images_short_of(visible: np.ndarray, keep: int) -> np.ndarray:

@@ -91,7 +91,8 @@ def training_step(
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
-            output: IJepaForPretrainingOutput = prepared(**batch)
+            with accelerator.autocast():  # accelerate puts it around a model by itself, but not around a sharded one
+                output: IJepaForPretrainingOutput = prepared(**batch)
             assert output.loss is not None
             loss = output.loss / len(micro_batches)
             accelerator.backward(loss)

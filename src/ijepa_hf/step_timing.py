@@ -17,9 +17,9 @@ from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
+from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
 from ijepa_hf.step_cost import DRAWS, draw_sizes, model_work
-from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 
 MEASURING_ROUNDS = 4
 SHALLOW, LESS_SHALLOW = 2, 4  # blocks of the models that are timed; 2, so that a first and a last one can differ

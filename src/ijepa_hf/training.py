@@ -12,6 +12,7 @@ by data that fail or by a disk that is full, so that what is saved is the state 
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ def pretrain(model_arguments: ModelArguments, data: DataArguments, run: Pretrain
         torch.set_num_threads(run.num_cpu_threads)
     with StopSignals() as signals:
         accelerator = _make_accelerator(run, output_dir)
+        _warn_of_unsharded(accelerator)
         ranks = Ranks(accelerator.num_processes, accelerator.process_index)
         with ranks.naming_the_lost(_going_on(output_dir)), _locked(output_dir, ranks) as lock:
             _pretrain(model_arguments, data, run, output_dir, accelerator, ranks, signals, lock)
@@ -199,8 +201,8 @@ def _pretrain(
                 logger.warning("%s", note)
         ranks.wait()
         state = _RunState(
-            accelerator, ranks, signals, lock, model, prepared, optimizer, config, data, run, plan, output_dir, arguments,
-            evaluation,
+            accelerator, ranks, signals, lock, model, prepared, optimizer, config, data, run, plan, output_dir,
+            arguments, evaluation,
             stream=images.stream_state(layouts),
             unreadable=UnreadableLog(output_dir / UNREADABLE_FILE, images.num_images, data.max_broken_share),
             uploader=uploader,
@@ -224,6 +226,11 @@ def _pretrain(
             close_loader(loader)
         _report(state)
         accelerator.trackers.clear()  # finished by the log, which a tracker's failure cannot end
+        # DDP must not be the last that holds gloo's group: it would free it with Python's lock held, which gloo's own
+        # thread may be waiting for, and the process would never end
+        state.prepared = state.model
+        del prepared
+        accelerator.free_memory()
         accelerator.end_training()
         if uploader is not None:  # last: other ranks need not wait for it
             print(f"\n{uploader.finish(plan.num_steps)}")
@@ -327,6 +334,7 @@ class _RunState:
         if step != self.last_save and not saving_failed:
             self.failure = None
             self.save(step)
+            self.ranks.wait()  # whoever ends first has a launcher end the others, also one that still writes
         kept = self._what_is_kept(step)
         if not failures:
             name = signal.Signals(code).name
@@ -404,7 +412,9 @@ class _RunState:
     def export(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Writes the two-part folder, on the main process."""
         mean, std = self.data.image_mean, self.data.image_std
-        export_model(self.model, self.output_dir, step=step, image_mean=mean, image_std=std, state=tensors, must_exist=True)
+        export_model(
+            self.model, self.output_dir, step=step, image_mean=mean, image_std=std, state=tensors, must_exist=True
+        )
 
     def whole_model(self) -> IJepaForPretraining | None:
         """The model with all its weights on the main process, `None` on others; all have to call it."""
@@ -561,6 +571,7 @@ def _skip_step(
     good = step + 1 - state.skipped_in_a_row  # no step since has changed anything
     if good > state.last_save:
         state.save(good)
+        state.ranks.wait()
     raise NonFiniteLossError(_stop_message(step + 1, error, place, values, state))
 
 
@@ -592,6 +603,7 @@ def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) 
         broadcast_object_list(failure)
         if failure[0] is not None:
             state.save(step)
+            state.ranks.wait()
             raise CollapseError(failure[0])
 
 
@@ -616,6 +628,7 @@ def _settle_unreadable(state: _RunState, step: int) -> None:
             state.unreadable.settle(gather_object, step, num_seen, is_main=state.is_main)
     except TooManyUnreadableError:
         state.save(step)
+        state.ranks.wait()
         raise
 
 
@@ -774,6 +787,16 @@ def _locked(output_dir: Path, ranks: Ranks) -> Iterator[RunLock | None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _warn_of_unsharded(accelerator: Accelerator) -> None:
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if asked and accelerator.distributed_type != DistributedType.FSDP and accelerator.is_main_process:
+        logger.warning(
+            "accelerate's configuration asks for FSDP, which it does on GPUs only: on %s each process has the whole "
+            "model.",
+            accelerator.device,
+        )
 
 
 def _prepare(

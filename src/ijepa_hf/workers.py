@@ -6,10 +6,10 @@ found out when the next batch is asked for, so that the weights are those after 
 process that they work for, however that one ends.
 """
 
+import copy
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +185,7 @@ class _Failed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            pickle.loads(pickle.dumps(self.error))
+            copy.copy(self.error)  # makes it anew as the main process will
         except Exception:  # of a type with a constructor of its own
             return _Failed, (OSError(f"{type(self.error).__name__}: {self.error}"),)
         return _Failed, (self.error,)

@@ -275,7 +275,7 @@ def test_masks_of_any_geometry_come_in_time_or_the_geometry_is_refused_by_name(f
 
 
 @pytest.mark.slow
-@thorough(2500)
+@thorough(2000)
 @given(fields=geometries(), seed=st.integers(0, 2**32))
-def test_masks_of_2500_geometries_come_in_time_or_are_refused_by_name(fields, seed):
+def test_masks_of_2000_geometries_come_in_time_or_are_refused_by_name(fields, seed):
     count("geometries", outcome_of_geometry, fields, seed)
