@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-slow bench format clean
+.PHONY: help setup pretrain test test-slow bench soak format clean
 
 help:  ## list what make can do
 	@echo "make <target>, where <target> is one of"
@@ -48,6 +48,9 @@ test-slow: setup  ## run the tests marked slow (hours on a small machine)
 
 bench: setup  ## speed and memory beside other code, one table; a quarter of an hour on a quiet machine (ARGS=--quick: 2 min)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+soak: setup  ## runs under faults drawn at random, three quarters of an hour: is anything lost? (ARGS="--minutes 5": shorter)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py $(ARGS)
 
 format: setup  ## format the code and mend what the linter can mend by itself
 	$(BIN)/python -m ruff format .

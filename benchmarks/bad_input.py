@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     named = parser.parse_args()
     files = [str(ROOT / "tests" / "invariant" / FILES[name]) for name in named.property or FILES]
-    code = pytest.main(["-q", "-p", "no:xdist", "-m", "slow", f"--rootdir={ROOT}", *files])
+    code = pytest.main(["-q", "-p", "no:xdist", "-m", "slow", "--show-capture=no", f"--rootdir={ROOT}", *files])
     if code:
         raise SystemExit(int(code))
     import bad_input  # from tests/, which pytest has put on the path

@@ -455,6 +455,18 @@ def run_campaign(campaign: Campaign, counts: Counter[str], until: float) -> bool
     return equal
 
 
+def as_table(result: dict[str, Any]) -> str:
+    """The counts as docs/reliability.md shows them."""
+    rows = ["| fault, drawn at random | times |", "| --- | --- |"]
+    rows += [f"| {name} | {count} |" for name, count in result["faults_by_kind"].items()]
+    runs = ", ".join(f"{count} {kind}" for kind, count in result["runs_by_kind"].items())
+    rows.append(
+        f"| **together**: {result['runs']} runs ({runs}) in {result['lives']} lives, {result['minutes']:g} minutes | "
+        f"**{result['faults']}** |"
+    )
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Draws faults for a set time and writes down what became of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -508,7 +520,7 @@ def main() -> None:
         "faults_by_kind": dict(sorted(counts.items())),
         "problems": problems,
     }
-    print(json.dumps(result, indent=2))
+    print(as_table(result))
     if named.json:
         named.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     raise SystemExit(1 if problems or finished < result["runs"] else 0)

@@ -1,6 +1,7 @@
 """The machinery behind the table of speed: what it times, counts and calls reached is right."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -115,3 +116,24 @@ def test_the_whole_table_is_drawn(benchmark_module, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speed.py", "--quick"])
     benchmark_module("speed").main()
     assert "end to end" in capsys.readouterr().out
+
+
+def test_the_soak_lost_nothing_and_its_counts_are_those_in_the_document(benchmark_module):
+    result = json.loads((BENCHMARKS / "results" / "soak.json").read_text("utf-8"))
+    assert result["faults"] == sum(result["faults_by_kind"].values()) >= 200
+    assert result["problems"] == []
+    assert result["runs_with_the_bits_of_a_whole_one"] == result["runs"] == sum(result["runs_by_kind"].values())
+    document = (BENCHMARKS.parent / "docs" / "reliability.md").read_text("utf-8")
+    assert benchmark_module("soak").as_table(result) in document
+
+
+@pytest.mark.parametrize("kind", ["map-style", "stream"])
+def test_memory_open_files_and_log_lines_stayed_flat_over_thousands_of_steps(kind):
+    result = json.loads((BENCHMARKS / "results" / "endurance.json").read_text("utf-8"))[kind]
+    assert result["steps"] >= 5000
+    early, late = result["third_fifth"], result["last_fifth"]
+    for process in ("process", "loading_process"):
+        assert late[process]["megabytes"] <= 1.01 * early[process]["megabytes"] + 1
+        assert late[process]["open_files"] <= early[process]["open_files"] + 1
+        assert late[process]["threads"] <= early[process]["threads"] + 0.1
+    assert late["bytes_of_a_log_line"] <= early["bytes_of_a_log_line"] + 5

@@ -13,8 +13,8 @@ from ijepa_hf import cli, training
 from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub import UploadIncompleteError
 from ijepa_hf.official_checkpoint import read_official_checkpoint
-from ijepa_hf.sources import load_digits
 from ijepa_hf.optimization import NonFiniteLossError
+from ijepa_hf.sources import load_digits
 
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):

@@ -657,6 +657,7 @@ REFUSED = {
     "grid_size=(1, 65537)": {"grid_size": (1, 65537)},
     "num_target_blocks=257": {"num_target_blocks": 257},
     "num_context_sets=1000000000000": {"num_context_sets": 10**12},
+    "num_context_sets=256 and num_target_blocks=256": {"num_context_sets": 256, "num_target_blocks": 256},
     "target_aspect_ratio=(1e-300, 1e+300)": {"target_aspect_ratio": (1e-300, 1e300)},
     "context_scale=(0.9, 1" + "0" * 400 + ")": {"context_scale": (0.9, 10**400)},
     "masking_strategy='blocks'": {"masking_strategy": "blocks"},

@@ -275,7 +275,7 @@ def run_loader(keep: str, rank: int = 0, start_step: int = 0):
 
 def test_a_run_keeps_its_images_where_it_reads_all_and_says_so_once(capsys):
     loader = run_loader("auto")[0]
-    assert isinstance(loader.dataset, MemoryCrops)
+    assert isinstance(loader.source, MemoryCrops)
     said = capsys.readouterr().out
     assert said.count("images in memory") == 1
     assert "48, decoded" in said

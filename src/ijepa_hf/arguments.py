@@ -7,6 +7,8 @@ names, shipped inside the package (`recipe_names()`) or given by path; flags ove
 import argparse
 import dataclasses
 import difflib
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,6 +23,7 @@ from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
 HUB_STRATEGIES = ("end", "checkpoint")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_LARGEST_WHOLE = 2**63 - 1
 
 
 def _default(name: str) -> Any:
@@ -446,7 +449,10 @@ def load_recipe(recipe: str) -> dict[str, Any]:
     if recipe in recipe_names():
         text = (resources.files("ijepa_hf") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text(encoding="utf-8")
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {recipe!r} is no text in UTF-8: {error}") from error
     else:
         nearest = difflib.get_close_matches(recipe, recipe_names(), n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -454,10 +460,11 @@ def load_recipe(recipe: str) -> dict[str, Any]:
             f"recipe {recipe!r} is neither shipped ({', '.join(recipe_names())}) nor the path of a YAML file.{hint}"
         )
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        values = yaml.load(text, _RecipeLoader)
+    except _YAML_ERRORS as error:
         where = " ".join(str(error).split())
         raise ValueError(f"recipe {recipe!r} is not valid YAML: {where}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise ValueError(
             f"recipe {recipe!r} must be a flat mapping of argument names to values, e.g. 'patch_size: 16'."
@@ -468,7 +475,63 @@ def load_recipe(recipe: str) -> dict[str, Any]:
             raise ValueError(
                 f"recipe {recipe!r} has the key {key!r}, which is no argument{nearest_name(str(key), known)}"
             )
+    kinds = {entry.name: str(entry.type) for cls in ARGUMENT_CLASSES for entry in _entries(cls)}
+    for key, value in values.items():
+        _check_recipe_value(recipe, key, value, kinds[key])
     return values
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML with the plain values of its version 1.2: `no`, `on` and 2026-01-31 are words, 1e-3 is a number.
+
+    In YAML 1.1, which PyYAML reads, `mixed_precision: no` is false and `seed: 010` is eight. A key that stands twice
+    is refused.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Writes words that `_RecipeLoader` would read as numbers in quotes."""
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"0|-?[1-9][0-9]*", list("-0123456789")),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    for _reader_or_writer in (_RecipeLoader, _RecipeDumper):
+        _reader_or_writer.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+# What PyYAML raises: its own, and what Python does with a tag that its value does not fit, or with lists in lists in
+# lists.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+
+
+def _check_recipe_value(recipe: str, key: str, value: Any, kind: str) -> None:
+    """Refuses what would reach the parser as other words than those in the file."""
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str | int | float | bool | None):
+            raise ValueError(
+                f"recipe {recipe!r}: {key} holds a {type(item).__name__}; write a number, a word or a list."
+            )
+        if "str" in kind and isinstance(item, bool | float):
+            raise ValueError(f"recipe {recipe!r}: {key}={item!r} is no text; write it in quotes: {key}: '...'.")
+    if value == [] and argument_defaults()[key] != []:
+        raise ValueError(f"recipe {recipe!r}: {key} is an empty list; give it values, or leave it out.")
+    if isinstance(value, list) and not kind.startswith("list"):
+        raise ValueError(f"recipe {recipe!r}: {key}={value!r} is a list; {key} takes one value.")
 
 
 def argument_names() -> set[str]:
@@ -501,7 +564,7 @@ def as_recipe(arguments: Mapping[str, Any]) -> str:
         for name, value in arguments.items()
         if name in defaults and name not in _LOCAL_ARGUMENTS and value not in (None, [])
     }
-    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return yaml.dump(kept, Dumper=_RecipeDumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
 def build_parser(prog: str = "ijepa-hf pretrain") -> HfArgumentParser:
@@ -512,6 +575,10 @@ def build_parser(prog: str = "ijepa-hf pretrain") -> HfArgumentParser:
         allow_abbrev=False,
         description="Pretrain an I-JEPA model. A recipe sets the arguments, flags override it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    # argparse takes -0.5 for a value and -1e-3 for a flag
+    parser._negative_number_matcher = re.compile(
+        r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE
     )
     parser.add_argument(
         "recipe", nargs="?", help=f"One of {', '.join(recipe_names())}, or the path of a YAML file.", default=None
@@ -558,12 +625,17 @@ def parse_arguments(
         if any(flag.split("=")[0] == f"--{given}" for flag in flags):
             values.pop(other, None)  # two names of one thing: the flag's wins over the recipe's
     defaults = as_flags(values)
-    model, data, run, _ = parser.parse_args_into_dataclasses(args=[*positional, *defaults, *flags])
+    model, data, run, _ = parser.parse_args_into_dataclasses(
+        args=[*positional, *defaults, *flags],
+        look_for_args_file=False,  # else `ijepa-hf.args` beside the command would add flags unseen
+    )
     model.given = frozenset(name for name, value in values.items() if value is not None) | {
         word[2:].split("=")[0] for word in flags if word.startswith("--")
     }
     if run.output_dir is None:
         run.output_dir = str(Path("runs") / (Path(recipe).stem if recipe else "ijepa"))
+    for group in (model, data, run):
+        _check_values(group)
     if run.model_name_or_path is None:  # else the weights have a say in what the data are checked against
         data.check(model)
     run.check()
@@ -588,8 +660,8 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         if value is None or value == []:
             continue
-        items = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(str(item) for item in items)]
+        # a single value with `=`, for one that begins with a dash
+        flags += [f"--{name}", *(str(item) for item in value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
 
@@ -643,3 +715,15 @@ def _check_at_least(arguments: Any, least: int, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
+
+
+def _check_values(group: Any) -> None:
+    """Refuses NaN, which passes comparisons with a limit, infinity, whole numbers beyond 64 bits, and empty words."""
+    for name, value in argument_values(group).items():
+        for number in value if isinstance(value, list) else [value]:
+            if number == "":
+                raise ValueError(f"{name}={value!r} is empty; give it a value, or leave it out.")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}={value} must be finite.")
+            if isinstance(number, int) and abs(number) > _LARGEST_WHOLE:
+                raise ValueError(f"{name}={value} must be at most {_LARGEST_WHOLE}.")

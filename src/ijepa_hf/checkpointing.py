@@ -382,7 +382,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _is_passing(error: Exception) -> bool:
     """Whether an error says nothing about a file: a server that does not answer, no permission, out of memory."""
-    lasting = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # EIO: a bad sector
+    lasting = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}  # EIO: a bad sector
     return isinstance(error, OSError) and error.errno not in lasting
 
 

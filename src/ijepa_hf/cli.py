@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ijepa_hf.escaping import printable
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf_command import COMMANDS, find_command
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = find_command(argv)
     rest = argv[argv.index(command) + 1 :]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
     try:
         return {
             "pretrain": _pretrain,
@@ -52,8 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted{advice.get(command, '')}.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"ijepa-hf {command}: {error}", file=sys.stderr)
+        print(f"ijepa-hf {command}: {printable(str(error))}", file=sys.stderr)
         return 2
+
+
+def _log_handler() -> logging.Handler:
+    """Log lines on standard error; names in them cannot reach the terminal as commands."""
+
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable("%(levelname)s: %(message)s"))
+    return handler
 
 
 def _pretrain(argv: list[str]) -> int:
@@ -81,7 +94,7 @@ def _pretrain(argv: list[str]) -> int:
     try:
         pretrain(*parse_arguments(argv))
     except tuple(codes) as error:
-        print(f"ijepa-hf pretrain: {error}", file=sys.stderr)
+        print(f"ijepa-hf pretrain: {printable(str(error))}", file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
     return 0
 

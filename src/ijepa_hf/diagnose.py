@@ -189,7 +189,7 @@ def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
         ValueError: If the images cannot be used, or no data set was named and the model's run names none.
     """
     commit = commit_of(model, flags.model_revision)
-    config = AutoConfig.from_pretrained(model, revision=commit)
+    config = AutoConfig.from_pretrained(model, revision=commit, trust_remote_code=False)
     settings = read_image_settings(model, config, revision=commit)
     data = DataArguments(dataset_name=flags.dataset_name, dataset_config_name=flags.dataset_config_name)
     split, column = flags.split_name or "test", flags.image_column_name

@@ -75,12 +75,13 @@ def draw_diagnostics_figure(
     lines = -(-len(_PANELS) // _COLUMNS)
     figure = Figure(figsize=(3.3 * _COLUMNS, 2.6 * lines + 0.3), layout="constrained", facecolor="white")
     if title is not None:
-        figure.suptitle(title, fontsize=11, color=TEXT_COLOR, x=0.01, ha="left")
+        figure.suptitle(title, fontsize=11, color=TEXT_COLOR, x=0.01, ha="left", parse_math=False)  # a name
     for axis, panel in zip(figure.subplots(lines, _COLUMNS).ravel(), _PANELS, strict=True):
         draw_panel(axis, panel, runs)
     if len(runs) > 1:
         handles = figure.axes[0].get_lines()[: len(runs)]
-        figure.legend(handles, list(runs), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        names = [run.replace("$", r"\$") for run in runs]  # no formulas
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     figure.savefig(path, dpi=DPI)
     return figure
@@ -95,7 +96,7 @@ def draw_panel(axis: Axes, panel: _Panel, runs: Mapping[str, Sequence[Mapping[st
         runs: As for `draw_diagnostics_figure`.
     """
     names = panel.names if len(runs) == 1 else dict([next(iter(panel.names.items()))])
-    drawn = [(label if len(runs) == 1 else run, name, rows) for run, rows in runs.items()
+    drawn = [(label if len(runs) == 1 else run.replace("$", r"\$"), name, rows) for run, rows in runs.items()
              for label, name in names.items()]  # fmt: skip
     for (label, name, rows), color in zip(drawn, LINE_COLORS, strict=False):
         steps = [row["step"] for row in rows]

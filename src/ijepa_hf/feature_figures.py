@@ -553,7 +553,7 @@ def _foot_of_figure(figure: Figure, text: str) -> None:
     figure.set_size_inches(width, grown)
     pars = figure.subplotpars
     figure.subplots_adjust(top=1 - (1 - pars.top) * height / grown, bottom=(pars.bottom * height + 0.24) / grown)
-    figure.text(0.5, 0.08 / grown, text, ha="center", va="bottom", fontsize=9, color=TEXT_COLOR)
+    figure.text(0.5, 0.08 / grown, text, ha="center", va="bottom", fontsize=9, color=TEXT_COLOR, parse_math=False)
 
 
 def _lines_of_blocks(target_indices: Tensor) -> int:

@@ -172,6 +172,7 @@ class StagedFolder:
             for pattern in _RUN_PATTERNS if in_two_parts else _MODEL_PATTERNS:
                 for source in folder.glob(pattern):
                     if source.is_file() and not source.name.startswith("."):
+                        _check_link(source, folder)
                         _gather(source, target / source.relative_to(folder))
             step = _check_two_parts(target, folder, checkpoint) if in_two_parts else None
             if not in_two_parts:
@@ -273,6 +274,19 @@ def _readdressed(card: str, reference: str, repo_id: str, revision: str | None) 
     card = re.sub(command, lambda found: f"{found[1]}{repo_id}{flag}", card)
     title = rf"\A(---\n.*?\n---\n\s*)?# {name}(?=\n|\Z)"
     return re.sub(title, lambda found: f"{found[1] or ''}# {Path(repo_id).name}", card, flags=re.DOTALL)
+
+
+def _check_link(source: Path, folder: Path) -> None:
+    """Refuses a link by which a folder of somebody else's would have a file of this disk published."""
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # the Hub's cache keeps the contents of a snapshot's files beside it
+        allowed.append(home.parents[1] / "blobs")
+    if not any(place in source.resolve().parents for place in allowed):
+        raise ValueError(
+            f"{str(source)!r} leads out of {str(folder)!r}, to {str(source.resolve())!r}; put a copy in its place if "
+            "it is to be pushed."
+        )
 
 
 def _make_folder(folder: Path, label: str) -> Path:

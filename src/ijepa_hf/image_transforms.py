@@ -39,6 +39,7 @@ _DAMAGE = (
     TypeError,
     IndexError,
     OverflowError,
+    NotImplementedError,
     struct.error,
 )
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # in Pillow's words: another one in each run
@@ -106,7 +107,11 @@ def decode_image(value: Any, num_channels: int, *, channel_axis: int | None = No
     if isinstance(value, Image.Image):
         return _decode_picture(value, num_channels, name)
     if hasattr(value, "__array__"):
-        return _decode_array(np.asarray(value), num_channels, channel_axis)
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError) as error:  # a tensor of a kind that numpy does not have
+            raise ValueError(f"no image array can be made of this {type(value).__name__}: {error}") from error
+        return _decode_array(array, num_channels, channel_axis)
     raise ValueError(
         f"cannot read an image from a {type(value).__name__}: pass a PIL image, encoded bytes, a dict with 'bytes' "
         "and 'path', or a uint8, uint16 or float array (nested lists have no bit depth: use "
@@ -307,7 +312,9 @@ def _bytes_and_path(row: Mapping[str, Any]) -> tuple[bytes, str | None]:
         return data, path
     if path is None:
         raise ValueError(f"an image dict must have 'bytes' or 'path'; this one has {sorted(row)} with neither set.")
-    return read_image_file(path), path
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise ValueError(f"the 'path' of an image dict must be the path of a file, not {path!r}.")
+    return read_image_file(str(path)), str(path)
 
 
 class _DamageNamed:
@@ -464,13 +471,14 @@ def _pixels_of_part(picture: Image.Image, box: tuple[int, int, int, int]) -> np.
 
 
 def _checked_float(array: np.ndarray, num_channels: int) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused with the rest
+        array = np.array(array, dtype=np.float32, order="C", copy=None if min(array.strides) > 0 else True)
     finite = np.isfinite(array)
     if not finite.all():
         raise ValueError(
             f"{array.size - int(finite.sum())} of {array.size} values of the image are NaN or infinite: fill them "
             "beforehand, for example with the channel's mean."
         )
-    array = np.ascontiguousarray(array, dtype=np.float32)
     return array if len(array) == num_channels else np.repeat(array, num_channels, axis=0)
 
 

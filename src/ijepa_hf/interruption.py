@@ -31,7 +31,9 @@ class StoppedBySignal(KeyboardInterrupt):
     """
 
     def __init__(self, signal_number: int, text: str = "") -> None:
-        super().__init__(text or signal.Signals(signal_number).name)
+        name = signal.Signals(signal_number).name
+        goes_on = "the same command with --resume_from_checkpoint latest goes on."
+        super().__init__(text or f"stopped by {name}; {goes_on}")
         self.signal_number = signal_number
 
     @property

@@ -59,9 +59,7 @@ STRATEGY_FIELDS = {
 # minutes or more memory than there is.
 MAX_PATCHES = 2**16  # of an image: 256 x 256 patches, for example 4096 pixels a side in patches of 16
 MAX_BLOCKS = 256  # target blocks, and context sets, of an image
-MAX_PATCHES_TRIED = (
-    2**23
-)  # patches x context sets x target blocks: what a draw that often fails looks at, ten times over
+MAX_PATCHES_TRIED = 2**22  # patches x context sets x target blocks; a draw that fails often then takes 2 s an image
 ASPECT_RATIO_LIMITS = (1e-5, 1e5)  # longer than the longest grid
 
 # `multi_block`: how often an image's targets are drawn before targets are put on top of each other.
@@ -97,7 +95,8 @@ class MaskSettings:
         masking_strategy: "multi_block", "multi_block_official", "block", "rasterized", "random" or "regions". Which of
             the fields below it uses is in `STRATEGY_FIELDS`.
         num_context_sets: S, context sets per image, 1 to `MAX_BLOCKS`.
-        num_target_blocks: M of the multi-block strategies, target blocks per image, 1 to `MAX_BLOCKS`.
+        num_target_blocks: M of the multi-block strategies, target blocks per image, 1 to `MAX_BLOCKS`; the product of
+            S, M and the patches is at most `MAX_PATCHES_TRIED`.
         context_scale: lowest and highest share of the grid that the context block covers, above 0 and up to 1.
         target_scale: lowest and highest share of the grid that one target block covers, above 0 and up to 1.
         target_aspect_ratio: lowest and highest height / width of a target block, inside `ASPECT_RATIO_LIMITS`.
@@ -133,24 +132,20 @@ class MaskSettings:
         for name in ("context_scale", "target_scale"):
             self._check_pair(name, highest=1.0)
         self._check_pair("target_aspect_ratio")
-        if (
-            not ASPECT_RATIO_LIMITS[0]
-            <= min(self.target_aspect_ratio)
-            <= max(self.target_aspect_ratio)
-            <= (ASPECT_RATIO_LIMITS[1])
-        ):
+        lowest, highest = ASPECT_RATIO_LIMITS
+        if not lowest <= self.target_aspect_ratio[0] <= self.target_aspect_ratio[1] <= highest:
             raise ValueError(
-                f"target_aspect_ratio={self.target_aspect_ratio!r} must lie between {ASPECT_RATIO_LIMITS[0]:g} and "
-                f"{ASPECT_RATIO_LIMITS[1]:g}, for example target_aspect_ratio={_default('target_aspect_ratio')!r}."
+                f"target_aspect_ratio={self.target_aspect_ratio!r} must lie between {lowest:g} and {highest:g}, for "
+                f"example target_aspect_ratio={_default('target_aspect_ratio')!r}."
             )
         self._check_count("num_context_sets", 1, MAX_BLOCKS)
         self._check_count("num_target_blocks", 1, MAX_BLOCKS)
         tried = self.num_patches * self.num_context_sets * self.num_target_blocks
         if tried > MAX_PATCHES_TRIED:
             raise ValueError(
-                f"num_context_sets={self.num_context_sets} and num_target_blocks={self.num_target_blocks} are too many "
-                f"for grid_size={self.grid_size}: their product with the {self.num_patches} patches is {tried}, and may "
-                f"be {MAX_PATCHES_TRIED}; use for example num_context_sets=1 with num_target_blocks=4."
+                f"num_context_sets={self.num_context_sets} and num_target_blocks={self.num_target_blocks} are too "
+                f"many for grid_size={self.grid_size}: their product with the {self.num_patches} patches is {tried}, "
+                f"and may be {MAX_PATCHES_TRIED} at most; use for example num_context_sets=1 with num_target_blocks=4."
             )
         self._check_count("official_min_keep", 0)
         if not _is_number(self.context_keep_ratio) or not 0 < self.context_keep_ratio <= 1:

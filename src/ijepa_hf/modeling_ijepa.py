@@ -16,19 +16,22 @@ patches that it may see. Without those it computes what the stock class computes
 
 import copy
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.ijepa import modeling_ijepa as stock
-from transformers.utils import CONFIG_NAME, ModelOutput, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see export.py
@@ -608,6 +611,8 @@ class IJepaForPretraining(IJepaPreTrainedModel):
 
         Raises:
             OSError: If there is no such repo, folder or file.
+            ValueError: If a file is damaged, or a full model's lacks tensors or has others; names it. Transformers
+                itself would begin with random numbers in their place, and a warning.
         """
         source = pretrained_model_name_or_path
         download = {name: kwargs[name] for name in _DOWNLOAD_KEYWORDS if kwargs.get(name) is not None}
@@ -621,12 +626,13 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         elif source is not None:
             config, kwargs = cls._start_from_encoder(source, config, download, kwargs)
             source = None
-        loaded = super().from_pretrained(
-            source, *args, config=config, output_loading_info=output_loading_info, **kwargs
-        )
-        model = loaded[0] if output_loading_info else loaded
+        with _naming(pretrained_model_name_or_path, subfolder):
+            model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
+            if subfolder is not None and not kwargs.get("state_dict"):
+                _refuse_others("lacks", info["missing_keys"])
+                _refuse_others("has beside those of the model", info["unexpected_keys"])
         model._freeze_target_encoder()  # transformers 5 makes every loaded parameter trainable
-        return loaded
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def _start_from_encoder(
@@ -635,7 +641,11 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         """Puts the encoder's weights into both encoders, as a `state_dict` keyword."""
         if config is None:
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        encoder = IJepaModel.from_pretrained(source, config=config, dtype="auto", **download)
+        with _naming(source, download.get("subfolder")):
+            encoder, info = IJepaModel.from_pretrained(
+                source, config=config, dtype="auto", output_loading_info=True, **download
+            )
+            _refuse_others("lacks", {name for name in info["missing_keys"] if not name.startswith("pooler.")})
         state = {
             f"{part}.{name}": value
             for part in ("ijepa", "context_encoder")
@@ -706,11 +716,38 @@ def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, A
     for subfolder in (root, posixpath.join(root, PRETRAINING_SUBFOLDER)):
         here = {**download, "subfolder": subfolder}
         if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **here) is None:
+            if (Path(source) / subfolder / SAFE_WEIGHTS_NAME).exists():
+                raise OSError(f"{Path(source) / subfolder} has weights, but its {CONFIG_NAME} is missing.")
             continue
-        fields, _ = IJepaConfig.get_config_dict(source, **here)
-        if class_name in (fields.get("architectures") or []):
+        try:
+            fields, _ = IJepaConfig.get_config_dict(source, **here)
+            architectures = fields.get("architectures") or []
+            if not isinstance(architectures, list):
+                raise TypeError(f"architectures={architectures!r} is no list")
+            if subfolder != root and not architectures:
+                raise ValueError(f"architectures={architectures!r} does not say what it is of")
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{posixpath.join(str(source), subfolder, CONFIG_NAME)} is damaged: {error}") from error
+        if class_name in architectures:
             return subfolder
     return None
+
+
+@contextmanager
+def _naming(source: Any, subfolder: str | None) -> Iterator[None]:
+    """Says which weights it is that cannot be loaded; what is raised inside does not."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"{posixpath.join(str(source), subfolder or '', SAFE_WEIGHTS_NAME)}: {error}") from error
+
+
+def _refuse_others(how: str, names: Any) -> None:
+    if names:
+        listed = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(f"it {how}: {listed}; it is damaged, or of another configuration.")
 
 
 def _accept_file_names(_module: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:

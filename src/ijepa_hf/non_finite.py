@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def first_non_finite(
@@ -17,7 +18,8 @@ def first_non_finite(
 
     Looked for in the order in which they would spread: inputs, weights, outputs of modules in the order in which they
     are computed, then gradients in the order in which the backward pass reaches them. Gradients are taken as the
-    failed step left them; the forward pass is taken again, without gradients. Call it before they are cleared.
+    failed step left them; the forward pass is taken again, without gradients. Call it before they are cleared. Of a
+    sharded model all processes call it, and each looks at its parts.
 
     Args:
         model: The model of the step, with its gradients.
@@ -27,20 +29,16 @@ def first_non_finite(
     Returns:
         What it is, with the module's name, such as "the output of predictor.layer.3.mlp"; `None` where all is finite.
     """
-    for batch in micro_batches:
-        for name, value in batch.items():
-            if not _is_finite(value):
-                return f"the input {name}"
-    for name, parameter in model.named_parameters():
-        if not _is_finite(parameter):
-            return f"the weight {name}"
+    found = [f"the input {name}" for batch in micro_batches for name, value in batch.items() if not _is_finite(value)]
+    found += [f"the weight {name}" for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     order: list[str] = []
     broken: list[str] = []
     with _watching(model, order, broken), torch.no_grad(), autocast():
-        for batch in micro_batches:
+        for batch in micro_batches:  # all of them, whatever was found: other processes may need this one's parts
             model(**batch)
-            if broken:
-                return f"the output of {broken[0]}"
+    found += [f"the output of {name}" for name in broken]
+    if found:
+        return found[0]
     gradients = {
         name.rpartition(".")[0]: name
         for name, parameter in model.named_parameters()
@@ -84,4 +82,5 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not mine.is_floating_point() or bool(torch.isfinite(mine.detach()).all())

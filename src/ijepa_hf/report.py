@@ -49,6 +49,7 @@ from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     REPORT_FILE,
+    SKIPPED_FILE,
     UNREADABLE_FILE,
     read_rows,
 )
@@ -163,6 +164,7 @@ def write_report(
         "evaluations": evaluations,
         "collapse_verdict": judge_collapse(diagnostics).as_dict() if diagnostics else None,
         "num_unreadable_images": len(read_rows(output_dir / UNREADABLE_FILE)),
+        "num_skipped_steps": len(read_rows(output_dir / SKIPPED_FILE)),
         "scores": []
         if evaluation is None
         else score_encoder(model, evaluation, mean, std, seed, starting_encoder=starting_encoder),
@@ -403,6 +405,11 @@ def render_report(output_dir: Path) -> str:
         lines.append(
             f"{report['num_unreadable_images']} images could not be read and were skipped; "
             f"{output_dir / UNREADABLE_FILE} lists them"
+        )
+    if report.get("num_skipped_steps"):  # reports of earlier versions have none
+        lines.append(
+            f"{report['num_skipped_steps']} steps were skipped because loss or gradient was not finite; "
+            f"{output_dir / SKIPPED_FILE} lists them"
         )
     if report["scores"]:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]

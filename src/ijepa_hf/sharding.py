@@ -8,7 +8,7 @@ projections) is one unit with the root.
 import os
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import FullyShardedDataParallelPlugin, is_torch_version, str_to_bool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -79,6 +79,10 @@ def make_fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     """
     if not _is_on("ACCELERATE_USE_FSDP"):
         return None
+    if is_torch_version("<", "2.7"):
+        raise ValueError(
+            f"FSDP2 needs torch 2.7 or newer, and this is {torch.__version__}; train with DDP, or upgrade."
+        )
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(

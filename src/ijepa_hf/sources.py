@@ -13,6 +13,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import datasets
@@ -343,6 +344,11 @@ def _build(
     """Opens files with a builder of `datasets`; one that cannot be read is a `ValueError` naming the data set."""
     try:
         return _load(builder, None, str(files.path), split, streaming=streaming, data_files=patterns, **options)
+    except UnpicklingError as error:  # torch's words advise to trust the file
+        raise ValueError(
+            f"dataset_name={str(files.path)!r} cannot be read: a .pth file in it is damaged or holds code, which is "
+            "never run; leave those files out."
+        ) from error
     except (datasets.exceptions.DatasetsError, pa.ArrowException, tarfile.TarError, ValueError) as error:
         raise _unreadable(files.path, error) from error
 

@@ -35,7 +35,7 @@ from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, re
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch, BatchMaker, CropReader, IJepaDataCollator, keyed_generator
-from ijepa_hf.export import SaveError, export_model, exported_step
+from ijepa_hf.export import SaveError, export_model, exported_step, saving
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
@@ -61,6 +61,7 @@ from ijepa_hf.report import (
     render_report,
     write_report,
 )
+from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due, steps_between
 from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
@@ -82,6 +83,7 @@ from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.workers import DataWorkerError, PlainLoader
 
 MASK_FIGURE_IMAGES = 6
+BYTES_OF_RECORDS = 2**20  # and a few pictures, before the first step and after the last
 CHUNK_OF_BATCHES = 4  # in one forward pass of the monitor: without gradients it takes less memory than a step on one
 LAST_UPLOAD_SECONDS = 60.0  # that a run which stops by itself waits for the upload of its last good state
 SIGNALLED_UPLOAD_SECONDS = 15.0  # and one that was told to stop, with half a minute until it is killed
@@ -187,15 +189,15 @@ def _pretrain(
         run.gradient_accumulation_steps,
     )
     layouts = images.layouts_from(None if checkpoint is None else checkpoint.stream, layout)
-    optimizer = make_optimizer(model, run)
-    prepared, optimizer = _prepare(accelerator, model, optimizer)
+    prepared, optimizer = _prepare(accelerator, model, make_optimizer(model, run))
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, config_fields(config))
     _check_ranks_agree(ranks, start_step, run.model_revision)
     with _uploading(run, output_dir, arguments, start_step) if pushes else contextlib.nullcontext() as uploader:
         if accelerator.is_main_process:
-            prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
-            draw_first_masks(first_batch, config, output_dir)
+            with saving(output_dir, BYTES_OF_RECORDS):
+                prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
+                draw_first_masks(first_batch, config, output_dir)
             announce(accelerator, model, images, run, plan, start_step)
             for note in notes:
                 logger.warning("%s", note)
@@ -255,7 +257,10 @@ def _report(state: "_RunState") -> None:
         starting_encoder = None
         if state.evaluation is not None:
             starting_encoder = load_starting_encoder(state.run, state.config)
-        with threadpool_limits(state.run.num_cpu_threads):  # scikit-learn's too: on small matrices they only compete
+        with (
+            threadpool_limits(state.run.num_cpu_threads),  # scikit-learn's too: on small matrices they only compete
+            saving(state.output_dir, BYTES_OF_RECORDS),
+        ):
             write_report(
                 model,
                 state.output_dir,
@@ -323,7 +328,7 @@ class _RunState:
             return
         failures: list[Exception] = []
         if code == _FAILED:
-            told = self.ranks.gather(None if self.failure is None else (type(self.failure), str(self.failure)))
+            told = self.ranks.gather(None if self.failure is None else (_plain_type(self.failure), str(self.failure)))
             for rank, failure in enumerate(told):
                 if failure is not None:
                     here = "" if rank == self.ranks.rank else f"process {rank}: "
@@ -340,7 +345,8 @@ class _RunState:
             name = signal.Signals(code).name
             raise StoppedBySignal(code, f"stopped by {name} at step {step} of {self.plan.num_steps}; {kept}")
         error = self.failure if isinstance(self.failure, SaveError) else failures[0]
-        raise type(error)(f"stopped at step {step} of {self.plan.num_steps}: {error} {kept[0].upper()}{kept[1:]}")
+        kept = kept[0].upper() + kept[1:]
+        raise _plain_type(error)(f"stopped at step {step} of {self.plan.num_steps}: {error} {kept}")
 
     def _what_is_kept(self, step: int) -> str:
         latest = find_latest(self.output_dir) if self.is_main else None
@@ -393,21 +399,17 @@ class _RunState:
                 self.uploader.submit(step)
 
     def save_at_the_end(self, step: int) -> None:
-        """Where the last state could not be written, goes on trying for an hour; a signal ends that.
-
-        Raises:
-            SaveError: On the main process, if it still cannot be written.
-        """
+        """Where the last state could not be written, goes on trying for an hour; a signal ends that, see `agree`."""
         if self.run.on_save_error != "continue":
             return
         until = time.monotonic() + LAST_SAVE_SECONDS
         while self.ranks.highest(int(self.is_main and exported_step(self.output_dir) != step)):
-            with self.signals.raising():
-                time.sleep(_SAVE_AGAIN_SECONDS)
-            self.save(step)
-            if self.ranks.highest(int(time.monotonic() > until)):
+            if time.monotonic() > until:
                 self.failure = SaveError(f"the end of the run could not be written to {self.output_dir}.")
-                self.agree(step)
+            with contextlib.suppress(StoppedBySignal), self.signals.raising():
+                time.sleep(_SAVE_AGAIN_SECONDS)
+            self.agree(step)
+            self.save(step)
 
     def export(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Writes the two-part folder, on the main process."""
@@ -522,8 +524,9 @@ def _fetch(state: _RunState, batches: Iterator[Batch], clock: Clock) -> list[Bat
 def _take_step(state: _RunState, step: int, micro_batches: list[Batch], values: StepValues) -> StepResult | None:
     """Takes one optimiser step; `None` where it had to be skipped because its numbers were not finite."""
     _seed_dropout(state, step)
-    inputs = [_to_device(batch.inputs, state) for batch in micro_batches]
+    inputs: list[dict[str, Tensor]] = []
     try:
+        inputs += [_to_device(batch.inputs, state) for batch in micro_batches]
         result = training_step(
             state.accelerator,
             state.prepared,
@@ -538,7 +541,7 @@ def _take_step(state: _RunState, step: int, micro_batches: list[Batch], values: 
         return None
     except Exception as error:
         if is_out_of_memory(error):
-            raise DoesNotFitError(_what_fits(state, error, inputs)) from error
+            raise DoesNotFitError(_what_fits(state, error, micro_batches[0].inputs)) from error
         raise
     state.skipped_in_a_row = 0
     return result
@@ -669,6 +672,12 @@ def _stop_message(step: int, error: NonFiniteLossError, place: str, values: Step
     )
 
 
+def _plain_type(error: Exception) -> type[Exception]:
+    """The type of an error, or the nearest above it that is made of a message alone."""
+    plain = (DataSourceError, DataWorkerError, SaveError, OutputDirInUseError, NonFiniteLossError, OSError, ValueError)
+    return next(kind for kind in plain if isinstance(error, kind))
+
+
 def _going_on(output_dir: Path) -> str:
     return f"Of {output_dir} the last checkpoint is whole; {_GOES_ON}."
 
@@ -718,7 +727,7 @@ def _fit_batch(
     )
 
 
-def _what_fits(state: _RunState, error: Exception, inputs: list[dict[str, Tensor]]) -> str:
+def _what_fits(state: _RunState, error: Exception, example: dict[str, Tensor]) -> str:
     """What to do about a step that ran out of memory."""
     run, device = state.run, state.accelerator.device
     state.optimizer.state.clear()  # tried beside as much memory as it would take
@@ -728,7 +737,7 @@ def _what_fits(state: _RunState, error: Exception, inputs: list[dict[str, Tensor
         fitting = largest_micro_batch(
             state.model,
             run.per_device_train_batch_size,
-            {name: value[:1].cpu() for name, value in inputs[0].items()},
+            example,
             num_ranks=state.ranks.number,
             autocast=state.accelerator.autocast,
         )

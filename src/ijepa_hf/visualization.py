@@ -129,7 +129,7 @@ def draw_strategies_figure(
     panels = 1 + max(len(contexts) + len(targets) for contexts, targets in rows)
     figure, axes = panel_grid(len(rows), panels, image.shape[-2] / image.shape[-1], row_titles=True)
     for row, name, (contexts, targets) in zip(axes, masks, rows, strict=True):
-        row[0].set_title(name, fontsize=10, fontweight="bold", color="#222222", pad=4, loc="left")
+        row[0].set_title(name, fontsize=10, fontweight="bold", color="#222222", pad=4, loc="left", parse_math=False)
         titles = _block_titles(len(contexts), len(targets))
         for axis, title in zip(row[1:], titles, strict=False):
             axis.set_title(title, fontsize=9, color="#333333", pad=4)

@@ -342,7 +342,8 @@ def _check_flags(named: argparse.Namespace) -> tuple[int, int, int, int] | None:
 
 
 def _open_whole_model(named: argparse.Namespace) -> StartingWeights:
-    kind = getattr(AutoConfig.from_pretrained(named.model, revision=named.model_revision), "model_type", None)
+    config = AutoConfig.from_pretrained(named.model, revision=named.model_revision, trust_remote_code=False)
+    kind = getattr(config, "model_type", None)
     weights = open_starting_weights(named.model, revision=named.model_revision) if kind == "ijepa" else None
     if weights is None or not weights.has_predictor:
         found = "an I-JEPA encoder" if kind == "ijepa" else f"a model of type {kind!r}"
@@ -355,7 +356,7 @@ def _open_whole_model(named: argparse.Namespace) -> StartingWeights:
 
 def _image_settings(named: argparse.Namespace, weights: StartingWeights | None) -> ImageSettings:
     if weights is None:
-        config = AutoConfig.from_pretrained(named.model, revision=named.model_revision)
+        config = AutoConfig.from_pretrained(named.model, revision=named.model_revision, trust_remote_code=False)
         return read_image_settings(named.model, config, revision=named.model_revision)
     mean, std = weights.image_mean or IMAGENET_MEAN, weights.image_std or IMAGENET_STD
     return ImageSettings(weights.config.image_shape, list(mean), list(std))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import string
 import tempfile
@@ -128,13 +129,20 @@ def outcome_of_command_line(argv: list[str]) -> str:
             groups = parsed(argv)
         except Refused as refusal:
             kind, message = refusal.args
-            named = {word.split("=")[0].lstrip("-") for word in argv if len(word) > 3} | {repr(word) for word in argv}
+            named = {name_in(word) for word in argv if len(word) > 3} | {repr(word) for word in argv}
             named |= {"-h" for word in argv if word.startswith("-h")}  # which argparse takes for -h with more after it
             assert any(word and word in message for word in named | {"dataset_name", "learning_rate"}), (message, argv)
             return str(kind)
+        # what a run from weights asks to be otherwise than there
+        assert {name_in(word) for word in argv if word.startswith("--")} & {*KINDS} <= groups[0].given
         check_values(groups)
         check_round_trip(groups)
         return use(groups)
+
+
+def name_in(word: str) -> str:
+    """The argument that a flag names, which may be spelt with dashes."""
+    return word.split("=")[0].lstrip("-").replace("-", "_")
 
 
 def check_values(groups: Any) -> None:
@@ -257,13 +265,14 @@ ODD_KEYS = st.one_of(
 )
 # Lists of lists of the same list: short in the file, a million million words when written out.
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
-DOUBLED = ", ".join(f"&{new} [*{old}, *{old}]" for old, new in zip(LETTERS[:-1], LETTERS[1:], strict=True))
+DOUBLED = ", ".join(f"&{new} [*{old}, *{old}]" for old, new in itertools.pairwise(LETTERS))
 BOMB = f"dataset_name: digits\nlearning_rate: 1e-3\nreport_to: [&a [x, x], {DOUBLED}]\n"
 WHOLE = st.sampled_from(
     [
         b"", b"\n", b"# nothing\n", b"--- \n", b"---\na: 1\n---\nb: 2\n", b"[]", b"0", b"false", b"''", b"text",
         b"- seed\n", b"\xff\xfe\x00", b"seed: \xff\n", b"\xef\xbb\xbfseed: 1\n", "seed: 1\n".encode("utf-16"),
-        b"\x00", b"seed: 1\x00\n", b"%YAML 9.9\n---\nseed: 1\n", b"[" * 50_000, b"a: " * 3000, BOMB.encode(), b"seed: 1\n" * 3, b"<<: {seed: 3}\n", b"a: &a {seed: 1}\nb: *a\n", b"? {a: 1}\n: 2\n",
+        b"\x00", b"seed: 1\x00\n", b"%YAML 9.9\n---\nseed: 1\n", b"[" * 50_000, b"a: " * 3000, BOMB.encode(),
+        b"seed: 1\n" * 3, b"<<: {seed: 3}\n", b"a: &a {seed: 1}\nb: *a\n", b"? {a: 1}\n: 2\n",
         b"\xc2\x85", b"seed: 1\r\nseed: 2\r",
     ]
 )  # fmt: skip

@@ -230,7 +230,7 @@ def geometries(draw: Any) -> dict[str, Any]:
 
 
 def outcome_of_geometry(fields: dict[str, Any], seed: int) -> str:
-    with bounded(seconds=4, megabytes=1500):
+    with bounded(seconds=6, megabytes=1000):
         try:
             config = IJepaConfig(**fields)
         except ValueError as error:
@@ -241,7 +241,7 @@ def outcome_of_geometry(fields: dict[str, Any], seed: int) -> str:
         assert settings.grid_size == config.grid_size
         if settings.masking_strategy == "regions":
             return outcome_of_regions(config, generator)
-        blocks = max(settings.num_context_sets, settings.num_targets)
+        blocks = settings.num_context_sets * settings.num_targets
         batch = 3 if blocks * settings.num_patches < 2**20 else 1
         check_masks(draw_masks(settings, batch, generator), settings, batch)
     return "right"

@@ -44,13 +44,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(tmp_path,
     assert [step for (step,) in logged(run, "step")] == [1, 2, 3]
     rows = [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4]
+    assert json.loads((run / "report.json").read_text())["num_skipped_steps"] == 1
+    assert "1 optimiser steps were skipped" in (run / "README.md").read_text()
     monkeypatch.undo()
     # schedules depend on the length of the run, so the twin is the same run before its last step
     twin = tiny_run(tmp_path / "twin", max_train_steps=4, warmup_epochs=0, checkpointing_steps=3)
     before = find_latest(run).path, twin / "checkpoint-3"
-    ours, theirs = [
-        checkpointing.load_file(folder / name) for folder in before for name in ("model.safetensors",)
-    ]
+    ours, theirs = [checkpointing.load_file(folder / name) for folder in before for name in ("model.safetensors",)]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -203,7 +203,8 @@ def test_a_real_limit_in_the_middle_of_a_file_ends_the_run_with_code_8_and_goes_
     assert "Traceback" not in log.read_text()
     tiny_run(output_dir, resume_from_checkpoint="latest")
     assert all(
-        torch.equal(value, final_weights(output_dir)[name]) for name, value in final_weights(tmp_path / "clean").items()
+        torch.equal(value, final_weights(output_dir)[name])
+        for name, value in final_weights(tmp_path / "clean").items()
     )
 
 

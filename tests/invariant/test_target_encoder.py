@@ -8,8 +8,8 @@ from tiny import scrambled_model, tiny_batch, tiny_config
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.arguments import PretrainingArguments
-from ijepa_hf.plan import StepValues
 from ijepa_hf.optimization import make_optimizer, training_step
+from ijepa_hf.plan import StepValues
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 

@@ -163,6 +163,7 @@ def load_backbone(
             if it is no stack of equal layers and `layers` is 4.
     """
     config = _without_masking(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
+    refuse_kernels(config, source)
     try:
         model, info = AutoModel.from_pretrained(
             source,
@@ -276,6 +277,27 @@ def _shrunk(pixel_values: Tensor, sides: list[int]) -> Tensor:
 
 
 # -- what a model gives ----------------------------------------------------------------------------------------------
+
+
+def refuse_kernels(config: Any, source: str) -> None:
+    """Refuses a configuration that names a repository of the Hub as its attention.
+
+    Where the package `kernels` is installed, transformers would fetch its code and run it.
+
+    Args:
+        config: Of a model.
+        source: The model's name, for the message.
+
+    Raises:
+        ValueError: If it, or one of its parts, names one.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for named in (str(getattr(part, "_attn_implementation", None)) for part in parts):
+        if "/" in named:
+            raise ValueError(
+                f"model={source!r}: its config.json names {named!r} as its attention, which is code of the Hub; "
+                "remove attn_implementation from it."
+            )
 
 
 def _without_masking(config: Any) -> Any:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.evaluation.backbones import damaged_weights
+from ijepa_hf.evaluation.backbones import damaged_weights, refuse_kernels
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_report import (
     RESULT_FILE,
@@ -90,7 +90,8 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
         ValueError: If its file is damaged or lacks weights other than the head's, or it has no head of its own.
     """
     labels = {number: str(name) for number, name in enumerate(names)}
-    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
+    refuse_kernels(config, arguments.model)
     config.num_labels = len(names)
     config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}
     config.problem_type, config.dtype = "single_label_classification", torch.float32
@@ -105,6 +106,7 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
                     config=config,
                     revision=arguments.model_revision,
                     dtype=torch.float32,
+                    trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
@@ -116,7 +118,7 @@ def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> Pre
 
 
 def _untrained_classifier(config: Any) -> PreTrainedModel:
-    model = AutoModelForImageClassification.from_config(config)
+    model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     if config.model_type == "ijepa":
         # as a pretraining starts: the stock class would draw a random position table, which then would stay fixed
         encoder = IJepaModel(IJepaConfig.from_stock(config))
@@ -359,7 +361,7 @@ def finetune(arguments: FinetuningArguments) -> str:
     commit = commit_of(arguments.model, arguments.model_revision)
     if commit is not None:  # all that follows is of one commit; the record keeps what was asked for
         arguments = dataclasses.replace(arguments, model_revision=commit)
-    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
     source = {"model_commit": commit, **_license_of(arguments)}
     settings = read_image_settings(arguments.model, config, revision=arguments.model_revision)
     splits = load_labelled_splits(

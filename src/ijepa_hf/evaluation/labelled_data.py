@@ -365,6 +365,8 @@ class SegmentationMaps:
             raise ValueError(f"{self.part.name_row(index)} has no picture in {self.column!r}.")
         try:
             with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as picture:
+                if picture.format == "EPS":  # Pillow would have another program run what it says
+                    raise ValueError("EPS is not read; write maps of classes as PNG")
                 mode, pixels = picture.mode, np.asarray(ImageOps.exif_transpose(picture))
         except _DAMAGE as error:
             raise ValueError(f"{self.part.name_row(index)}: {self.column!r} cannot be read: {error}") from error
