@@ -50,7 +50,7 @@ def watch(output_dir: Path, steps: int, flags: list[str]) -> dict[str, Any]:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(0.25)
-        with contextlib.suppress(OSError):  # it may end while we look
+        with contextlib.suppress(OSError, KeyError):  # it may end while we look
             workers = [held_by(pid) for pid in sorted(children_of(process.pid))]
             samples.append((steps_logged(output_dir), held_by(process.pid), workers))
     if process.returncode != 0:

@@ -279,9 +279,9 @@ def test_a_run_keeps_its_images_where_it_reads_all_and_says_so_once(capsys):
     said = capsys.readouterr().out
     assert said.count("images in memory") == 1
     assert "48, decoded" in said
-    assert isinstance(run_loader("auto", rank=1)[0].dataset, MemoryCrops)
+    assert isinstance(run_loader("auto", rank=1)[0].source, MemoryCrops)
     for other in (run_loader("no")[0], run_loader("auto", start_step=1)[0]):
-        assert isinstance(other.dataset, PretrainingImages)
+        assert isinstance(other.source, PretrainingImages)
     capsys.readouterr()
     _, images, crops, make_batch = run_loader("yes")
     assert "images in memory" in capsys.readouterr().out

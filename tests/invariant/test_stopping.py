@@ -55,9 +55,7 @@ def kill_at_random(output_dir, log, kills, seconds, seed, **changes):
     draw = random.Random(seed)
     killed = 0
     while killed < kills:
-        flags = tiny_flags(
-            output_dir, resume_from_checkpoint="latest", dataloader_num_workers=killed % 3 % 2, **changes
-        )
+        flags = tiny_flags(output_dir, resume_from_checkpoint="latest", dataloader_num_workers=killed % 3, **changes)
         before = newest_checkpoint(output_dir)
         process = start_run(flags, log)
         with ended(process):
