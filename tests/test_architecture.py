@@ -59,6 +59,7 @@ LAYERS = {
     "report": 6,
     "loading": 6,
     "run_start": 8,
+    "run_state": 8,
     "training": 9,
     "collapse_verdict": 0,
     "panels": 0,

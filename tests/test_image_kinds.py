@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from PIL import Image
 from tiny import final_weights, logged, tiny_flags, tiny_run
 from transformers import AutoModel
 
-from ijepa_hf import cli, image_transforms
+from ijepa_hf import cli, image_transforms, training
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.data import ImageColumn, ImageRows
 from ijepa_hf.image_transforms import decode_image, random_resized_crop
+from ijepa_hf.interruption import StoppedBySignal
 
 FEW = {"max_train_steps": 3, "warmup_epochs": 0, "max_train_samples": None}
 
@@ -293,6 +295,25 @@ def test_of_two_percent_broken_each_is_listed_once_and_counted(broken_run, broke
     found = unreadable(broken_run)
     assert sorted(Path(row["reason"].split("'")[1]).name for row in found) == broken_here_and_there[1]
     assert json.loads((broken_run / "report.json").read_text())["num_unreadable_images"] == 6
+
+
+def test_all_that_a_run_has_met_is_listed_when_a_signal_stops_it_between_two_lines_of_its_log(
+    broken_run, broken_here_and_there, tmp_path, monkeypatch
+):
+    take = training._take_step
+
+    def signalled(state, step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(state, step, *rest)
+
+    monkeypatch.setattr(training, "_take_step", signalled)
+    flags = {**SIX, "dataset_name": broken_here_and_there[0], "logging_steps": 14, "checkpointing_steps": 50}
+    with pytest.raises(StoppedBySignal, match="at step 5 of 14"):
+        tiny_run(tmp_path / "run", **flags)
+    monkeypatch.undo()
+    run = tiny_run(tmp_path / "run", **flags, resume_from_checkpoint="latest")
+    assert {row["image"] for row in unreadable(run)} == {row["image"] for row in unreadable(broken_run)}
 
 
 @pytest.mark.parametrize(("step", "workers", "memory"), [(3, 2, "no"), (6, 1, "no"), (9, 0, "no"), (6, 0, "auto")])

@@ -168,7 +168,8 @@ def test_too_many_readers_are_refused_with_the_number_that_fits(shards):
 
 def settled(log, images, num_seen=10_000, step=1):
     log.add([UnreadableImage(image, f"file {image}") for image in images])
-    log.settle(lambda found: found, step, num_seen, is_main=True)
+    log.settle(lambda found: found, step, is_main=True)
+    log.judge(num_seen)
 
 
 def test_an_unreadable_image_is_named_once_however_often_it_is_met(tmp_path, caplog):
@@ -190,7 +191,7 @@ def test_an_unreadable_image_is_named_once_however_often_it_is_met(tmp_path, cap
 def test_images_of_other_ranks_count_and_only_one_rank_writes(tmp_path):
     log = UnreadableLog(tmp_path / "unreadable.jsonl", num_images=10_000, max_share=0.1)
     log.add([UnreadableImage(1, "one")])
-    log.settle(lambda found: [*found, (7, "seven")], 1, 100, is_main=False)
+    log.settle(lambda found: [*found, (7, "seven")], 1, is_main=False)
     assert log.known == {1: "one", 7: "seven"}
     assert not (tmp_path / "unreadable.jsonl").exists()
 

@@ -1,17 +1,25 @@
 """How many images of a micro-batch fit into memory, found by trying forward and backward pass beside AdamW's state."""
 
 import contextlib
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
+from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.ranks import Ranks
 from ijepa_hf.step_cost import DRAWS
+
+logger = logging.getLogger(__name__)
 
 
 class DoesNotFitError(MemoryError):
@@ -53,6 +61,56 @@ def largest_micro_batch(
         if _fits(model, _inputs(model, size, example), num_ranks, autocast):
             return size
     return None
+
+
+def fit_batch(
+    model: IJepaForPretraining,
+    run: PretrainingArguments,
+    example: Mapping[str, Tensor],
+    accelerator: Accelerator,
+    ranks: Ranks,
+) -> PretrainingArguments:
+    """The run with micro-batches that fit into the memory of all processes, at the same global batch.
+
+    Args:
+        model: On its device, not sharded.
+        run: The run; says the batch that was asked for.
+        example: Some images of the run with their masks, as the collator gives them.
+        accelerator: Says device, precision and way of sharding.
+        ranks: The processes, which all call this.
+
+    Returns:
+        The run, as it is where all fits.
+
+    Raises:
+        ValueError: If that would change the run, or cannot be tried.
+        DoesNotFitError: If not even one image fits.
+    """
+    if model.config.masking_strategy == "multi_block_official":
+        raise ValueError(
+            "fit_batch_to_memory=True would change the run: with masking_strategy='multi_block_official' the masks "
+            "depend on the batch of each device. Leave it out, and choose --per_device_train_batch_size yourself."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "fit_batch_to_memory=True tries batches on the whole model, which FSDP2 never has in one process. Leave "
+            "it out, and choose --per_device_train_batch_size with `ijepa-hf estimate`."
+        )
+    asked = run.per_device_train_batch_size
+    fitting = largest_micro_batch(model.train(), asked, example, num_ranks=ranks.number, autocast=accelerator.autocast)
+    parts = ranks.highest(asked // fitting if fitting else asked + 1)  # all take the same
+    if parts > asked:
+        raise DoesNotFitError(does_not_fit_message(asked, None, run.gradient_accumulation_steps, accelerator.device))
+    if parts > 1:
+        logger.warning(
+            "per_device_train_batch_size=%d does not fit into memory: taking %d micro-batches of %d, which is the "
+            "same global batch.", asked, parts * run.gradient_accumulation_steps, asked // parts,
+        )  # fmt: skip
+    return dataclasses.replace(
+        run,
+        per_device_train_batch_size=asked // parts,
+        gradient_accumulation_steps=run.gradient_accumulation_steps * parts,
+    )
 
 
 def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_steps: int, device: torch.device) -> str:

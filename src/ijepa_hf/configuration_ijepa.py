@@ -33,6 +33,8 @@ MASK_FIELDS = (
 )
 LOSS_TYPES = ("smooth_l1", "mse")
 
+_LARGEST_STD = 100  # of initial weights, far above any use
+
 # What each added field that is a number or a truth value has to be. Stricter than Python: a config.json cannot hold
 # numpy's numbers, and True is no width. The stock class sees to its own fields.
 _WHOLE_FIELDS = (
@@ -295,18 +297,18 @@ class IJepaConfig(StockIJepaConfig):
     def _check_loss(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
-        if self.patch_init_std is not None and not 0 < self.patch_init_std < math.inf:
+        if self.patch_init_std is not None and not 0 < self.patch_init_std <= _LARGEST_STD:
             raise ValueError(
-                f"patch_init_std={self.patch_init_std} must be a finite number greater than 0; write None for "
-                "1/sqrt(inputs of a patch) or 0.02 as published."
+                f"patch_init_std={self.patch_init_std} must be greater than 0 and at most {_LARGEST_STD}; write None "
+                "for 1/sqrt(inputs of a patch) or 0.02 as published."
             )
 
     def _check_stock_fields(self, extra: dict[str, Any]) -> None:
         """What the stock class takes as it comes, and torch or a whole run would stumble over."""
-        for name, example in (("layer_norm_eps", 1e-6), ("initializer_range", 0.02)):
-            if not 0 < getattr(self, name) < math.inf:
+        for name, highest, example in (("layer_norm_eps", 1, 1e-6), ("initializer_range", _LARGEST_STD, 0.02)):
+            if not 0 < getattr(self, name) <= highest:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a finite number greater than 0, for example "
+                    f"{name}={getattr(self, name)!r} must be greater than 0 and at most {highest}, for example "
                     f"{name}={example}."
                 )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):

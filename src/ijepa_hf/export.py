@@ -305,10 +305,8 @@ def _number_and_reason(error: OSError | SafetensorError) -> tuple[int | None, st
 
 
 def _step_of(path: Path) -> int | None:
-    if not path.is_file():
-        return None
     try:
         with safe_open(path, framework="pt") as file:
             return int((file.metadata() or {})["step"])
-    except (SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError):  # also a disk that does not answer
         return None

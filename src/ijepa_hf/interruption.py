@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A scheduler signals every process of a job, and a launcher among them passes it on to the others: one request.
 SAME_REQUEST_SECONDS = 3.0
 # Set by `torchrun` and by `accelerate launch`: such a parent does not leave a run behind on purpose, as a shell may.
@@ -51,7 +51,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0  # the first signal's number; 0 means none
-        self._since = 0.0  # when it came
+        self._since: dict[int, float] = {}  # when each kind came first
         self._defers = False
         self._previous: dict[signal.Signals, Any] = {}
         self._parent = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
@@ -59,7 +59,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup does
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -99,14 +101,14 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # in a process forked from this one, such as a loading worker
             return
-        if self.received == number and time.monotonic() - self._since < SAME_REQUEST_SECONDS:
-            return
-        if self.received == number:  # asked twice: no more waiting
+        now = time.monotonic()
+        if now - self._since.setdefault(number, now) >= SAME_REQUEST_SECONDS:  # asked twice: no more waiting
             signal.signal(number, self._previous[signal.Signals(number)] or signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
+        if self._since[number] < now:
+            return
+        self.received = self.received or number
         if not self._defers:
             raise StoppedBySignal(self.received)
         name = signal.Signals(number).name

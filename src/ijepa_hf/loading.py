@@ -27,7 +27,7 @@ from ijepa_hf.data import (
 )
 from ijepa_hf.memory_images import keep_in_memory
 from ijepa_hf.retrying import RetryPolicy, end_reading_thread
-from ijepa_hf.run_folder import append_rows, read_rows
+from ijepa_hf.run_folder import RowFile, read_rows
 from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
 from ijepa_hf.streaming import (
     StreamedBatches,
@@ -277,6 +277,7 @@ class UnreadableLog:
 
     def __init__(self, path: Path, num_images: int, max_share: float) -> None:
         self.path, self.num_images, self.max_share = path, num_images, max_share
+        self.file = RowFile(path)
         self.known = {row["image"]: row["reason"] for row in read_rows(path)}
         self.pending: list[UnreadableImage] = []
 
@@ -288,26 +289,35 @@ class UnreadableLog:
         """
         self.pending += images
 
-    def settle(self, gather: Callable[[list[Any]], list[Any]], step: int, num_seen: int, *, is_main: bool) -> None:
-        """Names the new ones in the log and in the file, and judges their number.
+    def settle(self, gather: Callable[[list[Any]], list[Any]], step: int, *, is_main: bool) -> None:
+        """Brings together what all ranks have met; names the new ones in the log and in the file.
 
         Args:
             gather: Joins a list over all ranks.
             step: Optimiser steps done.
-            num_seen: Images that the run has asked for so far.
             is_main: Whether this rank writes.
 
         Raises:
-            TooManyUnreadableError: On every rank, if there are too many.
+            SaveError: On the rank that writes, if the file cannot be written; its lines are kept for the next time.
         """
         found = gather([tuple(image) for image in self.pending])
         self.pending = []
         new = {image: reason for image, reason in sorted(found) if image not in self.known}
         self.known |= new
         if is_main and new:
-            append_rows(self.path, [{"step": step, "image": image, "reason": new[image]} for image in new])
             for image, reason in new.items():
                 logger.warning("image %d cannot be read and is skipped: %s", image, reason)
+            self.file.append(*({"step": step, "image": image, "reason": new[image]} for image in new))
+
+    def judge(self, num_seen: int) -> None:
+        """Judges how many there are, which all ranks know alike.
+
+        Args:
+            num_seen: Images that the run has asked for so far.
+
+        Raises:
+            TooManyUnreadableError: On every rank, if there are too many.
+        """
         num_different = min(self.num_images, num_seen)
         if num_different < min(self.num_images, IMAGES_BEFORE_JUDGING):
             return

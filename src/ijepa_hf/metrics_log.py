@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.plan import Plan, StepValues
-from ijepa_hf.run_folder import METRICS_FILE, append_rows
+from ijepa_hf.run_folder import METRICS_FILE, RowFile
 
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 
@@ -84,8 +84,7 @@ class MetricsLog:
     ) -> None:
         self.is_main = accelerator.is_main_process
         self.plan = plan
-        self.path = output_dir / METRICS_FILE
-        self.unwritten: list[dict[str, Any]] = []  # lines that a full disk has not taken yet
+        self.file = RowFile(output_dir / METRICS_FILE)
         self.trackers: list[Any] = []
         if not self.is_main:
             return
@@ -136,9 +135,7 @@ class MetricsLog:
             **clock.read(self.plan.global_batch_size),
         }
         self.tell_trackers(line, step)
-        self.unwritten.append(line)
-        append_rows(self.path, self.unwritten)
-        self.unwritten = []
+        self.file.append(line)
         return line
 
     def tell_trackers(self, line: dict[str, Any], step: int) -> None:

@@ -17,7 +17,7 @@ WAIT_AT_MOST = timedelta(hours=4)
 # How gloo and NCCL call a peer that is gone; they raise plain RuntimeErrors.
 _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused",
-    "remote process exited", "timed out", "Timed out", "timeout", "Timeout", "NCCL", "TCPStore",
+    "remote process exited", "Timed out waiting", "TCPStore",
 )  # fmt: skip
 
 

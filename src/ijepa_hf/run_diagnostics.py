@@ -12,7 +12,7 @@ from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.feature_figures import draw_training_figures
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE, append_rows, read_rows
+from ijepa_hf.run_folder import DIAGNOSTICS_FILE, RowFile, read_rows
 
 COST_IN_STEPS = 1.3  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
 MOST_SHARE = 0.01  # of the time, that goes into rows
@@ -66,6 +66,7 @@ class RunDiagnostics:
 
     def __init__(self, monitor: CollapseMonitor, output_dir: Path, *, num_steps: int) -> None:
         self.monitor, self.path, self.num_steps = monitor, output_dir / DIAGNOSTICS_FILE, num_steps
+        self.file = RowFile(self.path)
         self.rows = read_rows(self.path)
         self.verdict: CollapseVerdict | None = judge_collapse(self.rows) if self.rows else None
         self._kept: float | None = None  # of the target encoder as it was at the last row, once it was moved
@@ -108,9 +109,9 @@ class RunDiagnostics:
         }
         self._kept = None
         self.rows.append(row)
-        append_rows(self.path, [row])
-        tell({name: value for name, value in row.items() if isinstance(value, int | float)}, step)
         self.verdict = judge_collapse(self.rows)
+        tell({name: value for name, value in row.items() if isinstance(value, int | float)}, step)
+        self.file.append(row)
         return self.verdict
 
     def draw(self, model: IJepaForPretraining, *, is_last: bool) -> None:

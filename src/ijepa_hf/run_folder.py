@@ -326,6 +326,32 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _append(path, "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8"))
 
 
+class RowFile:
+    """A file that grows with the run, and the lines that a full disk has not taken yet: they go with the next ones.
+
+    Args:
+        path: The file; made if it is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unwritten: list[Mapping[str, Any]] = []
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Adds lines, after those that are left from before.
+
+        Args:
+            *rows: Each with its `step`; none writes what is left.
+
+        Raises:
+            SaveError: If they cannot be written; they are kept.
+        """
+        self.unwritten += rows
+        if self.unwritten:
+            append_rows(self.path, self.unwritten)
+            self.unwritten = []
+
+
 def _append(path: Path, content: bytes) -> None:
     with saving(path, len(content)):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)

@@ -5,37 +5,42 @@ draw a global batch, take the step (`training_step`), log, score, save and, wher
 crops and masks are pure functions of the step, so a resumed run needs weights, optimiser state and the step's number
 (for a stream also who has read it so far), and gives the bits of an uninterrupted one.
 
-Between two steps all processes agree whether to go on (`_RunState.agree`): only there a run is stopped, by a signal,
-by data that fail or by a disk that is full, so that what is saved is the state of a step.
+Between two steps all processes agree whether to go on (`RunState.agree`).
 """
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ijepa_hf.announcement import announce, draw_first_masks
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
-from ijepa_hf.batch_fitting import DoesNotFitError, does_not_fit_message, is_out_of_memory, largest_micro_batch
-from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, restore, save_checkpoint
+from ijepa_hf.batch_fitting import (
+    DoesNotFitError,
+    does_not_fit_message,
+    fit_batch,
+    is_out_of_memory,
+    largest_micro_batch,
+)
+from ijepa_hf.checkpointing import collect_state, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch, BatchMaker, CropReader, IJepaDataCollator, keyed_generator
-from ijepa_hf.export import SaveError, export_model, exported_step, saving
+from ijepa_hf.export import exported_step, saving
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
@@ -55,30 +60,27 @@ from ijepa_hf.ranks import Ranks
 from ijepa_hf.report import (
     EvaluationSets,
     describe_machine,
-    evaluate_encoder,
     first_readable_pixels,
     load_evaluation_sets,
     render_report,
     write_report,
 )
-from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due, steps_between
 from ijepa_hf.run_folder import (
     EVALUATIONS_FILE,
     SKIPPED_FILE,
     UNREADABLE_FILE,
-    append_rows,
     bytes_to_come,
     check_output_dir,
     check_space,
-    check_still_there,
     is_finished,
     prepare_output_dir,
     read_rows,
 )
 from ijepa_hf.run_lock import OutputDirInUseError, RunLock, lock_output_dir
 from ijepa_hf.run_start import check_checkpoint, find_start, load_starting_encoder
-from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, whole_model
+from ijepa_hf.run_state import GOES_ON, RunState
+from ijepa_hf.sharding import is_sharded, make_fsdp_plugin
 from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.workers import DataWorkerError, PlainLoader
 
@@ -87,11 +89,7 @@ BYTES_OF_RECORDS = 2**20  # and a few pictures, before the first step and after 
 CHUNK_OF_BATCHES = 4  # in one forward pass of the monitor: without gradients it takes less memory than a step on one
 LAST_UPLOAD_SECONDS = 60.0  # that a run which stops by itself waits for the upload of its last good state
 SIGNALLED_UPLOAD_SECONDS = 15.0  # and one that was told to stop, with half a minute until it is killed
-LAST_SAVE_SECONDS = 3600.0  # that a finished run with on_save_error=continue goes on trying to write its end
-_SAVE_AGAIN_SECONDS = 30.0
-_GOES_ON = "the same command with --resume_from_checkpoint latest goes on"
 _SIGNAL_SECONDS = 0.5  # in which a signal that has ended a loading process too reaches this one
-_FAILED = 1000  # beside the numbers of signals, what a process says that cannot go on
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +177,7 @@ def _pretrain(
     size = min(MASK_FIGURE_IMAGES, run.per_device_train_batch_size)
     first_batch = images.first_batch(crops, make_batch, size=size, seed=run.seed)
     if run.fit_batch_to_memory:
-        run = _fit_batch(model.to(accelerator.device), run, first_batch, accelerator, ranks)
+        run = fit_batch(model.to(accelerator.device), run, first_batch.inputs, accelerator, ranks)
         arguments = describe_arguments(start.model_arguments, data, run, plan, images.num_images)
     layout = StreamLayout(
         start_step,
@@ -201,8 +199,8 @@ def _pretrain(
             announce(accelerator, model, images, run, plan, start_step)
             for note in notes:
                 logger.warning("%s", note)
-        ranks.wait()
-        state = _RunState(
+        skipped = ranks.gather(_skipped_before(output_dir, start_step))[0]
+        state = RunState(
             accelerator, ranks, signals, lock, model, prepared, optimizer, config, data, run, plan, output_dir,
             arguments, evaluation,
             stream=images.stream_state(layouts),
@@ -210,6 +208,7 @@ def _pretrain(
             uploader=uploader,
             diagnostics=_make_diagnostics(accelerator, images, crops, evaluation, config, data, run, plan),
             last_save=start_step,
+            skipped_in_a_row=skipped,
         )  # fmt: skip
         loader = images.loader(
             crops,
@@ -251,7 +250,7 @@ def _show_finished(
             print(f"\n{uploader.finish(plan.num_steps)}")
 
 
-def _report(state: "_RunState") -> None:
+def _report(state: RunState) -> None:
     model = state.whole_model()
     if model is not None:
         starting_encoder = None
@@ -275,167 +274,7 @@ def _report(state: "_RunState") -> None:
     state.ranks.wait()
 
 
-@dataclass
-class _RunState:
-    """What the loop, the log and the saving share.
-
-    Args:
-        lock: Of the folder, on the main process.
-        last_save: The step whose state was written last, or tried to be.
-        failure: Why this process cannot go on; all hear of it in `agree`.
-        skipped_in_a_row: Steps that were skipped since the last good one.
-    """
-
-    accelerator: Accelerator
-    ranks: Ranks
-    signals: StopSignals
-    lock: RunLock | None
-    model: IJepaForPretraining
-    prepared: nn.Module
-    optimizer: torch.optim.Optimizer
-    config: IJepaConfig
-    data: DataArguments
-    run: PretrainingArguments
-    plan: Plan
-    output_dir: Path
-    arguments: dict[str, Any]
-    evaluation: EvaluationSets | None
-    stream: dict[str, Any] | None
-    unreadable: UnreadableLog
-    uploader: HubUploader | None
-    diagnostics: RunDiagnostics | None
-    last_save: int
-    failure: Exception | None = None
-    skipped_in_a_row: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes."""
-        return self.accelerator.is_main_process
-
-    def agree(self, step: int) -> None:
-        """Between two steps: all processes go on together, or save and stop together.
-
-        Args:
-            step: Optimiser steps done.
-
-        Raises:
-            StoppedBySignal: If any process was told to stop.
-            Exception: Any process's `failure`, on all.
-        """
-        code = self.ranks.highest(self.signals.received if self.failure is None else _FAILED)
-        if code == 0:
-            return
-        failures: list[Exception] = []
-        if code == _FAILED:
-            told = self.ranks.gather(None if self.failure is None else (_plain_type(self.failure), str(self.failure)))
-            for rank, failure in enumerate(told):
-                if failure is not None:
-                    here = "" if rank == self.ranks.rank else f"process {rank}: "
-                    failures.append(failure[0](f"{here}{failure[1]}"))
-        saving_failed = any(
-            isinstance(failure, SaveError | OutputDirInUseError | NonFiniteLossError) for failure in failures
-        )
-        if step != self.last_save and not saving_failed:
-            self.failure = None
-            self.save(step)
-            self.ranks.wait()  # whoever ends first has a launcher end the others, also one that still writes
-        kept = self._what_is_kept(step)
-        if not failures:
-            name = signal.Signals(code).name
-            raise StoppedBySignal(code, f"stopped by {name} at step {step} of {self.plan.num_steps}; {kept}")
-        error = self.failure if isinstance(self.failure, SaveError) else failures[0]
-        kept = kept[0].upper() + kept[1:]
-        raise _plain_type(error)(f"stopped at step {step} of {self.plan.num_steps}: {error} {kept}")
-
-    def _what_is_kept(self, step: int) -> str:
-        latest = find_latest(self.output_dir) if self.is_main else None
-        if latest is None:
-            return "no checkpoint has been written." if self.is_main else f"{_GOES_ON}."
-        where = "the state is" if latest.step == step else "the last state that was written is"
-        return f"{where} in {latest.path}; {_GOES_ON}."
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around what writes into the run's folder: a failure ends the run at the next `agree`, or is only said."""
-        try:
-            yield
-        except FloatingPointError as error:  # a weight: what was saved before is all there is
-            self.failure = NonFiniteLossError(str(error))
-        except OSError as error:
-            if self.run.on_save_error == "stop":
-                self.failure = error if isinstance(error, SaveError) else SaveError(str(error))
-            else:
-                logger.warning("%s The run goes on (on_save_error=continue) and tries again at the next save.", error)
-
-    def save(self, step: int) -> None:
-        """Writes a checkpoint and the two-part folder, and has them uploaded where that was asked for.
-
-        All processes call it. What cannot be written is dealt with by `writing`.
-        """
-        tensors = collect_state(self.model, self.optimizer, keep=self.is_main)
-        self.last_save = step
-        if not self.is_main:
-            return
-        try:
-            if self.lock is not None:
-                self.lock.check()
-        except OutputDirInUseError as error:  # another run's states are not to be written over, whatever was asked
-            self.failure = error
-            return
-        with self.writing():
-            check_still_there(self.output_dir)
-            save_checkpoint(
-                self.output_dir,
-                step,
-                tensors,
-                config=config_fields(self.config),
-                arguments=self.arguments,
-                total_limit=self.run.checkpoints_total_limit,
-                stream=self.stream,
-            )
-            self.export(step, tensors.model)
-            if self.uploader is not None:
-                self.uploader.submit(step)
-
-    def save_at_the_end(self, step: int) -> None:
-        """Where the last state could not be written, goes on trying for an hour; a signal ends that, see `agree`."""
-        if self.run.on_save_error != "continue":
-            return
-        until = time.monotonic() + LAST_SAVE_SECONDS
-        while self.ranks.highest(int(self.is_main and exported_step(self.output_dir) != step)):
-            if time.monotonic() > until:
-                self.failure = SaveError(f"the end of the run could not be written to {self.output_dir}.")
-            with contextlib.suppress(StoppedBySignal), self.signals.raising():
-                time.sleep(_SAVE_AGAIN_SECONDS)
-            self.agree(step)
-            self.save(step)
-
-    def export(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Writes the two-part folder, on the main process."""
-        mean, std = self.data.image_mean, self.data.image_std
-        export_model(
-            self.model, self.output_dir, step=step, image_mean=mean, image_std=std, state=tensors, must_exist=True
-        )
-
-    def whole_model(self) -> IJepaForPretraining | None:
-        """The model with all its weights on the main process, `None` on others; all have to call it."""
-        if not is_sharded(self.model):
-            return self.model if self.is_main else None
-        return whole_model(self.model, keep=self.is_main)
-
-    def evaluate(self, model: IJepaForPretraining, step: int) -> dict[str, Any]:
-        """Scores a target encoder as that of a step, writes it down and returns the line. On the main process only."""
-        assert self.evaluation is not None  # parse_arguments
-        with threadpool_limits(self.run.num_cpu_threads):
-            scores = evaluate_encoder(model.target_encoder, self.evaluation, self.config, self.arguments)
-        row = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **scores}
-        with self.writing():
-            append_rows(self.output_dir / EVALUATIONS_FILE, [row])
-        return row
-
-
-def _run_steps(state: _RunState, loader: PlainLoader, start_step: int) -> None:
+def _run_steps(state: RunState, loader: PlainLoader, start_step: int) -> None:
     """The loop over optimiser steps."""
     run, plan = state.run, state.plan
     if start_step and exported_step(state.output_dir) != start_step:
@@ -490,24 +329,28 @@ def _run_steps(state: _RunState, loader: PlainLoader, start_step: int) -> None:
                         loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False
                     )
             with clock.stopped():
-                if is_logged:
-                    _settle_unreadable(state, done)
+                if is_logged or is_saved:
+                    state.settle_unreadable(done)
+                    _judge_unreadable(state, done)
                 if run.eval_steps and (done % run.eval_steps == 0 or is_last):
                     model = state.whole_model()
                     if model is not None:
                         scores = state.evaluate(model, done)
                         progress.write(evaluation_line(scores))
                         metrics.tell_trackers(scores, done)
+                    state.ranks.wait()
                 _diagnose(state, done, progress, metrics)
                 if is_saved:
                     state.save(done)
                     _draw_diagnostics(state, is_last=is_last)
-        state.save_at_the_end(plan.num_steps)
+        state.save_at_the_end(plan.num_steps, metrics)
         state.agree(plan.num_steps)
 
 
-def _fetch(state: _RunState, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
+def _fetch(state: RunState, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
     """The micro-batches of a step; none where a signal came meanwhile, or they cannot be read."""
+    if state.failure is not None:
+        return []
     try:
         with clock.waiting(), state.signals.raising():
             return [next(batches) for _ in range(state.run.gradient_accumulation_steps)]
@@ -521,7 +364,7 @@ def _fetch(state: _RunState, batches: Iterator[Batch], clock: Clock) -> list[Bat
     return []
 
 
-def _take_step(state: _RunState, step: int, micro_batches: list[Batch], values: StepValues) -> StepResult | None:
+def _take_step(state: RunState, step: int, micro_batches: list[Batch], values: StepValues) -> StepResult | None:
     """Takes one optimiser step; `None` where it had to be skipped because its numbers were not finite."""
     _seed_dropout(state, step)
     inputs: list[dict[str, Tensor]] = []
@@ -548,7 +391,7 @@ def _take_step(state: _RunState, step: int, micro_batches: list[Batch], values: 
 
 
 def _skip_step(
-    state: _RunState, step: int, error: NonFiniteLossError, inputs: list[dict[str, Tensor]], values: StepValues
+    state: RunState, step: int, error: NonFiniteLossError, inputs: list[dict[str, Tensor]], values: StepValues
 ) -> None:
     """Leaves weights, optimiser and moving average as they are, says where the numbers broke, and counts.
 
@@ -566,19 +409,22 @@ def _skip_step(
     if state.is_main:
         logger.warning("step %d is skipped: %s; first not finite: %s", step + 1, error, place)
         with state.writing():
-            append_rows(
-                state.output_dir / SKIPPED_FILE, [{"step": step + 1, "reason": str(error), "first_non_finite": place}]
-            )
+            state.skipped.append({"step": step + 1, "reason": str(error), "first_non_finite": place})
     if state.skipped_in_a_row <= state.run.max_skipped_steps:
         return
     good = step + 1 - state.skipped_in_a_row  # no step since has changed anything
     if good > state.last_save:
         state.save(good)
-        state.ranks.wait()
-    raise NonFiniteLossError(_stop_message(step + 1, error, place, values, state))
+    state.stop_after_saving(good, NonFiniteLossError(_stop_message(step + 1, error, place, values, state)))
 
 
-def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) -> None:
+def _skipped_before(output_dir: Path, step: int) -> int:
+    """How many of the steps right before one were skipped, in an earlier life of the run."""
+    skipped = {row["step"] for row in read_rows(output_dir / SKIPPED_FILE)}
+    return next(count for count in itertools.count() if step - count not in skipped)
+
+
+def _diagnose(state: RunState, step: int, progress: tqdm, metrics: MetricsLog) -> None:
     """Measures and judges the features where that is due; ends the run where it was asked to.
 
     Raises:
@@ -590,27 +436,25 @@ def _diagnose(state: _RunState, step: int, progress: tqdm, metrics: MetricsLog) 
         every = steps_between(plan.global_batch_size, state.config.hidden_size)
     if not is_due(step, every, plan.num_steps):
         return
-    failure: list[str | None] = [None]
+    failure: str | None = None
     model = state.whole_model()
     if state.diagnostics is not None and model is not None:
         epoch = round(step / plan.steps_per_epoch, 4)
         before = state.diagnostics.verdict
-        verdict = before
         with state.writing():
-            verdict = state.diagnostics.measure(model, step, epoch, metrics.tell_trackers)
+            state.diagnostics.measure(model, step, epoch, metrics.tell_trackers)
+        verdict = state.diagnostics.verdict
         if verdict is not None and (before is None or before.name != verdict.name):
             progress.write(f"step {step} verdict: {verdict}")
         if verdict is not None and verdict.is_failure:
-            failure = [f"stopped at step {step}: {verdict}"]
+            failure = f"stopped at step {step}: {verdict}"
     if run.on_collapse == "stop":
-        broadcast_object_list(failure)
-        if failure[0] is not None:
-            state.save(step)
-            state.ranks.wait()
-            raise CollapseError(failure[0])
+        told = state.ranks.gather(failure)[0]
+        if told is not None:
+            state.stop_after_saving(step, CollapseError(told))
 
 
-def _draw_diagnostics(state: _RunState, *, is_last: bool) -> None:
+def _draw_diagnostics(state: RunState, *, is_last: bool) -> None:
     if state.run.diagnostics_steps == 0:
         return
     model = state.whole_model()
@@ -619,23 +463,19 @@ def _draw_diagnostics(state: _RunState, *, is_last: bool) -> None:
             state.diagnostics.draw(model, is_last=is_last)
 
 
-def _open_metrics_log(state: _RunState) -> MetricsLog:
+def _open_metrics_log(state: RunState) -> MetricsLog:
     return MetricsLog(state.accelerator, state.plan, state.output_dir, state.run.report_to, state.arguments)
 
 
-def _settle_unreadable(state: _RunState, step: int) -> None:
-    """Brings together what all ranks could not read; where that is too much, saves the run before it stops."""
-    num_seen = step * state.plan.global_batch_size
+def _judge_unreadable(state: RunState, step: int) -> None:
+    """Saves the run and stops it where too many images cannot be read."""
     try:
-        with state.writing():
-            state.unreadable.settle(gather_object, step, num_seen, is_main=state.is_main)
-    except TooManyUnreadableError:
-        state.save(step)
-        state.ranks.wait()
-        raise
+        state.unreadable.judge(step * state.plan.global_batch_size)
+    except TooManyUnreadableError as error:
+        state.stop_after_saving(step, error)
 
 
-def _evaluate_start(state: _RunState, start_step: int) -> None:
+def _evaluate_start(state: RunState, start_step: int) -> None:
     """The first line of the scores: the network that the run started from."""
     model = state.whole_model()
     if model is None or any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
@@ -647,87 +487,34 @@ def _evaluate_start(state: _RunState, start_step: int) -> None:
         tqdm.write(evaluation_line(state.evaluate(fresh, 0)))
 
 
-def _to_device(batch: dict[str, Tensor], state: _RunState) -> dict[str, Tensor]:
+def _to_device(batch: dict[str, Tensor], state: RunState) -> dict[str, Tensor]:
     device = state.accelerator.device
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     moved["pixel_values"] = normalize(moved["pixel_values"], state.data.image_mean, state.data.image_std)
     return moved
 
 
-def _seed_dropout(state: _RunState, step: int) -> None:
+def _seed_dropout(state: RunState, step: int) -> None:
     """Dropout draws from torch's global generator: make it a function of (seed, step, rank), as all else is."""
     if state.config.hidden_dropout_prob or state.config.attention_probs_dropout_prob:
         rank = state.accelerator.process_index
         torch.manual_seed(int(keyed_generator(state.run.seed, _DRAW_DROPOUT, step, rank).integers(2**62)))
 
 
-def _stop_message(step: int, error: NonFiniteLossError, place: str, values: StepValues, state: _RunState) -> str:
-    latest = find_latest(state.output_dir)
-    kept = f"the last good checkpoint is {latest.path}" if latest else "no checkpoint had been written yet"
+def _stop_message(step: int, error: NonFiniteLossError, place: str, values: StepValues, state: RunState) -> str:
     times = f" in {state.skipped_in_a_row} steps in a row" if state.skipped_in_a_row > 1 else ""
     return (
         f"stopped at step {step}: {error}{times}, first in {place} (learning rate {values.learning_rate:.3g}); "
-        f"{kept}. Try a lower --learning_rate, a longer --warmup_epochs, or --max_grad_norm 1; --max_skipped_steps "
-        "says how many steps in a row may be skipped."
+        f"{state.what_is_kept(step - state.skipped_in_a_row)} Try a lower --learning_rate, a longer --warmup_epochs, "
+        "or --max_grad_norm 1; --max_skipped_steps says how many steps in a row may be skipped."
     )
-
-
-def _plain_type(error: Exception) -> type[Exception]:
-    """The type of an error, or the nearest above it that is made of a message alone."""
-    plain = (DataSourceError, DataWorkerError, SaveError, OutputDirInUseError, NonFiniteLossError, OSError, ValueError)
-    return next(kind for kind in plain if isinstance(error, kind))
 
 
 def _going_on(output_dir: Path) -> str:
-    return f"Of {output_dir} the last checkpoint is whole; {_GOES_ON}."
+    return f"Of {output_dir} the last checkpoint is whole; {GOES_ON}."
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def _fit_batch(
-    model: IJepaForPretraining,
-    run: PretrainingArguments,
-    example: Batch,
-    accelerator: Accelerator,
-    ranks: Ranks,
-) -> PretrainingArguments:
-    """The run with micro-batches that fit into the memory of all processes, at the same global batch.
-
-    Raises:
-        ValueError: If that would change the run, or cannot be tried.
-        DoesNotFitError: If not even one image fits.
-    """
-    if model.config.masking_strategy == "multi_block_official":
-        raise ValueError(
-            "fit_batch_to_memory=True would change the run: with masking_strategy='multi_block_official' the masks "
-            "depend on the batch of each device. Leave it out, and choose --per_device_train_batch_size yourself."
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "fit_batch_to_memory=True tries batches on the whole model, which FSDP2 never has in one process. Leave "
-            "it out, and choose --per_device_train_batch_size with `ijepa-hf estimate`."
-        )
-    asked = run.per_device_train_batch_size
-    fitting = largest_micro_batch(
-        model.train(), asked, example.inputs, num_ranks=ranks.number, autocast=accelerator.autocast
-    )
-    parts = ranks.highest(asked // fitting if fitting else asked + 1)  # all take the same
-    if parts > asked:
-        raise DoesNotFitError(does_not_fit_message(asked, None, run.gradient_accumulation_steps, accelerator.device))
-    if parts > 1:
-        logger.warning(
-            "per_device_train_batch_size=%d does not fit into memory: taking %d micro-batches of %d, which is the "
-            "same global batch.", asked, parts * run.gradient_accumulation_steps, asked // parts,
-        )  # fmt: skip
-    return dataclasses.replace(
-        run,
-        per_device_train_batch_size=asked // parts,
-        gradient_accumulation_steps=run.gradient_accumulation_steps * parts,
-    )
-
-
-def _what_fits(state: _RunState, error: Exception, example: dict[str, Tensor]) -> str:
+def _what_fits(state: RunState, error: Exception, example: dict[str, Tensor]) -> str:
     """What to do about a step that ran out of memory."""
     run, device = state.run, state.accelerator.device
     state.optimizer.state.clear()  # tried beside as much memory as it would take

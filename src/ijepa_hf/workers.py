@@ -114,9 +114,12 @@ class PlainIterator(Iterator[Any]):
         """Those that died; one that had no more to read ended with exit code 0."""
         alive = [worker.sentinel for worker in self.workers if worker.exitcode is None]
         if alive and not any(worker.exitcode for worker in self.workers):
-            multiprocessing.connection.wait(alive, _DEATH_SECONDS)
-        ended = [worker for worker in self.workers if worker.exitcode is not None]
-        return [worker for worker in ended if worker.exitcode or "exited unexpectedly" in str(error)]
+            ended = multiprocessing.connection.wait(alive, _DEATH_SECONDS)
+            for worker in self.workers:
+                if worker.sentinel in ended:  # closed by a process that ends, a moment before it has ended
+                    worker.join(_DEATH_SECONDS)
+        gone = [worker for worker in self.workers if worker.exitcode is not None]
+        return [worker for worker in gone if worker.exitcode or "exited unexpectedly" in str(error)]
 
     def close(self) -> None:
         """Ends the workers: asks them first, as torch does, and does not wait for one that is stuck in a read."""

@@ -4,18 +4,20 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
+import signal
 from functools import partial
 
 import pytest
 import torch
+from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
 from tiny import final_weights, logged, tiny_flags, tiny_run
 
-from ijepa_hf import checkpointing, training
+from ijepa_hf import checkpointing, run_folder, run_state, training
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.export import SaveError
+from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.optimization import NonFiniteLossError
 
 # -- NaN and infinity ------------------------------------------------------------------------------------------------
@@ -78,6 +80,16 @@ def test_one_step_too_many_in_a_row_stops_the_run_with_the_last_good_state_saved
     resumed = tiny_run(tmp_path / "run", resume_from_checkpoint="latest")
     clean = tiny_run(tmp_path / "clean")
     assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(resumed).items())
+
+
+def test_a_restart_does_not_begin_to_count_anew(tmp_path, monkeypatch):
+    spoil(monkeypatch, *range(3, 99))
+    flags = {"max_train_steps": 12, "max_skipped_steps": 2, "checkpointing_steps": 1}
+    with pytest.raises(NonFiniteLossError, match="stopped at step 5: .* in 3 steps in a row"):
+        tiny_run(tmp_path / "run", **flags)
+    for _ in range(2):
+        with pytest.raises(NonFiniteLossError, match="stopped at step 5: .* in 3 steps in a row"):
+            tiny_run(tmp_path / "run", **flags, resume_from_checkpoint="latest")
 
 
 def test_steps_that_are_skipped_now_and_then_do_not_add_up(tmp_path, monkeypatch):
@@ -146,7 +158,7 @@ def test_with_on_save_error_continue_the_run_goes_on_and_the_next_save_is_tried(
 
 def test_with_on_save_error_continue_the_end_of_a_run_is_tried_until_it_is_written(tmp_path, monkeypatch):
     disk = DiskFull(monkeypatch, 3, 4, 5)
-    monkeypatch.setattr(training, "_SAVE_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(run_state, "SAVE_AGAIN_SECONDS", 0.01)
     run = tiny_run(tmp_path / "run", on_save_error="continue")
     assert disk.count == 6
     assert find_latest(run).step == 6
@@ -155,24 +167,23 @@ def test_with_on_save_error_continue_the_end_of_a_run_is_tried_until_it_is_writt
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_log_that_cannot_be_written_is_treated_likewise_and_loses_no_line(tmp_path, monkeypatch, on_save_error):
-    from ijepa_hf import metrics_log
-
-    whole, calls = metrics_log.append_rows, []
+    whole, calls = run_folder.append_rows, []
 
     def append_rows(path, rows):
-        calls.append(len(rows))
-        if len(calls) in (2, 3):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if path.name == "metrics.jsonl":
+            calls.append(len(rows))
+            if len(calls) in (2, 3, 6):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         whole(path, rows)
 
-    monkeypatch.setattr(metrics_log, "append_rows", append_rows)
+    monkeypatch.setattr(run_folder, "append_rows", append_rows)
     if on_save_error == "stop":
         with pytest.raises(SaveError, match="stopped at step 2 of 6"):
             tiny_run(tmp_path / "run")
         return
     run = tiny_run(tmp_path / "run", on_save_error="continue")
     assert [step for (step,) in logged(run, "step")] == [1, 2, 3, 4, 5, 6]
-    assert calls == [1, 1, 2, 3, 1, 1]
+    assert calls == [1, 1, 2, 3, 1, 1, 1], "the last one at the end of the run"
 
 
 def test_a_folder_that_vanishes_is_not_made_again_and_the_command_ends_with_code_8(tmp_path):
@@ -186,11 +197,6 @@ def test_a_folder_that_vanishes_is_not_made_again_and_the_command_ends_with_code
     assert "Traceback" not in log.read_text()
     assert str(output_dir) in log.read_text().splitlines()[-1]
     assert find_latest(tmp_path / "elsewhere") is not None
-
-
-def limit_file_size(size):
-    """A real limit of the system's: writing beyond it fails in the middle of a file, also in compiled code."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_real_limit_in_the_middle_of_a_file_ends_the_run_with_code_8_and_goes_on_without_it(tmp_path):
@@ -214,6 +220,48 @@ def test_a_disk_too_small_for_one_checkpoint_is_found_before_anything_is_written
     with pytest.raises(ValueError, match="output_dir"):
         tiny_run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_a_signal_that_finds_the_disk_full_says_so_and_ends_with_code_8(tmp_path, monkeypatch, on_save_error):
+    DiskFull(monkeypatch, 1)
+    take = training._take_step
+
+    def signalled(state, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return take(state, step, *rest)
+
+    monkeypatch.setattr(training, "_take_step", signalled)
+    flags = {"checkpointing_steps": 50, "on_save_error": on_save_error}
+    expected = pytest.raises(SaveError, match="No space left") if on_save_error == "stop" else pytest.raises(
+        StoppedBySignal, match="stopped by SIGUSR1 at step 3 of 6; no checkpoint has been written"
+    )  # fmt: skip
+    with expected:
+        tiny_run(tmp_path / "run", **flags)
+
+
+def test_of_two_failures_the_disk_is_the_one_that_is_said(tmp_path, monkeypatch):
+    DiskFull(monkeypatch, 1)
+    fetched = []
+
+    class Failing:
+        def __init__(self, loader):
+            self.batches = iter(loader)
+
+        def __next__(self):
+            fetched.append(True)
+            if len(fetched) > 2:
+                raise OSError(errno.EIO, "the images are gone")
+            return next(self.batches)
+
+        def close(self):
+            self.batches.close()
+
+    monkeypatch.setattr(training, "iter", Failing, raising=False)
+    with pytest.raises(SaveError, match="stopped at step 2 of 6: .*No space left"):
+        tiny_run(tmp_path / "run")
+    assert len(fetched) == 2, "a run that cannot go on asks for no more images"
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -256,12 +304,6 @@ def test_asked_to_fit_the_batch_a_run_takes_smaller_micro_batches_of_the_same_gl
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
     assert (recorded["per_device_train_batch_size"], recorded["gradient_accumulation_steps"]) == (4, 2)
-
-
-def limit_memory(gigabytes):
-    """A real limit of the system's on this process's memory."""
-    limit = int(gigabytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def test_fitting_a_batch_that_would_change_the_run_is_refused(tmp_path):
