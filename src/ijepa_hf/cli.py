@@ -4,8 +4,8 @@ Exit codes: 0 done; 1 an unexpected error; 2 something the user can mend (a flag
 3 training stopped because the loss was NaN or infinite; 4 training is finished, but its upload did not arrive whole;
 5 the features have collapsed (`diagnose`, and `pretrain --on_collapse stop`); 6 `diagnose` has too little to judge;
 7 the images cannot be read any more, or a loading process died, and the state is saved; 8 the state cannot be written;
-9 another process of the run was lost; 130 interrupted; 138 (on macOS 158) and 143 stopped by SIGUSR1 and SIGTERM, with
-the state saved. What launches several processes, such as `torchrun`, has exit codes of its own.
+9 another process of the run was lost; 130 interrupted; 129, 138 (on macOS 158) and 143 stopped by SIGHUP, SIGUSR1 and
+SIGTERM, with the state saved. What launches several processes, such as `torchrun`, has exit codes of its own.
 """
 
 import argparse
