@@ -19,7 +19,7 @@ def test_the_twins_get_two_verdicts_and_one_picture(
     folder = tmp_path / "demo"
     assert main(["diagnose", "--demo", "--output_dir", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "--ema_momentum 1.0 --final_ema_momentum 1.0" in text
+    assert "--ema_momentum=1.0 --final_ema_momentum=1.0" in text
     healthy, collapsing = text.split("\nhealthy")[1].split("\ncollapsing")
     assert "collapse:" not in healthy
     assert "EMA stuck:" in collapsing

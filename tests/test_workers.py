@@ -9,7 +9,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data._utils import signal_handling
 
 from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.workers import DataWorkerError, PlainLoader, _describe_deaths
@@ -152,7 +153,13 @@ def test_a_bug_comes_with_its_traceback():
     assert children() == []
 
 
-def test_a_worker_that_is_killed_is_named_when_the_next_batch_is_asked_for_and_the_others_end():
+@pytest.mark.parametrize("had_another_loader", [False, True])
+def test_a_worker_that_is_killed_is_named_when_the_next_batch_is_asked_for_and_the_others_end(
+    had_another_loader, monkeypatch
+):
+    if had_another_loader:  # of torch's own kind, which leaves its handler of dying children in the process
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as if it were the first
+        assert len(list(DataLoader(range(4), num_workers=1))) == 4
     iterator = iter(loader_of(Numbers("stuck"), 2))
     pids = children()
     assert len(pids) == 2

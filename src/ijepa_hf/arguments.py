@@ -460,7 +460,7 @@ def load_recipe(recipe: str) -> dict[str, Any]:
             f"recipe {recipe!r} is neither shipped ({', '.join(recipe_names())}) nor the path of a YAML file.{hint}"
         )
     try:
-        values = yaml.load(text, _RecipeLoader)
+        values = _RecipeLoader(text).get_single_data()
     except _YAML_ERRORS as error:
         where = " ".join(str(error).split())
         raise ValueError(f"recipe {recipe!r} is not valid YAML: {where}") from error

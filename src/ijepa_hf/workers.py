@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+_TORCH_HANDLERS = "torch.utils.data._utils.signal_handling"
 _DEATH_SECONDS = 1.0  # within which the end of a process that broke a connection is known
 _PATIENCE_SECONDS = 2.0  # for workers that were asked to end, before they are made to
 # ask the run to stop, and often reach its workers too; SIGTERM is not here, because it is what ends a worker
@@ -81,13 +82,16 @@ class PlainIterator(Iterator[Any]):
 
     def __init__(self, loader: PlainLoader) -> None:
         before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", None) == _TORCH_HANDLERS:  # another loader's of this process, from before
+            handler = signal.SIG_DFL
         # workers begin with these blocked, so that none strikes before `_begin_worker` has them ignored
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
         try:
             self.batches: Any = DataLoader.__iter__(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        if signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere torch sets none, nor may we
+        if in_main and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
             # torch's would raise in the middle of whatever goes on when a worker dies; `next` finds it out too
             signal.signal(signal.SIGCHLD, handler)
         self.workers = [process for process in multiprocessing.active_children() if process not in before]
