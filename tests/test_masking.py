@@ -788,6 +788,21 @@ def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fi
         )
 
 
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    st.floats(1e-3, 1.0),
+    st.lists(st.floats(0.05, 20.0), min_size=1, max_size=5),
+    st.lists(st.floats(0.0, 1.0), min_size=1, max_size=5),
+)
+def test_sizes_of_blocks_are_checked_by_the_rule_by_which_they_are_drawn(grid, scale, ratios, uniforms):
+    together = np.stack(masking._target_sizes(grid, scale, np.array(ratios)), axis=1).tolist()
+    assert [tuple(size) for size in together] == [masking._target_size(grid, scale, ratio) for ratio in ratios]
+    ranges = ((scale / 2, scale), (0.5, 2.0))
+    together = np.stack(masking._official_sizes(grid, np.array(uniforms), *ranges), axis=1).tolist()
+    assert [tuple(size) for size in together] == [masking._official_size(grid, one, *ranges) for one in uniforms]
+
+
 @pytest.mark.parametrize("grid", [(256, 256), (1, 65536), (65536, 1), (2, 32768)])
 @pytest.mark.parametrize("strategy", ["multi_block", "multi_block_official", "block", "random"])
 def test_the_largest_grids_are_checked_and_drawn_in_a_moment(grid, strategy):

@@ -338,7 +338,7 @@ def _draw_multi_block_official(
     context_size = _official_size(grid, generator.random(), settings.context_scale, (1.0, 1.0))
     corners = _draw_corners(generator, grid, target_size, per_target, use_last=False)[slots]
     target_blocks = _block_indices(grid, target_size, corners)
-    first_covering = _first_covering(target_blocks, settings.num_patches)
+    first_covering: np.ndarray | None = None
 
     # One row per image and context set; each is redrawn by itself until it has enough patches.
     image = np.repeat(np.arange(len(target_blocks)), settings.num_context_sets)
@@ -350,7 +350,14 @@ def _draw_multi_block_official(
         inside = _patches_inside(grid, context_size, corners[pending])[:, 0]
         # The last target blocks are the first that may be overlapped.
         num_avoided = 0 if settings.allow_overlap else num_targets - attempt // OFFICIAL_TRIES
-        visible[pending] = inside & (first_covering[image[pending]] >= num_avoided)
+        if num_avoided == 0:
+            visible[pending] = inside
+        elif attempt == 0:  # all images, and enough for nearly all
+            visible[pending] = _without_targets(inside[:, None], target_blocks[image])[:, 0]
+        else:
+            if first_covering is None:
+                first_covering = _first_covering(target_blocks, settings.num_patches)
+            visible[pending] = inside & (first_covering[image[pending]] >= num_avoided)
         pending = pending[visible[pending].sum(axis=1) <= settings.official_min_keep]
         if attempt == 0:
             redrawn = np.unique(image[pending])
@@ -638,12 +645,21 @@ def _check_equal(what: str, counts: np.ndarray, remedy: str) -> None:
 
 def _target_size(grid: tuple[int, int], scale: float, aspect_ratio: float) -> tuple[int, int]:
     """Height and width of a target block. One too long for the grid takes the whole side and keeps its area."""
-    heights, widths = _target_sizes(grid, scale, np.array([aspect_ratio]))
-    return int(heights[0]), int(widths[0])
+    rows, columns = grid
+    area = scale * rows * columns
+    height, width = _round(math.sqrt(area * aspect_ratio)), _round(math.sqrt(area / aspect_ratio))
+    if height > rows:
+        height, width = rows, _round(area / rows)
+    elif width > columns:
+        height, width = _round(area / columns), columns
+    return max(1, height), max(1, width)
 
 
 def _target_sizes(grid: tuple[int, int], scale: float, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths, int64 `[n]`, of target blocks of n aspect ratios, see `_target_size`."""
+    """The same for n aspect ratios at once, for checks: heights and widths, int64 `[n]`.
+
+    Arrays cost more than numbers where there is one ratio, as in each draw.
+    """
     rows, columns = grid
     area = scale * rows * columns
     heights, widths = np.floor(np.sqrt(area * ratios) + 0.5), np.floor(np.sqrt(area / ratios) + 0.5)
@@ -665,14 +681,17 @@ def _official_size(
     grid: tuple[int, int], uniform: float, scale: tuple[float, float], aspect_ratio: tuple[float, float]
 ) -> tuple[int, int]:
     """Height and width as in the published code: one number drives both ranges, and no block fills a side."""
-    heights, widths = _official_sizes(grid, np.array([uniform]), scale, aspect_ratio)
-    return int(heights[0]), int(widths[0])
+    rows, columns = grid
+    area = int(rows * columns * (scale[0] + uniform * (scale[1] - scale[0])))
+    ratio = aspect_ratio[0] + uniform * (aspect_ratio[1] - aspect_ratio[0])
+    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return min(height, rows - 1), min(width, columns - 1)
 
 
 def _official_sizes(
     grid: tuple[int, int], uniforms: np.ndarray, scale: tuple[float, float], aspect_ratio: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths, int64 `[n]`, of blocks for n numbers from 0 to 1, see `_official_size`."""
+    """The same for n numbers from 0 to 1 at once, for checks: heights and widths, int64 `[n]`."""
     rows, columns = grid
     areas = np.floor(rows * columns * (scale[0] + uniforms * (scale[1] - scale[0])))
     ratios = aspect_ratio[0] + uniforms * (aspect_ratio[1] - aspect_ratio[0])
