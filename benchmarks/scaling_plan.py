@@ -29,10 +29,17 @@ from ijepa_hf.arguments import ModelArguments, PretrainingArguments, parse_argum
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
 from ijepa_hf.export import flush_to_disk, write_atomically
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.plan import make_plan
 from ijepa_hf.preparation import parse_size
-from ijepa_hf.step_cost import Parameters, count_parameters, draw_sizes, estimate_memory, model_work, update_bytes
+from ijepa_hf.step_cost import (
+    Parameters,
+    count_parameters,
+    draw_sizes,
+    estimate_memory,
+    meta_model,
+    model_work,
+    update_bytes,
+)
 from ijepa_hf.step_timing import HARDWARE, step_time_on
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -206,8 +213,7 @@ def checkpoint_tensor_bytes(config: IJepaConfig) -> dict[str, int]:
         `model.safetensors`: both encoders and the predictor with their position tables, float32.
         `optimizer.safetensors`: AdamW's two moments of what is trained, and a step number for each of its tensors.
     """
-    with torch.device("meta"):
-        model = IJepaForPretraining(config)
+    model = meta_model(config)
     trained = [*model.context_encoder.parameters(), *model.predictor.parameters()]
     moments = 2 * FLOAT * sum(parameter.numel() for parameter in trained)
     return {
@@ -238,8 +244,7 @@ def fsdp_units(config: IJepaConfig) -> Units:
     Returns:
         The numbers.
     """
-    with torch.device("meta"):
-        model = IJepaForPretraining(config)
+    model = meta_model(config)
     parts = (model.ijepa, model.context_encoder, model.predictor)
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for part in parts for layer in part.layers]
     return Units(max(layers), sum(parameter.numel() for parameter in model.parameters()) - sum(layers))

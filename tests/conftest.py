@@ -5,6 +5,8 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,10 @@ def child_environment() -> dict[str, str]:
     """The environment for a process that a test starts: offline, and with this Python's commands first on the PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, "PATH": path}
+
+
+@pytest.fixture
+def threads_since() -> Callable[[str], list[threading.Thread]]:
+    """Lists the threads that the test has started and that still run, by a word in their name; no others count."""
+    before = set(threading.enumerate())
+    return lambda word: [thread for thread in threading.enumerate() if thread not in before and word in thread.name]

@@ -143,10 +143,7 @@ def without_privileges(work: Callable[[], None]) -> int:
             os._exit(_NOT_ALLOWED)
         work()
 
-    code = in_fork(child)
-    if code == _NOT_ALLOWED:
-        pytest.skip("root may write everywhere, and this machine lets no process give that up")
-    return code
+    return _where_allowed(child, "root may write everywhere, and this machine lets no process give that up")
 
 
 def on_small_disk(folder: Path, size: str, work: Callable[[], None]) -> int:
@@ -176,7 +173,11 @@ def on_small_disk(folder: Path, size: str, work: Callable[[], None]) -> int:
             os._exit(_NOT_ALLOWED)
         work()
 
+    return _where_allowed(child, "this machine lets nobody mount a small disk in a process of its own")
+
+
+def _where_allowed(child: Callable[[], None], reason: str) -> int:
     code = in_fork(child)
     if code == _NOT_ALLOWED:
-        pytest.skip("this machine lets nobody mount a small disk in a process of its own")
+        pytest.skip(reason)
     return code

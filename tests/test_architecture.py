@@ -71,6 +71,7 @@ LAYERS = {
     "evaluation.regression_probe": 1,
     "evaluation.dense_probe": 2,
     "evaluation.backbones": 3,
+    "expected_band": 3,
     "feature_views": 3,
     "feature_figures": 4,
     "collapse_monitor": 5,
@@ -89,6 +90,7 @@ LAYERS = {
     "retrying": 0,
     "workers": 0,
     "escaping": 0,
+    "plain_yaml": 0,
     "sharding": 3,
     "run_lock": 4,
     "batch_fitting": 6,
@@ -106,7 +108,7 @@ OPEN_TO_ALL = {"__version__"}
 # Tests of the project as a whole, which have no module of their own.
 TESTS_OF_THE_WHOLE = {
     "architecture", "benchmarks", "compatibility_slow", "documents", "examples", "image_kinds",
-    "official_parity", "recipes_slow", "security", "launch_files", "scaling_plan",
+    "official_parity", "recipes_slow", "ijepa_hf_command", "security", "launch_files", "scaling_plan",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from tiny import tiny_flags, tiny_run
 
-import ijepa_hf_command
 from ijepa_hf import cli, training
 from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub import UploadIncompleteError
@@ -23,31 +22,6 @@ def test_help_lists_the_commands_and_exits_with_0(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in cli.COMMANDS)
-
-
-WITHOUT_ANYTHING_HEAVY = """
-import sys
-for name in ("torch", "transformers", "numpy", "ijepa_hf"):
-    sys.modules[name] = None  # importing it is an error
-from ijepa_hf_command import main
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "said"), [(["--help"], 0, "pretrain"), ([], 2, "COMMAND"), (["dance", "--help"], 2, "dance")]
-)
-def test_help_and_a_wrong_command_are_answered_without_torch(child_environment, argv, code, said):
-    command = [sys.executable, "-c", WITHOUT_ANYTHING_HEAVY, *argv]
-    answer = subprocess.run(command, capture_output=True, text=True, env=child_environment, check=False)
-    assert answer.returncode == code, answer.stderr
-    assert said in answer.stdout + answer.stderr
-    assert "Traceback" not in answer.stderr
-
-
-def test_the_console_command_hands_a_command_to_the_package(capsys):
-    assert ijepa_hf_command.main(["pretrain", "digitz"]) == 2
-    assert "Did you mean 'digits'" in capsys.readouterr().err
 
 
 def test_importing_the_package_registers_the_model_and_only_the_collator_waits(child_environment):

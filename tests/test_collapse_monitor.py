@@ -64,6 +64,19 @@ def test_a_row_holds_what_diagnostics_say_of_the_models_own_outputs():
     assert row["perfect_gap"] == pytest.approx(cross_image_gap(targets, targets, others), abs=1e-5)
 
 
+def test_a_model_that_predicts_pixels_is_measured_by_its_features_and_has_the_loss_of_its_pixels():
+    model = scrambled_model(target_type="pixels")
+    batch = make_monitor_batch(model.config, images())
+    row = CollapseMonitor(batch, chunk_size=3).measure(model)
+    with torch.no_grad():
+        output = model(images(), batch.views[0], batch.target_indices)
+    assert row["loss"] == pytest.approx(float(output.loss), rel=1e-5)
+    features = model.represent(images())
+    assert row["target_patch_rankme"] == pytest.approx(rankme(features.flatten(0, 1)), rel=1e-4)
+    assert "context_patch_rankme" in row
+    assert not any(name.startswith("prediction") for name in row)
+
+
 def test_every_number_is_taken_of_pooled_and_patch_features_of_each_part():
     row = monitored(tiny_model())
     metrics = measure_matrix(torch.randn(4, 3))

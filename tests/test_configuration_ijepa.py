@@ -66,6 +66,7 @@ BAD = [
     ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
     ({"num_channels": 0}, "num_channels=0"),
     ({"loss_type": "l2"}, "loss_type='l2' .* 'smooth_l1', 'mse'"),
+    ({"target_type": "pixel"}, "target_type='pixel' .* 'representation', 'pixels'"),
     ({"patch_init_std": 0.0}, "patch_init_std=0.0"),
     ({"patch_init_std": math.inf}, "patch_init_std=inf"),
     ({"patch_size": -4}, "patch_size=-4 must be .* write patch_size=16"),

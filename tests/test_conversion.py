@@ -438,6 +438,7 @@ def with_arguments(run, folder, **changes):
         ({"layer_norm_eps": 1e-12}, "layer_norm_eps=1e-12 is not 1e-06"),
         ({"num_channels": 1}, "num_channels=1 is not 3"),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not 'gelu'"),
+        ({"target_type": "pixels"}, "target_type='pixels' is not 'representation'"),
     ],
 )
 def test_a_model_that_the_published_code_cannot_be_is_refused(tmp_path, changes, match):

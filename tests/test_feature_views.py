@@ -280,6 +280,14 @@ def test_target_features_are_the_targets_of_the_loss_at_every_patch(normalize_ta
         torch.testing.assert_close(features[b][batch["target_indices"][b]], targets[b])
 
 
+def test_a_model_that_predicts_pixels_has_no_representations_to_expect():
+    model = scrambled_model(target_type="pixels")
+    batch = tiny_batch(model.config)
+    gallery = [target_features(model, batch["pixel_values"])]
+    with pytest.raises(ValueError, match="target_type='pixels'"):
+        expect_patches(model, **batch, gallery=gallery)
+
+
 class Oracle(nn.Module):
     """A predictor that knows the targets, and adds an offset that must not matter to a cosine."""
 

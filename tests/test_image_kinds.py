@@ -14,10 +14,10 @@ import pytest
 import torch
 from image_zoo import BROKEN, BROKEN_BYTES, write_broken, write_zoo
 from PIL import Image
-from tiny import final_weights, logged, tiny_flags, tiny_run
+from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 from transformers import AutoModel
 
-from ijepa_hf import cli, image_transforms, training
+from ijepa_hf import cli, image_transforms
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.data import ImageColumn, ImageRows
 from ijepa_hf.image_transforms import decode_image, random_resized_crop
@@ -300,14 +300,7 @@ def test_of_two_percent_broken_each_is_listed_once_and_counted(broken_run, broke
 def test_all_that_a_run_has_met_is_listed_when_a_signal_stops_it_between_two_lines_of_its_log(
     broken_run, broken_here_and_there, tmp_path, monkeypatch
 ):
-    take = training._take_step
-
-    def signalled(state, step, *rest):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(state, step, *rest)
-
-    monkeypatch.setattr(training, "_take_step", signalled)
+    signal_in_step(monkeypatch, 5, signal.SIGTERM)
     flags = {**SIX, "dataset_name": broken_here_and_there[0], "logging_steps": 14, "checkpointing_steps": 50}
     with pytest.raises(StoppedBySignal, match="at step 5 of 14"):
         tiny_run(tmp_path / "run", **flags)

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import threading
 
 import pytest
 from tiny import tiny_config
@@ -117,7 +116,7 @@ def test_the_flags_say_how_patiently_images_are_read(shards, streaming):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("streaming", [False, True])
-def test_closing_a_loader_ends_its_workers_and_the_thread_that_reads(shards, streaming):
+def test_closing_a_loader_ends_its_workers_and_the_thread_that_reads(shards, streaming, threads_since):
     images = open_training_images(arguments(shards, streaming=streaming), tiny_config(), num_ranks=1)
     loader = images.loader(
         *readers(images), [StreamLayout(0, 1, 2, 8, 1)], seed=0, shuffle_buffer_size=5, num_steps=7, start_step=0,
@@ -128,7 +127,7 @@ def test_closing_a_loader_ends_its_workers_and_the_thread_that_reads(shards, str
     assert len(multiprocessing.active_children()) == 2
     close_loader(loader)
     assert multiprocessing.active_children() == []
-    assert not [thread for thread in threading.enumerate() if "time limit" in thread.name]
+    assert not threads_since("time limit")
 
 
 # -- what a checkpoint keeps of a stream -----------------------------------------------------------------------------

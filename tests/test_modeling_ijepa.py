@@ -5,6 +5,7 @@ import copy
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -274,6 +275,43 @@ def test_targets_are_layer_normalised_without_affine_unless_switched_off():
     torch.testing.assert_close(model(**batch).targets, expected.detach(), atol=1e-6, rtol=0)
     model.config.normalize_targets = False
     torch.testing.assert_close(model(**batch).targets, raw.detach(), atol=1e-6, rtol=0)
+
+
+def test_targets_that_are_pixels_are_each_patchs_own_normalised_by_itself():
+    model = scrambled_model(target_type="pixels", patch_size=[4, 8])
+    batch = tiny_batch(model.config)
+    output = model(**batch)
+    assert output.predictions.shape == output.targets.shape == (*batch["target_indices"].shape, 3 * 4 * 8)
+    for image, block, place in ((0, 0, 0), (1, 2, 3), (3, 3, -1)):
+        row, column = divmod(int(batch["target_indices"][image, block, place]), 4)
+        patch = batch["pixel_values"][image, :, 4 * row : 4 * row + 4, 8 * column : 8 * column + 8].flatten().numpy()
+        expected = (patch - patch.mean()) / np.sqrt(patch.var() + 1e-5)
+        np.testing.assert_allclose(output.targets[image, block, place].numpy(), expected, atol=1e-5)
+    model.config.normalize_targets = False
+    np.testing.assert_array_equal(model(**batch).targets[3, 3, -1].numpy(), patch)
+
+
+def test_a_model_that_predicts_pixels_differs_in_the_read_out_alone_and_trains_the_same_encoder():
+    pixels, features = tiny_model(target_type="pixels"), tiny_model()
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (pixels, features)]
+    assert {name for name in shapes[0] if shapes[0][name] != shapes[1].get(name)} == {
+        "predictor.project.weight", "predictor.project.bias",
+    }  # fmt: skip
+    assert shapes[0].keys() == shapes[1].keys()
+    pixels(**tiny_batch(pixels.config)).loss.backward()
+    assert all(parameter.grad is not None for parameter in pixels.context_encoder.embeddings.parameters())
+    assert all(parameter.grad is None for parameter in pixels.target_encoder.parameters())
+
+
+def test_what_the_target_encoder_says_of_a_patch_is_asked_for_alone_or_with_all_others():
+    model = scrambled_model(target_type="pixels")
+    batch = tiny_batch(model.config)
+    whole = model.represent(batch["pixel_values"])
+    features = model.target_encoder(batch["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(whole, nn.functional.layer_norm(features, features.shape[-1:]).detach())
+    rows = batch["target_indices"][:, 0]
+    some = model.represent(batch["pixel_values"], output_indices=rows)
+    torch.testing.assert_close(some, gather_patches(whole, rows), atol=1e-5, rtol=0)
 
 
 def test_without_loss_there_are_still_predictions():

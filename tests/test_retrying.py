@@ -221,16 +221,16 @@ def test_a_read_that_takes_too_long_is_left_behind_and_the_next_gets_its_own_res
     end_reading_thread()
 
 
-def test_a_read_under_the_limit_raises_what_it_raises_and_zero_needs_no_thread():
+def test_a_read_under_the_limit_raises_what_it_raises_and_zero_needs_no_thread(threads_since):
     with pytest.raises(KeyError, match="x"):
         RetryPolicy(0, 9).within(lambda: {}["x"])
     assert RetryPolicy(0, 9).within(threading.current_thread) is not threading.current_thread()
     assert RetryPolicy(0, 0).within(threading.current_thread) is threading.current_thread()
     end_reading_thread()
-    assert not [thread for thread in threading.enumerate() if "time limit" in thread.name]
+    assert not threads_since("time limit")
 
 
-def test_every_thread_has_its_own_reading_thread_and_it_ends_with_it():
+def test_every_thread_has_its_own_reading_thread_and_it_ends_with_it(threads_since):
     end_reading_thread()
     threads = [threading.Thread(target=RetryPolicy(0, 9).within, args=(int,)) for _ in range(4)]
     for thread in threads:
@@ -238,9 +238,9 @@ def test_every_thread_has_its_own_reading_thread_and_it_ends_with_it():
     for thread in threads:
         thread.join()
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and any("time limit" in thread.name for thread in threading.enumerate()):
+    while time.monotonic() < deadline and threads_since("time limit"):
         time.sleep(0.01)
-    assert not [thread for thread in threading.enumerate() if "time limit" in thread.name]
+    assert not threads_since("time limit")
 
 
 STUCK_AT_THE_END = """

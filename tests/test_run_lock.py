@@ -188,14 +188,14 @@ def test_another_machines_lock_without_a_heartbeat_is_taken_over_after_three_and
         assert "was left by process 4321 on node7, which has ended" in caplog.text
 
 
-def test_the_heartbeat_goes_on_while_the_lock_is_held_and_ends_with_it(tmp_path):
+def test_the_heartbeat_goes_on_while_the_lock_is_held_and_ends_with_it(tmp_path, threads_since):
     lock = lock_output_dir(tmp_path)
     first = record_of(tmp_path)
     wait_for(lambda: record_of(tmp_path)["heartbeat"] != first["heartbeat"])
     assert {**record_of(tmp_path), "heartbeat": ""} == {**first, "heartbeat": ""}
     lock.release()
     lock.release()
-    assert not [thread for thread in threading.enumerate() if "heartbeat" in thread.name]
+    assert not threads_since("heartbeat")
     assert not run_lock._held_here
 
 

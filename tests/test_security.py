@@ -583,21 +583,6 @@ def test_a_name_in_a_figure_is_no_formula(tmp_path):
     assert (tmp_path / "figure.png").is_file()
 
 
-def test_hidden_letters_are_shown_and_others_are_left_alone():
-    plain = "runs/cifar10-vit_micro 2.0 (déjà vu) 木 🙂"
-    assert [escaping.printable(plain), escaping.on_one_line(plain)] == [plain, plain]
-    assert escaping.code_span(plain) == f"`{plain}`"
-    assert escaping.python_string(plain) == f'"{plain}"'
-    assert escaping.markdown_text("cifar10-vit_micro 2.0 (a)") == "cifar10-vit_micro 2.0 (a)"
-    assert escaping.printable("a\nb\tc\x1b[1m\x9b\u202e") == "a\nb\tc\\x1b[1m\\x9b\\u202e"
-    assert escaping.on_one_line("a\r\nb\u2028\x85") == "a\\r\\nb\\u2028\\x85"
-    assert escaping.code_span("a``b`") == "``` a``b` ```"
-    assert escaping.markdown_text("<b>*[x](y)|`$a$`") == r"\<b\>\*\[x\](y)\|\`\$a\$\`"
-    for name in (EVIL, plain, '"', "\\", "\x7f\x9b\U0001f642"):
-        assert ast.literal_eval(escaping.python_string(name)) == name
-        assert harmless(escaping.python_string(name))
-
-
 # -- servers ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors.torch import load_file
 from sharded_processes import RUN, SAVED_AT, STEPS, WAYS, fresh_model, one_pass, take_steps
-from tiny import scrambled_model, tiny_batch, tiny_model
+from tiny import NETWORKS, differences, scrambled_model, tiny_batch, tiny_model
 from torchrun import torchrun
 
 from ijepa_hf.checkpointing import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
@@ -21,17 +21,6 @@ from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_t
 
 SCRIPT = Path(__file__).with_name("sharded_processes.py")
 TOLERANCE = 1e-6
-NETWORKS = ("context_encoder", "ijepa", "predictor")
-
-
-def differences(ours, theirs):
-    """The largest difference in each network; the same names in both."""
-    assert ours.keys() == theirs.keys()
-    largest = dict.fromkeys(NETWORKS, 0.0)
-    for name, value in ours.items():
-        network = name.partition(".")[0]
-        largest[network] = max(largest[network], float((value - theirs[name]).abs().max()))
-    return largest
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ SHAPES = {
         "predictor_num_attention_heads": 4,
     },
     "more rows of targets than patches": {"num_target_blocks": 8, "context_keep_ratio": 0.1},
+    "pixels are predicted": {"target_type": "pixels"},
     "no square, two channels": {"image_size": (32, 48), "num_channels": 2, "context_keep_ratio": 0.4},
 }
 ROOMY = {

@@ -1,6 +1,7 @@
 """A model and runs small enough for tests: 32x32 images in an 8x8 grid, a few thousand parameters."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks
+from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training
 from ijepa_hf.arguments import parse_arguments
 from ijepa_hf.data import keyed_generator
 from ijepa_hf.training import pretrain
 
+NETWORKS = ("context_encoder", "ijepa", "predictor")
 TINY = {
     "image_size": 32,
     "patch_size": 4,
@@ -97,3 +99,35 @@ def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
 def logged(output_dir: Path, *names: str) -> list[tuple[Any, ...]]:
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [tuple(row[name] for name in names) for row in rows]
+
+
+def assert_same_run(one: Path, other: Path, *names: str) -> None:
+    """Two runs end with the same bits, and have logged the same of `names`."""
+    ours, theirs = final_weights(one), final_weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    if names:
+        assert logged(one, *names) == logged(other, *names)
+
+
+def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest difference in each network; the same names in both."""
+    assert ours.keys() == theirs.keys()
+    largest = dict.fromkeys(NETWORKS, 0.0)
+    for name, value in ours.items():
+        network = name.partition(".")[0]
+        largest[network] = max(largest[network], float((value - theirs[name]).abs().max()))
+    return largest
+
+
+def signal_in_step(monkeypatch: Any, step: int, number: int) -> None:
+    """Sends this process a signal when a run begins a step, counted from 1."""
+    take = training._take_step
+
+    def signalled(state: Any, done: int, *rest: Any) -> Any:
+        if done + 1 == step:
+            os.kill(os.getpid(), number)
+        return take(state, done, *rest)
+
+    monkeypatch.setattr(training, "_take_step", signalled)

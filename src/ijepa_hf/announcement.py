@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch, keyed_generator
+from ijepa_hf.export import FIGURE_BYTES, saving
 from ijepa_hf.loading import TrainingImages
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
@@ -27,6 +28,7 @@ def announce(
     run: PretrainingArguments,
     plan: Plan,
     start_step: int,
+    band_notice: str | None = None,
 ) -> None:
     """Prints what is going to be trained, on what, and what the masks are like.
 
@@ -37,6 +39,7 @@ def announce(
         run: The run.
         plan: Its length.
         start_step: Optimiser steps already done.
+        band_notice: What the run is compared with, or why not; `None` says nothing.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print("***** Running training *****")
@@ -54,6 +57,8 @@ def announce(
         print(f"  weights from            {run.model_name_or_path}")
     if plan.predictor_warmup_steps:
         print(f"  predictor warm-up       {plan.predictor_warmup_steps} steps with frozen encoders")
+    if band_notice is not None:
+        print(f"  expected band           {band_notice}")
     if start_step:
         print(f"  continuing at step      {start_step}")
 
@@ -90,10 +95,14 @@ def draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> Non
         batch: Some of the run's first images.
         config: Says the grid.
         output_dir: The run's folder.
+
+    Raises:
+        SaveError: If the picture cannot be written.
     """
     path = output_dir / "figures" / "masks.png"
-    path.parent.mkdir(exist_ok=True)
     inputs = batch.inputs
-    draw_masks_figure(
-        inputs["pixel_values"], inputs["context_indices"], inputs["target_indices"], config.patch_shape, path
-    )
+    with saving(path, FIGURE_BYTES):
+        path.parent.mkdir(exist_ok=True)
+        draw_masks_figure(
+            inputs["pixel_values"], inputs["context_indices"], inputs["target_indices"], config.patch_shape, path
+        )

@@ -15,10 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
+from ijepa_hf.plain_yaml import read_yaml, write_yaml
+from ijepa_hf.retrying import DEFAULT_RETRIES, RetryPolicy
 
 HUB_STRATEGIES = ("end", "checkpoint")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -71,7 +72,16 @@ class ModelArguments:
     allow_overlap: bool = _help("Let context patches lie inside target blocks.", _default("allow_overlap"))
     mask_ratio: float = _help("Share of the patches that is target (block, random).", _default("mask_ratio"))
     loss_type: str = _help("smooth_l1 (published code) or mse (paper).", _default("loss_type"))
+    target_type: str = _help(
+        "What is predicted: representation, or pixels of the target patches (table 7 of the paper).",
+        _default("target_type"),
+    )
     normalize_targets: bool = _help("Layer-normalise the targets.", _default("normalize_targets"))
+    context_surplus: str = _help("side or random", "side")
+    target_tanh_scale: float = _help("DynTanh", 0.0)
+    vicreg_weight: float = _help("VICReg", 0.0)
+    sigreg_weight: float = _help("SIGReg", 0.0)
+    mask_position_noise: float = _help("StoP", 0.0)
     patch_init_std: float | None = _help(
         "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.", None
     )
@@ -172,11 +182,16 @@ class DataArguments:
     data_retry_seconds: float = _help(
         "How long a source of data that fails (an I/O error, a server's error, a stall) is tried again, in seconds, "
         "before the run saves its state and stops; 0 does not try again.",
-        300.0,
+        DEFAULT_RETRIES.seconds,
     )
     data_timeout_seconds: float = _help(
-        "A read that takes longer than so many seconds counts as failed; 0 waits for ever.", 120.0
+        "A read that takes longer than so many seconds counts as failed; 0 waits for ever.", DEFAULT_RETRIES.timeout
     )
+
+    @property
+    def retries(self) -> RetryPolicy:
+        """How patiently the images are read."""
+        return RetryPolicy(self.data_retry_seconds, self.data_timeout_seconds)
 
     def check(self, model: ModelArguments) -> None:
         """Checks the values, alone and against the model's.
@@ -460,10 +475,9 @@ def load_recipe(recipe: str) -> dict[str, Any]:
             f"recipe {recipe!r} is neither shipped ({', '.join(recipe_names())}) nor the path of a YAML file.{hint}"
         )
     try:
-        values = _RecipeLoader(text).get_single_data()
-    except _YAML_ERRORS as error:
-        where = " ".join(str(error).split())
-        raise ValueError(f"recipe {recipe!r} is not valid YAML: {where}") from error
+        values = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe!r} is not valid YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise ValueError(
@@ -479,44 +493,6 @@ def load_recipe(recipe: str) -> dict[str, Any]:
     for key, value in values.items():
         _check_recipe_value(recipe, key, value, kinds[key])
     return values
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML with the plain values of its version 1.2: `no`, `on` and 2026-01-31 are words, 1e-3 is a number.
-
-    In YAML 1.1, which PyYAML reads, `mixed_precision: no` is false and `seed: 010` is eight. A key that stands twice
-    is refused.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Writes words that `_RecipeLoader` would read as numbers in quotes."""
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"0|-?[1-9][0-9]*", list("-0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    for _reader_or_writer in (_RecipeLoader, _RecipeDumper):
-        _reader_or_writer.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-
-# What PyYAML raises: its own, and what Python does with a tag that its value does not fit, or with lists in lists in
-# lists.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def _check_recipe_value(recipe: str, key: str, value: Any, kind: str) -> None:
@@ -564,7 +540,7 @@ def as_recipe(arguments: Mapping[str, Any]) -> str:
         for name, value in arguments.items()
         if name in defaults and name not in _LOCAL_ARGUMENTS and value not in (None, [])
     }
-    return yaml.dump(kept, Dumper=_RecipeDumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return write_yaml(kept)
 
 
 def build_parser(prog: str = "ijepa-hf pretrain") -> HfArgumentParser:

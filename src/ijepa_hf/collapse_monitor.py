@@ -124,9 +124,12 @@ class CollapseMonitor:
         with evaluating(model):
             parts = [self._forward(model, start) for start in range(0, len(self.batch.pixel_values), self.chunk_size)]
         features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        loss = float(model.compute_loss(features["prediction"], features["block"]))
+        if model.config.target_type != "representation":  # predictions are of another kind than features
+            del features["prediction"], features["block"]
         return {
             "batch": self._fingerprint,
-            "loss": float(model.compute_loss(features["prediction"], features["block"])),
+            "loss": loss,
             **measure_features(features, self.batch.target_indices),
             **self._measure_weights(model),
         }
@@ -134,14 +137,14 @@ class CollapseMonitor:
     def _forward(self, model: IJepaForPretraining, start: int) -> dict[str, Tensor]:
         chunk = slice(start, start + self.chunk_size)
         pixels, blocks = self.batch.pixel_values[chunk].to(model.dtype), self.batch.target_indices[chunk]
-        target = target_features(model, pixels).float()
+        target, of_features = target_features(model, pixels).float(), model.config.target_type == "representation"
         seen = [model.context_encoder(pixels, context_indices=view[chunk]).last_hidden_state
                 for view in self.batch.views]  # fmt: skip
         return {
             "target": target,
             "context": model.context_encoder(pixels).last_hidden_state.float(),
             "views": torch.stack([view.float().mean(dim=1) for view in seen], dim=1),
-            "block": gather_patches(target, blocks),
+            "block": gather_patches(target, blocks) if of_features else model.encode_targets(pixels, blocks).float(),
             "prediction": model.predict(seen[0], self.batch.views[0][chunk], blocks).float(),
         }
 

@@ -30,8 +30,10 @@ MASK_FIELDS = (
     "official_min_keep",
     "allow_overlap",
     "mask_ratio",
+    "context_surplus",
 )
 LOSS_TYPES = ("smooth_l1", "mse")
+TARGET_TYPES = ("representation", "pixels")
 
 _LARGEST_STD = 100  # of initial weights, far above any use
 
@@ -45,7 +47,8 @@ _WHOLE_FIELDS = (
     "num_target_blocks",
     "official_min_keep",
 )
-_NUMBER_FIELDS = ("context_keep_ratio", "mask_ratio", "patch_init_std")
+_OPTIONAL_TERMS = ("target_tanh_scale", "vicreg_weight", "sigreg_weight", "mask_position_noise")
+_NUMBER_FIELDS = ("context_keep_ratio", "mask_ratio", "patch_init_std", *_OPTIONAL_TERMS)
 _PAIR_FIELDS = ("context_scale", "target_scale", "target_aspect_ratio")
 _BOOL_FIELDS = ("allow_overlap", "normalize_targets")
 _OPTIONAL_FIELDS = ("predictor_num_attention_heads", "patch_init_std")
@@ -99,10 +102,19 @@ class IJepaConfig(StockIJepaConfig):
         mask_ratio (`float`, defaults to 0.6): `"block"` and `"random"` only: share of the grid that is target, between
             0 and 1.
         loss_type (`str`, defaults to `"smooth_l1"`): `"smooth_l1"` (published code) or `"mse"` (paper, squared L2).
-        normalize_targets (`bool`, defaults to `True`): Layer-normalise (no affine) the target representations.
+        target_type (`str`, defaults to `"representation"`): What is predicted: `"representation"`, or `"pixels"` of
+            the target patches (table 7 of the paper), to compare with.
+        normalize_targets (`bool`, defaults to `True`): Layer-normalise (no affine) what is predicted: the target
+            representations, or the pixels of each patch.
         patch_init_std (`float`, *optional*): Standard deviation of the initial patch embedding. `None` means
             1/sqrt(inputs of a patch), which keeps small patches from drowning under the position table; the published
             models used 0.02, right for 16x16x3 inputs.
+        context_surplus (`str`, defaults to `"side"`): `"multi_block"` only: context patches beyond the share are
+            dropped from a `"side"`, or at `"random"`.
+        target_tanh_scale (`float`, defaults to 0): Targets are tanh of this times the representations; 0 is off.
+        vicreg_weight (`float`, defaults to 0): Of VICReg's variance and covariance terms on pooled context features.
+        sigreg_weight (`float`, defaults to 0): Of SIGReg on pooled context features.
+        mask_position_noise (`float`, defaults to 0): Variance of StoP's noise on the mask tokens' positions.
 
     Raises:
         ValueError: If a field has a bad value, is not used by the chosen masking strategy, is unknown, or if blocks
@@ -127,6 +139,12 @@ class IJepaConfig(StockIJepaConfig):
     loss_type: str = "smooth_l1"
     normalize_targets: bool = True
     patch_init_std: float | None = None
+    target_type: str = "representation"
+    context_surplus: str = "side"
+    target_tanh_scale: float | int = 0.0
+    vicreg_weight: float | int = 0.0
+    sigreg_weight: float | int = 0.0
+    mask_position_noise: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
@@ -175,11 +193,21 @@ class IJepaConfig(StockIJepaConfig):
         return math.prod(self.grid_size)
 
     @property
+    def target_size(self) -> int:
+        """Channels of a target: the encoder's width D, or the pixels of a patch times the channels of an image."""
+        return self.hidden_size if self.target_type == "representation" else self.pixels_per_patch
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Numbers of which a patch is made: its pixels times the channels of an image."""
+        return self.num_channels * math.prod(self.patch_shape)
+
+    @property
     def resolved_patch_init_std(self) -> float:
         """`patch_init_std`, or 1/sqrt(inputs of a patch) where that is `None`."""
         if self.patch_init_std is not None:
             return self.patch_init_std
-        return 1.0 / math.sqrt(self.num_channels * math.prod(self.patch_shape))
+        return 1.0 / math.sqrt(self.pixels_per_patch)
 
     def mask_settings(self) -> MaskSettings:
         """Returns what `ijepa_hf.masking.draw_masks` needs to know of this configuration."""
@@ -297,6 +325,11 @@ class IJepaConfig(StockIJepaConfig):
     def _check_loss(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
+        if self.target_type not in TARGET_TYPES:
+            raise ValueError(f"target_type={self.target_type!r} must be one of {', '.join(map(repr, TARGET_TYPES))}.")
+        for name in _OPTIONAL_TERMS:
+            if not 0 <= getattr(self, name) <= _LARGEST_STD:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0, which is off, to {_LARGEST_STD}.")
         if self.patch_init_std is not None and not 0 < self.patch_init_std <= _LARGEST_STD:
             raise ValueError(
                 f"patch_init_std={self.patch_init_std} must be greater than 0 and at most {_LARGEST_STD}; write None "

@@ -447,6 +447,7 @@ def _check_is_published_architecture(config: IJepaConfig) -> None:
             config.layer_norm_eps == PUBLISHED_LAYER_NORM_EPS
         ),
         f"hidden_act={config.hidden_act!r} is not 'gelu'": config.hidden_act == "gelu",
+        f"target_type={config.target_type!r} is not 'representation'": config.target_type == "representation",
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:

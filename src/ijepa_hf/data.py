@@ -36,7 +36,7 @@ from ijepa_hf.image_transforms import (
 )
 from ijepa_hf.keyed_crops import keyed_draws
 from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
-from ijepa_hf.retrying import DataSourceError, RetryPolicy
+from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
 from ijepa_hf.workers import PlainLoader
 
 DRAW_ORDER, DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
@@ -95,11 +95,11 @@ class ImageColumn:
         dataset: datasets.Dataset | datasets.IterableDataset,
         column: str,
         num_channels: int,
-        retries: RetryPolicy | None = None,
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         feature = dataset.features[column]
         self.column, self.num_channels = column, num_channels
-        self.retries = RetryPolicy() if retries is None else retries
+        self.retries = retries
         # an array column keeps its own type, which says what range its numbers have
         self.dtype = None if isinstance(feature, datasets.Image) else np.dtype(feature.dtype)
 
@@ -161,7 +161,7 @@ class ImageRows:
         column: str,
         num_channels: int,
         others: Sequence[str] = (),
-        retries: RetryPolicy | None = None,
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         self.images = ImageColumn(dataset, column, num_channels, retries)
         self.rows = self.images.undecoded(dataset, *others)

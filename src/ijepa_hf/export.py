@@ -40,6 +40,7 @@ _AUTO_MAP = {"AutoModelForPreTraining": "modeling_ijepa.IJepaForPretraining"}
 
 # A header entry of safetensors is some 150 bytes; configurations, manifests and folders take a few blocks.
 _BYTES_PER_TENSOR, _BYTES_BESIDE_TENSORS = 256, 2**16
+FIGURE_BYTES = 2**20  # that a few pictures and records take at most
 
 
 class SaveError(OSError):

@@ -324,7 +324,7 @@ def find_nearest_patches(
 
 
 def target_features(model: IJepaForPretraining, pixel_values: Tensor) -> Tensor:
-    """Targets at every patch, as the loss has them.
+    """The target encoder's representations of every patch, as a loss of representations has them.
 
     Args:
         model: The model.
@@ -334,9 +334,8 @@ def target_features(model: IJepaForPretraining, pixel_values: Tensor) -> Tensor:
         `[b, N, D]` in the model's dtype, on its device.
     """
     parameter = next(model.parameters())
-    every = torch.arange(model.config.num_patches, device=parameter.device).expand(len(pixel_values), 1, -1)
     with evaluating(model):
-        return model.encode_targets(pixel_values.to(parameter.device, parameter.dtype), every)[:, 0]
+        return model.represent(pixel_values.to(parameter.device, parameter.dtype))
 
 
 @dataclass(frozen=True)
@@ -378,7 +377,15 @@ def expect_patches(
 
     Returns:
         The expectation.
+
+    Raises:
+        ValueError: If the model predicts pixels: there are no representations to compare.
     """
+    if model.config.target_type != "representation":
+        raise ValueError(
+            f"this model has target_type={model.config.target_type!r}: its predictions are no representations, so no "
+            "patches can be found that are like them; take a model that predicts representations."
+        )
     first_sets = context_indices if context_indices.ndim == 2 else context_indices[:, 0]
     predictions, targets = _predict(model, pixel_values, first_sets, target_indices)
     predictions = predictions[:, 0]

@@ -39,6 +39,7 @@ STRATEGY_FIELDS = {
         "target_aspect_ratio",
         "context_keep_ratio",
         "allow_overlap",
+        "context_surplus",
     ),
     "multi_block_official": (
         "num_context_sets",
@@ -104,6 +105,7 @@ class MaskSettings:
         official_min_keep: every block must have more than this many patches, at least 0 (`multi_block_official` only).
         allow_overlap: leave target patches in the context.
         mask_ratio: share of the grid that is target, above 0 and below 1 (`block` and `random` only).
+        context_surplus: context patches beyond K are dropped from a `side`, or at `random` (`multi_block` only).
 
     Raises:
         ValueError: a value is out of range, a field that the strategy does not use is set, or the sizes that can be
@@ -121,6 +123,7 @@ class MaskSettings:
     official_min_keep: int = 10
     allow_overlap: bool = False
     mask_ratio: float = 0.6
+    context_surplus: str = "side"
 
     def __post_init__(self) -> None:
         self._check_pair("grid_size", whole=True)
@@ -153,6 +156,8 @@ class MaskSettings:
                 f"context_keep_ratio={self.context_keep_ratio!r} must be a number above 0 and up to 1, "
                 "for example context_keep_ratio=0.25."
             )
+        if self.context_surplus not in ("side", "random"):
+            raise ValueError(f"context_surplus={self.context_surplus!r} must be 'side' or 'random'.")
         if not isinstance(self.allow_overlap, bool):
             raise ValueError(f"allow_overlap={self.allow_overlap!r} must be a bool; use allow_overlap=False.")
         if not _is_number(self.mask_ratio) or not 0 < self.mask_ratio < 1:
@@ -301,6 +306,8 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
     # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
     scans = generator.integers(NUM_SCANS, size=per_context)[slots]
     inside = _patches_inside(grid, context_size, _draw_corners(generator, grid, context_size, per_context)[slots])
+    if settings.context_surplus == "random":
+        ranks = generator.random((*per_context, settings.num_patches))[slots]
 
     corners = _draw_corners(generator, grid, target_size, per_target)[slots]
     target_blocks = _block_indices(grid, target_size, corners)
@@ -325,7 +332,12 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
             failed = failed[_images_short_of(visible[failed], keep)]
         assert not failed.size, "MaskSettings accepted sizes that do not fit"
 
-    context_indices = _keep_from_a_side(grid, visible.reshape(-1, settings.num_patches), keep, scans.ravel())
+    rows = visible.reshape(-1, settings.num_patches)
+    if settings.context_surplus == "random":
+        order = np.where(rows, ranks.reshape(rows.shape), 2.0).argsort(axis=1)
+        context_indices = np.sort(order[:, :keep], axis=1)
+    else:
+        context_indices = _keep_from_a_side(grid, rows, keep, scans.ravel())
     return _as_masks(context_indices, target_blocks, num_redrawn, settings)
 
 

@@ -15,6 +15,7 @@ patches that it may see. Without those it computes what the stock class computes
 """
 
 import copy
+import math
 import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -189,13 +190,13 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
         position = position.to(self.patch_embeddings.projection.weight.dtype)
         if bool_masked_pos is None:
             return self.dropout(self.patch_embeddings(pixel_values) + position)
-        embeddings = self._project_patches(gather_patches(self._cut_patches(pixel_values), bool_masked_pos))
+        embeddings = self._project_patches(gather_patches(self.cut_patches(pixel_values), bool_masked_pos))
         embeddings = embeddings + gather_patches(position.expand(len(pixel_values), -1, -1), bool_masked_pos)
         if embeddings.dim() == 4:  # [B, S, K, D]: each context set is a sequence of its own
             embeddings = embeddings.flatten(0, 1)
         return self.dropout(embeddings)
 
-    def _cut_patches(self, pixel_values: Tensor) -> Tensor:
+    def cut_patches(self, pixel_values: Tensor) -> Tensor:
         """Images as rows of pixels, one for each patch: `[B, N, num_channels * patch height * patch width]`."""
         rows, columns = self.patch_shape
         cut = pixel_values.unflatten(2, (-1, rows)).unflatten(4, (-1, columns))
@@ -367,7 +368,7 @@ class IJepaPredictor(IJepaPreTrainedModel):
         self.register_buffer("position_embeddings", torch.empty(1, config.num_patches, width, dtype=torch.float32))
         self.layers = _make_layers(self.config)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.project = nn.Linear(width, config.hidden_size)
+        self.project = nn.Linear(width, config.target_size)
         self.post_init()
 
     def forward(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
@@ -379,7 +380,7 @@ class IJepaPredictor(IJepaPreTrainedModel):
             target_indices: int64 `[B, M, P]`.
 
         Returns:
-            `[B, S, M, P, D]`.
+            `[B, S, M, P, D]`; of pixels, `target_size` numbers in place of D.
         """
         batch, sets, _ = context_indices.shape
         blocks, patches = target_indices.shape[1:]
@@ -387,6 +388,10 @@ class IJepaPredictor(IJepaPreTrainedModel):
         position = self.position_embeddings.to(self.mask_token.dtype).expand(batch, -1, -1)
         visible = self.embed(context) + gather_patches(position, context_indices)  # [B, S, K, E]
         queries = self.mask_token + gather_patches(position, target_indices)  # [B, M, P, E]
+        if self.training and self.config.mask_position_noise:  # StoP, arXiv 2308.00566: A is the context's projection
+            noise = torch.randn(*queries.shape[:-1], context.shape[-1], dtype=queries.dtype, device=queries.device)
+            noise = nn.functional.linear(noise, self.embed.weight)
+            queries = queries + math.sqrt(self.config.mask_position_noise) * noise
         rows = torch.cat(
             [
                 visible[:, :, None].expand(-1, -1, blocks, -1, -1),
@@ -441,23 +446,45 @@ class IJepaForPretraining(IJepaPreTrainedModel):
 
     @torch.no_grad()
     def encode_targets(self, pixel_values: Tensor, target_indices: Tensor) -> Tensor:
-        """Representations of the target blocks, from the target encoder seeing the *full* image; no gradient.
+        """What the loss compares predictions with; no gradient.
+
+        Representations of the target blocks, from the target encoder seeing the *full* image; with
+        `target_type="pixels"`, their pixels.
 
         Args:
             pixel_values: float `[B, num_channels, height, width]`.
             target_indices: int64 `[B, M, P]`.
 
         Returns:
-            `[B, M, P, D]`, layer-normalised over D without affine (eps 1e-5) unless `normalize_targets=False`.
+            `[B, M, P, D]`, layer-normalised over D without affine (eps 1e-5) unless `normalize_targets=False`; of
+            pixels, `target_size` numbers in place of D, each patch normalised by itself.
         """
+        if self.config.target_type == "pixels":
+            return self._normalize(gather_patches(self.ijepa.embeddings.cut_patches(pixel_values), target_indices))
         rows = target_indices.flatten(1)  # blocks may overlap: more rows than patches spare nothing
-        rows_are_fewer = rows.shape[1] < self.config.num_patches
-        features = self.ijepa(pixel_values, output_indices=rows if rows_are_fewer else None).last_hidden_state
-        if self.config.normalize_targets:
-            features = nn.functional.layer_norm(features, features.shape[-1:], eps=TARGET_NORM_EPS)
-        if not rows_are_fewer:
-            return gather_patches(features, target_indices)
-        return features.unflatten(1, target_indices.shape[1:])
+        if rows.shape[1] >= self.config.num_patches:
+            return gather_patches(self.represent(pixel_values), target_indices)
+        return self.represent(pixel_values, output_indices=rows).unflatten(1, target_indices.shape[1:])
+
+    @torch.no_grad()
+    def represent(self, pixel_values: Tensor, *, output_indices: Tensor | None = None) -> Tensor:
+        """The target encoder's representations of whole images, normalised as targets are; no gradient.
+
+        Args:
+            pixel_values: float `[B, num_channels, height, width]`.
+            output_indices: int64 `[B, T]`, which patches are wanted; `None` means all.
+
+        Returns:
+            `[B, N, D]` or `[B, T, D]`.
+        """
+        return self._normalize(self.ijepa(pixel_values, output_indices=output_indices).last_hidden_state)
+
+    def _normalize(self, targets: Tensor) -> Tensor:
+        if self.config.target_tanh_scale:
+            return torch.tanh(self.config.target_tanh_scale * targets)
+        if not self.config.normalize_targets:
+            return targets
+        return nn.functional.layer_norm(targets, targets.shape[-1:], eps=TARGET_NORM_EPS)
 
     def predict(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
         """Predictions of the target blocks, each by itself.
@@ -532,8 +559,15 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         targets = self.encode_targets(pixel_values, target_indices)
         context = self.context_encoder(pixel_values, context_indices=context_indices, **kwargs)
         predictions = self.predict(context.last_hidden_state, context_indices, target_indices)
+        loss = self.compute_loss(predictions, targets) if return_loss else None
+        if loss is not None and (self.config.vicreg_weight or self.config.sigreg_weight):
+            pooled = context.last_hidden_state.float().mean(dim=1)
+            if self.config.vicreg_weight:
+                loss = loss + self.config.vicreg_weight * variance_and_covariance(pooled)
+            if self.config.sigreg_weight:
+                loss = loss + self.config.sigreg_weight * sigreg(pooled)
         return IJepaForPretrainingOutput(
-            loss=cast(Any, self.compute_loss(predictions, targets) if return_loss else None),
+            loss=cast(Any, loss),
             predictions=cast(Any, predictions),
             targets=cast(Any, targets),
             context_indices=cast(Any, context_indices),
@@ -656,6 +690,44 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         )
         kwargs = {name: value for name, value in kwargs.items() if name not in _DOWNLOAD_KEYWORDS}
         return config, {**kwargs, "state_dict": state}
+
+
+def variance_and_covariance(features: Tensor) -> Tensor:
+    """VICReg's two terms against collapse, in its proportion: 25 times the variance hinge, plus the covariance.
+
+    Args:
+        features: float `[B, D]`, B at least 2.
+
+    Returns:
+        A scalar.
+
+    Source: Bardes et al., arXiv 2105.04906, section 4.1; for I-JEPA, arXiv 2410.19560.
+    """
+    centred = features - features.mean(dim=0)
+    covariance = centred.T @ centred / (len(features) - 1)
+    hinge = torch.relu(1 - torch.sqrt(covariance.diagonal() + 1e-4)).mean()
+    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+    return 25 * hinge + off_diagonal / features.shape[1]
+
+
+def sigreg(features: Tensor, num_directions: int = 64) -> Tensor:
+    """How far features are from an isotropic standard Gaussian: Epps and Pulley's statistic in random directions.
+
+    Args:
+        features: float `[B, D]`.
+        num_directions: Drawn from torch's global generator.
+
+    Returns:
+        A scalar: the mean over directions.
+
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, algorithm 1.
+    """
+    directions = nn.functional.normalize(torch.randn(features.shape[1], num_directions, device=features.device), dim=0)
+    points = torch.linspace(-5, 5, 17, device=features.device)
+    gaussian = torch.exp(-points.square() / 2)
+    angles = (features @ directions)[..., None] * points
+    difference = (angles.cos().mean(dim=0) - gaussian).square() + angles.sin().mean(dim=0).square()
+    return len(features) * torch.trapezoid(difference * gaussian, points, dim=-1).mean()
 
 
 def new_model(config: IJepaConfig, seed: int) -> IJepaForPretraining:

@@ -33,7 +33,8 @@ from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy
-from ijepa_hf.export import write_atomically
+from ijepa_hf.expected_band import BandWatch, RunRows, find_band
+from ijepa_hf.export import FIGURE_BYTES, saving, write_atomically
 from ijepa_hf.model_card import (
     STARTING_WEIGHTS,
     loading_lines,
@@ -107,7 +108,8 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
                 "--eval_split_name."
             )
         dataset = at_most(dataset, data.max_eval_samples)
-        images = ImageRows(dataset, find_image_column(dataset, data.image_column_name), config.num_channels)
+        column = find_image_column(dataset, data.image_column_name)
+        images = ImageRows(dataset, column, config.num_channels, retries=data.retries)
         parts += [images, np.asarray(dataset[label], dtype=np.int64)]
     evaluation = EvaluationSets(*parts)
     if len(evaluation.train) < 5 or len(set(evaluation.train_labels.tolist())) < 2:
@@ -149,13 +151,15 @@ def write_report(
         step: Optimiser steps done.
         machine: From `describe_machine`.
         starting_encoder: The encoder before the first step, where it was a trained one.
+
+    Raises:
+        SaveError: If something cannot be written.
     """
     rows, evaluations = read_rows(output_dir / METRICS_FILE), read_rows(output_dir / EVALUATIONS_FILE)
     diagnostics = read_rows(output_dir / DIAGNOSTICS_FILE)
-    (output_dir / "figures").mkdir(exist_ok=True)
-    if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
-        draw_curves_figure(rows, output_dir / "figures" / "curves.png", evaluations)
     mean, std, seed = arguments["image_mean"], arguments["image_std"], arguments["seed"]
+    band = find_band(arguments)
+    watch = None if band is None else BandWatch(band, RunRows(arguments, rows, diagnostics, evaluations))
     report = {
         "step": step,
         "epochs": step * arguments["global_batch_size"] / arguments["num_train_images"],
@@ -163,6 +167,7 @@ def write_report(
         "log": _summarise(rows) if rows else None,
         "evaluations": evaluations,
         "collapse_verdict": judge_collapse(diagnostics).as_dict() if diagnostics else None,
+        "expected_band": None if watch is None else watch.as_dict(),
         "num_unreadable_images": len(read_rows(output_dir / UNREADABLE_FILE)),
         "num_skipped_steps": len(read_rows(output_dir / SKIPPED_FILE)),
         "scores": []
@@ -174,15 +179,18 @@ def write_report(
         "hub_base_model": _on_the_hub(arguments["model_name_or_path"]),
         "arguments": dict(arguments),
     }
-    text = json.dumps(report, indent=2) + "\n"
-    for name, entries in render_eval_results(report).items():
-        path = output_dir / EVAL_RESULTS_FOLDER / name
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, functools.partial(Path.write_text, data=entries, encoding="utf-8"))
-    write_atomically(
-        output_dir / "README.md", lambda path: path.write_text(render_card(report, model.config), "utf-8")
-    )
-    write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))  # last: it says "finished"
+    text, card = json.dumps(report, indent=2) + "\n", render_card(report, model.config)
+    with saving(output_dir, FIGURE_BYTES):
+        (output_dir / "figures").mkdir(exist_ok=True)
+        if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
+            draw_curves_figure(rows, output_dir / "figures" / "curves.png", evaluations, expected=watch)
+        for name, entries in render_eval_results(report).items():
+            path = output_dir / EVAL_RESULTS_FOLDER / name
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, functools.partial(Path.write_text, data=entries, encoding="utf-8"))
+        write_atomically(output_dir / "README.md", lambda path: path.write_text(card, "utf-8"))
+        # last: it says "finished"
+        write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))
 
 
 def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
@@ -401,6 +409,8 @@ def render_report(output_dir: Path) -> str:
     if report.get("collapse_verdict"):  # runs of earlier versions have none
         found = report["collapse_verdict"]
         lines.append(" ".join([f"verdict: {found['name']}:", found["reason"], found["advice"]]).strip())
+    if report.get("expected_band"):  # runs of earlier versions have none
+        lines.append(report["expected_band"]["verdict"])
     if report["num_unreadable_images"]:
         lines.append(
             f"{report['num_unreadable_images']} images could not be read and were skipped; "

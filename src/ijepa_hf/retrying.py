@@ -207,6 +207,9 @@ class RetryPolicy:
         return LimitedFile(self.within(file), self)
 
 
+DEFAULT_RETRIES = RetryPolicy()
+
+
 class LimitedFile:
     """A binary file to read and to seek in, of which every read is under a time limit; what Arrow needs of one.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ijepa_hf.arguments import DataArguments, PretrainingArguments
 from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.export import SaveError, export_model, exported_step
 from ijepa_hf.hub import HubUploader
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
@@ -56,6 +57,7 @@ class RunState:
         saved: The step and folder of the checkpoint that this life of the run has written last, on the main process.
         failure: Why this process cannot go on; all hear of it in `agree`.
         skipped_in_a_row: Steps that were skipped since the last good one.
+        expected: The run beside the band of its recipe, on the main process, if there is one.
     """
 
     accelerator: Accelerator
@@ -80,6 +82,7 @@ class RunState:
     saved: tuple[int, Path] | None = None
     failure: Exception | None = None
     skipped_in_a_row: int = 0
+    expected: BandWatch | None = None
 
     def __post_init__(self) -> None:
         self.evaluations = RowFile(self.output_dir / EVALUATIONS_FILE)
@@ -217,11 +220,18 @@ class RunState:
             return self.model if self.is_main else None
         return whole_model(self.model, keep=self.is_main)
 
-    def evaluate(self, model: IJepaForPretraining, step: int) -> dict[str, Any]:
-        """Scores a target encoder as that of a step, writes it down and returns the line. On the main process only."""
+    def evaluate(self, model: IJepaForPretraining, step: int) -> dict[str, Any] | None:
+        """Scores a target encoder as that of a step, writes it down and returns the line. On the main process only.
+
+        `None` where the images cannot be read any more, which ends the run at the next `agree`.
+        """
         assert self.evaluation is not None  # parse_arguments
-        with threadpool_limits(self.run.num_cpu_threads):
-            scores = evaluate_encoder(model.target_encoder, self.evaluation, self.config, self.arguments)
+        try:
+            with threadpool_limits(self.run.num_cpu_threads):
+                scores = evaluate_encoder(model.target_encoder, self.evaluation, self.config, self.arguments)
+        except OSError as error:
+            self.failure = error
+            return None
         row = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **scores}
         with self.writing():
             self.evaluations.append(row)

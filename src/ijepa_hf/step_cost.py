@@ -92,6 +92,12 @@ class Parameters:
         return self.trained + self.target_encoder
 
 
+def meta_model(config: IJepaConfig) -> IJepaForPretraining:
+    """A model on the meta device: shapes without numbers, at no cost."""
+    with torch.device("meta"):
+        return IJepaForPretraining(config)
+
+
 def count_parameters(config: IJepaConfig) -> Parameters:
     """Counts the parameters of a model on the meta device; the fixed position tables are none.
 
@@ -101,8 +107,7 @@ def count_parameters(config: IJepaConfig) -> Parameters:
     Returns:
         The numbers.
     """
-    with torch.device("meta"):
-        model = IJepaForPretraining(config)
+    model = meta_model(config)
     parts = (model.context_encoder, model.target_encoder, model.predictor)
     return Parameters(*(sum(parameter.numel() for parameter in part.parameters()) for part in parts))
 
@@ -171,7 +176,7 @@ def _trained_blocks(
 
 
 def _patch_flops(config: IJepaConfig, patches: int) -> int:
-    return linear_flops(patches, config.num_channels * math.prod(config.patch_shape), config.hidden_size)
+    return linear_flops(patches, config.pixels_per_patch, config.hidden_size)
 
 
 def target_encoder_work(config: IJepaConfig, sizes: Sizes) -> Work:
@@ -182,8 +187,11 @@ def target_encoder_work(config: IJepaConfig, sizes: Sizes) -> Work:
         sizes: Of its masks.
 
     Returns:
-        The work; the last block's MLP sees the targets only, where those are fewer than all patches.
+        The work; the last block's MLP sees the targets only, where those are fewer than all patches. None where
+        pixels are predicted.
     """
+    if config.target_type == "pixels":
+        return Work(0)
     width, intermediate = config.hidden_size, config.intermediate_size
     blocks = (config.num_hidden_layers - 1) * block_flops(sizes.patches, width, intermediate)
     targets = min(sizes.blocks * sizes.target, sizes.patches)  # blocks overlap
@@ -226,7 +234,7 @@ def predictor_work(config: IJepaConfig, sizes: Sizes, *, checkpointing: bool = F
     """
     width = config.predictor_hidden_size
     embed = linear_flops(sizes.context, config.hidden_size, width)
-    project = linear_flops(sizes.target, width, config.hidden_size)
+    project = linear_flops(sizes.target, width, config.target_size)
     layers = _trained_blocks(
         config.predictor_num_hidden_layers,
         sizes.context + sizes.target,

@@ -33,7 +33,7 @@ from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
 from ijepa_hf.data import DRAW_ORDER, CropReader, SampleKey, global_batch_size, keyed_generator
-from ijepa_hf.retrying import DataSourceError, RetryPolicy, describe, is_shard_failure
+from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy, describe, is_shard_failure
 from ijepa_hf.sources import ImageStream
 from ijepa_hf.workers import PlainLoader
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # -- shards ----------------------------------------------------------------------------------------------------------
 
 
-def shard_lengths(stream: ImageStream, column: str, retries: RetryPolicy | None = None) -> list[int]:
+def shard_lengths(stream: ImageStream, column: str, retries: RetryPolicy = DEFAULT_RETRIES) -> list[int]:
     """How many images each shard of a stream has.
 
     Those of .parquet files are in their footers, a few kilobytes each. Other shards have to be read from end to end,
@@ -68,7 +68,6 @@ def shard_lengths(stream: ImageStream, column: str, retries: RetryPolicy | None 
         ValueError: If the stream is empty, or a file is broken.
         DataSourceError: If the source failed, and went on failing.
     """
-    retries = RetryPolicy() if retries is None else retries
     if _are_parquet(stream.files):
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
             footers = threads.map(partial(_footer_rows, retries=retries), stream.files)
@@ -408,7 +407,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
         num_steps: int,
         start_step: int = 0,
         rank: int = 0,
-        retries: RetryPolicy | None = None,
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         if len(order.lengths) != stream.rows.num_shards:
             raise ValueError(
@@ -422,7 +421,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
             )
         self.stream, self.order, self.crops = stream, order, crops
         self.num_steps, self.start_step, self.rank = num_steps, start_step, rank
-        self.retries = RetryPolicy() if retries is None else retries
+        self.retries = retries
         self._open: list[_Batches] = []
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -566,9 +565,8 @@ def _read_patiently(stream: ImageStream, shard: int, first: int, retries: RetryP
             batches.close()
 
 
-def _read_shard(stream: ImageStream, shard: int, first: int, retries: RetryPolicy | None = None) -> _Batches:
+def _read_shard(stream: ImageStream, shard: int, first: int, retries: RetryPolicy = DEFAULT_RETRIES) -> _Batches:
     """Yields the rows of a shard from row `first` on, some at once; each read is under the time limit."""
-    retries = RetryPolicy() if retries is None else retries
     if _are_parquet(stream.files):
         yield from _read_parquet(stream.files[shard], stream.rows.features, first, retries)
         return

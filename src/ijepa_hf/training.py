@@ -40,7 +40,8 @@ from ijepa_hf.checkpointing import collect_state, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch, BatchMaker, CropReader, IJepaDataCollator, keyed_generator
-from ijepa_hf.export import exported_step, saving
+from ijepa_hf.expected_band import BandWatch, RunRows, band_notice, find_band
+from ijepa_hf.export import exported_step
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
@@ -67,7 +68,9 @@ from ijepa_hf.report import (
 )
 from ijepa_hf.run_diagnostics import CollapseError, RunDiagnostics, is_due, steps_between
 from ijepa_hf.run_folder import (
+    DIAGNOSTICS_FILE,
     EVALUATIONS_FILE,
+    METRICS_FILE,
     SKIPPED_FILE,
     UNREADABLE_FILE,
     bytes_to_come,
@@ -85,7 +88,6 @@ from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.workers import DataWorkerError, PlainLoader
 
 MASK_FIGURE_IMAGES = 6
-BYTES_OF_RECORDS = 2**20  # and a few pictures, before the first step and after the last
 CHUNK_OF_BATCHES = 4  # in one forward pass of the monitor: without gradients it takes less memory than a step on one
 LAST_UPLOAD_SECONDS = 60.0  # that a run which stops by itself waits for the upload of its last good state
 SIGNALLED_UPLOAD_SECONDS = 15.0  # and one that was told to stop, with half a minute until it is killed
@@ -193,10 +195,10 @@ def _pretrain(
     _check_ranks_agree(ranks, start_step, run.model_revision)
     with _uploading(run, output_dir, arguments, start_step) if pushes else contextlib.nullcontext() as uploader:
         if accelerator.is_main_process:
-            with saving(output_dir, BYTES_OF_RECORDS):
-                prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
-                draw_first_masks(first_batch, config, output_dir)
-            announce(accelerator, model, images, run, plan, start_step)
+            prepare_output_dir(output_dir, arguments, config_fields(config), run, checkpoint)
+            draw_first_masks(first_batch, config, output_dir)
+            notice = band_notice(arguments, model_arguments.given)
+            announce(accelerator, model, images, run, plan, start_step, notice)
             for note in notes:
                 logger.warning("%s", note)
         skipped = ranks.gather(_skipped_before(output_dir, start_step))[0]
@@ -209,6 +211,7 @@ def _pretrain(
             diagnostics=_make_diagnostics(accelerator, images, crops, evaluation, config, data, run, plan),
             last_save=start_step,
             skipped_in_a_row=skipped,
+            expected=_expected(arguments, output_dir) if accelerator.is_main_process else None,
         )  # fmt: skip
         loader = images.loader(
             crops,
@@ -256,10 +259,7 @@ def _report(state: RunState) -> None:
         starting_encoder = None
         if state.evaluation is not None:
             starting_encoder = load_starting_encoder(state.run, state.config)
-        with (
-            threadpool_limits(state.run.num_cpu_threads),  # scikit-learn's too: on small matrices they only compete
-            saving(state.output_dir, BYTES_OF_RECORDS),
-        ):
+        with threadpool_limits(state.run.num_cpu_threads):  # scikit-learn's too: on small matrices they only compete
             write_report(
                 model,
                 state.output_dir,
@@ -325,6 +325,7 @@ def _run_steps(state: RunState, loader: PlainLoader, start_step: int) -> None:
                         clock=clock,
                     )
                     progress.write(log_line(row))
+                    _compare(state, "loss", row)
                     progress.set_postfix(
                         loss=f"{row['loss']:.4f}", rankme=f"{row['target_rankme']:.1f}", refresh=False
                     )
@@ -336,8 +337,10 @@ def _run_steps(state: RunState, loader: PlainLoader, start_step: int) -> None:
                     model = state.whole_model()
                     if model is not None:
                         scores = state.evaluate(model, done)
-                        progress.write(evaluation_line(scores))
-                        metrics.tell_trackers(scores, done)
+                        if scores is not None:
+                            progress.write(evaluation_line(scores))
+                            _compare(state, "knn", scores)
+                            metrics.tell_trackers(scores, done)
                     state.ranks.wait()
                 _diagnose(state, done, progress, metrics)
                 if is_saved:
@@ -446,6 +449,9 @@ def _diagnose(state: RunState, step: int, progress: tqdm, metrics: MetricsLog) -
         verdict = state.diagnostics.verdict
         if verdict is not None and (before is None or before.name != verdict.name):
             progress.write(f"step {step} verdict: {verdict}")
+        rows = state.diagnostics.rows
+        if rows and rows[-1]["step"] == step:  # else it could not be measured
+            _compare(state, "rankme", rows[-1])
         if verdict is not None and verdict.is_failure:
             failure = f"stopped at step {step}: {verdict}"
     if run.on_collapse == "stop":
@@ -467,6 +473,13 @@ def _open_metrics_log(state: RunState) -> MetricsLog:
     return MetricsLog(state.accelerator, state.plan, state.output_dir, state.run.report_to, state.arguments)
 
 
+def _compare(state: RunState, curve: str, row: dict[str, Any]) -> None:
+    """Says where a curve leaves the band of its recipe, and where it comes back; that never stops a run."""
+    if state.expected is not None:
+        for line in state.expected.add(curve, row):
+            tqdm.write(line)
+
+
 def _judge_unreadable(state: RunState, step: int) -> None:
     """Saves the run and stops it where too many images cannot be read."""
     try:
@@ -480,11 +493,14 @@ def _evaluate_start(state: RunState, start_step: int) -> None:
     model = state.whole_model()
     if model is None or any(row["step"] == 0 for row in read_rows(state.output_dir / EVALUATIONS_FILE)):
         return
-    if start_step == 0:
-        tqdm.write(evaluation_line(state.evaluate(model, 0)))
-    elif state.run.model_name_or_path is None:  # scores were asked for later; fresh weights can be drawn again
-        fresh = new_model(state.config, state.run.seed).to(state.accelerator.device)
-        tqdm.write(evaluation_line(state.evaluate(fresh, 0)))
+    if start_step:  # scores were asked for later; fresh weights can be drawn again
+        if state.run.model_name_or_path is not None:
+            return
+        model = new_model(state.config, state.run.seed).to(state.accelerator.device)
+    scores = state.evaluate(model, 0)
+    if scores is not None:
+        tqdm.write(evaluation_line(scores))
+        _compare(state, "knn", scores)
 
 
 def _to_device(batch: dict[str, Tensor], state: RunState) -> dict[str, Tensor]:
@@ -496,7 +512,14 @@ def _to_device(batch: dict[str, Tensor], state: RunState) -> dict[str, Tensor]:
 
 def _seed_dropout(state: RunState, step: int) -> None:
     """Dropout draws from torch's global generator: make it a function of (seed, step, rank), as all else is."""
-    if state.config.hidden_dropout_prob or state.config.attention_probs_dropout_prob:
+    config = state.config
+    draws = (
+        config.hidden_dropout_prob,
+        config.attention_probs_dropout_prob,
+        config.sigreg_weight,
+        config.mask_position_noise,
+    )
+    if any(draws):
         rank = state.accelerator.process_index
         torch.manual_seed(int(keyed_generator(state.run.seed, _DRAW_DROPOUT, step, rank).integers(2**62)))
 
@@ -640,6 +663,15 @@ def _make_readers(
     # pixels travel as bytes where the images are bytes, and are normalised on the device
     collator = IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=plan.global_batch_size)
     return crops, BatchMaker(collator)
+
+
+def _expected(arguments: dict[str, Any], output_dir: Path) -> BandWatch | None:
+    """The run beside the band of its recipe, with what it has logged in an earlier life."""
+    band = find_band(arguments)
+    if band is None:
+        return None
+    files = (METRICS_FILE, DIAGNOSTICS_FILE, EVALUATIONS_FILE)
+    return BandWatch(band, RunRows(arguments, *(read_rows(output_dir / name) for name in files)))
 
 
 def _make_diagnostics(

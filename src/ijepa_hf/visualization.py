@@ -17,6 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.mask_audit import MaskAudit
 from ijepa_hf.masking import Masks
 from ijepa_hf.panels import (
@@ -52,6 +53,13 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Throughput", "images per second", {"images_per_second": ""}),
     ("Waiting for images", "share of the time", {"data_wait_share": ""}),
 )
+_KNN_TITLE = "kNN of the target encoder"
+# The panel of a curve that a recipe's band is about; what is compared there and is not the line itself.
+_OF_BANDS = {
+    "Loss": ("loss", "mean of a window"),
+    "RankMe of the targets": ("rankme", "on the fixed images"),
+    _KNN_TITLE: ("knn", ""),
+}
 
 
 def draw_masks_figure(
@@ -200,6 +208,7 @@ def draw_curves_figure(
     path: str | Path,
     evaluations: Sequence[Mapping[str, Any]] = (),
     *,
+    expected: BandWatch | None = None,
     columns: int = 4,
 ) -> Figure:
     """Draw the logged numbers of a run over its optimiser steps, a small panel each.
@@ -212,6 +221,7 @@ def draw_curves_figure(
         path: PNG to write; its folder must exist.
         evaluations: lines of `evaluations.jsonl`, each with `step` and `knn`: a panel more, with the value of step 0,
             the untrained network's, as a dashed line.
+        expected: the run beside the band of its recipe: bands are shaded, and what is compared with them is dotted.
         columns: Panels beside each other, at most.
 
     Returns:
@@ -240,8 +250,10 @@ def draw_curves_figure(
     for axis, (title, unit, lines) in zip(axes, panels, strict=False):
         _draw_lines(axis, _column(rows, "step"), lines)
         _name_curve(axis, title, unit)
+        _draw_band(axis, title, expected)
     if evaluations:
         _draw_evaluations(axes[len(panels)], evaluations)
+        _draw_band(axes[len(panels)], _KNN_TITLE, expected, scale=100)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for axis in axes[num_panels:]:
         axis.remove()
@@ -262,7 +274,25 @@ def _draw_evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]]) -> N
     if untrained.size:
         axis.axhline(untrained[0], color="#555555", linewidth=1, linestyle="--", label="untrained")
         axis.legend(fontsize=7, frameon=False)
-    _name_curve(axis, "kNN of the target encoder", "top-1 in percent")
+    _name_curve(axis, _KNN_TITLE, "top-1 in percent")
+
+
+def _draw_band(axis: Axes, title: str, expected: BandWatch | None, scale: float = 1.0) -> None:
+    """Shades where a curve is expected, and dots what is compared there."""
+    name, compared = _OF_BANDS.get(title, ("", ""))
+    if expected is None or name not in expected.band.curves:
+        return
+    band, points = expected.band.curves[name], expected.points[name]
+    middle = expected.band.loss_window / 2 if name == "loss" else 0.0  # of a window, whose step is its last
+    lower, upper = scale * np.array(band.lower), scale * np.array(band.upper)
+    label = f"expected, {len(expected.band.seeds)} seeds"
+    axis.fill_between(
+        np.array(band.steps) - middle, lower, upper, color="#999999", alpha=0.3, linewidth=0, label=label
+    )
+    if compared and points:
+        steps, values = np.array([(point.step - middle, scale * point.value) for point in points]).T
+        axis.plot(steps, values, ".", color="#333333", markersize=3.5, label=compared)
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _block_titles(sets: int, blocks: int) -> list[str]:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
-from tiny import final_weights, logged, tiny_flags, tiny_run
+from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
-from ijepa_hf import checkpointing, run_folder, run_state, training
+from ijepa_hf import checkpointing, report, run_folder, run_state, training
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.export import SaveError
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.optimization import NonFiniteLossError
+from ijepa_hf.retrying import DataSourceError
 
 # -- NaN and infinity ------------------------------------------------------------------------------------------------
 
@@ -225,14 +226,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_found_before_anything_is_written
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_signal_that_finds_the_disk_full_says_so_and_ends_with_code_8(tmp_path, monkeypatch, on_save_error):
     DiskFull(monkeypatch, 1)
-    take = training._take_step
-
-    def signalled(state, step, *rest):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return take(state, step, *rest)
-
-    monkeypatch.setattr(training, "_take_step", signalled)
+    signal_in_step(monkeypatch, 3, signal.SIGUSR1)
     flags = {"checkpointing_steps": 50, "on_save_error": on_save_error}
     expected = pytest.raises(SaveError, match="No space left") if on_save_error == "stop" else pytest.raises(
         StoppedBySignal, match="stopped by SIGUSR1 at step 3 of 6; no checkpoint has been written"
@@ -262,6 +256,40 @@ def test_of_two_failures_the_disk_is_the_one_that_is_said(tmp_path, monkeypatch)
     with pytest.raises(SaveError, match="stopped at step 2 of 6: .*No space left"):
         tiny_run(tmp_path / "run")
     assert len(fetched) == 2, "a run that cannot go on asks for no more images"
+
+
+# -- images that are scored -----------------------------------------------------------------------------------------
+
+
+def unreadable_from_call(monkeypatch, module, name, call):
+    """Lets scoring find a source that has failed for good, from some call on."""
+    whole, count = getattr(module, name), iter(range(1, 99))
+
+    def score(*arguments, **options):
+        if next(count) >= call:
+            raise DataSourceError("image file 'x' cannot be read: Input/output error; tried 3 times")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(module, name, score)
+
+
+def test_images_that_can_no_longer_be_scored_stop_the_run_with_its_state_saved(tmp_path, monkeypatch):
+    flags = {"eval_split_name": "test", "eval_steps": 3, "checkpointing_steps": 50}
+    unreadable_from_call(monkeypatch, run_state, "evaluate_encoder", 2)
+    with pytest.raises(DataSourceError, match=r"stopped at step 3 of 6: image file 'x' .* The state is in .*point-3;"):
+        tiny_run(tmp_path / "run", **flags)
+    monkeypatch.undo()
+    resumed, clean = tiny_run(tmp_path / "run", **flags, resume_from_checkpoint="latest"), tiny_run(tmp_path / "clean")
+    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(resumed).items())
+
+
+def test_images_that_the_report_cannot_read_are_not_called_a_full_disk(tmp_path, monkeypatch):
+    unreadable_from_call(monkeypatch, report, "score_encoder", 1)
+    with pytest.raises(DataSourceError, match="image file 'x'"):
+        tiny_run(tmp_path / "run", eval_split_name="test")
+    monkeypatch.undo()
+    run = tiny_run(tmp_path / "run", eval_split_name="test", resume_from_checkpoint="latest")
+    assert json.loads((run / "report.json").read_text())["scores"]
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

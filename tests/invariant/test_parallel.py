@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import final_weights, logged, tiny_flags, tiny_run
+from tiny import differences, final_weights, logged, tiny_flags, tiny_run
 from torchrun import torchrun
 
 from ijepa_hf import IJepaForPretraining
@@ -27,7 +27,6 @@ LOSS_TOLERANCE = 2e-6  # relative
 GLOBAL_BATCH, STEPS, SAVED_AT, NUM_IMAGES = 8, 20, 10, 64
 # A moving average that moves: with the published momentum, 0.996 and more, it would go a fiftieth of the way.
 RUN = {"max_train_steps": STEPS, "checkpointing_steps": SAVED_AT, "ema_momentum": 0.9, "final_ema_momentum": 0.99}
-NETWORKS = ("context_encoder", "ijepa", "predictor")
 
 
 def run_on(ranks, folder, **changes):
@@ -51,16 +50,6 @@ def on_two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
     return run_on(4, tmp_path_factory.mktemp("four") / "run")
-
-
-def differences(ours, theirs):
-    """The largest difference in each network; the same names in both."""
-    assert ours.keys() == theirs.keys()
-    largest = dict.fromkeys(NETWORKS, 0.0)
-    for name, value in ours.items():
-        network = name.partition(".")[0]
-        largest[network] = max(largest[network], float((value - theirs[name]).abs().max()))
-    return largest
 
 
 def assert_same_run(one, other, first_step=1):

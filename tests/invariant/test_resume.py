@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import final_weights, logged, tiny_run
+from tiny import assert_same_run, final_weights, tiny_run
 
 LOGGED = ("step", "loss", "learning_rate", "weight_decay", "ema_momentum", "grad_norm_encoder", "target_rankme")
 STEPS = {"max_train_steps": 40, "checkpointing_steps": 3}
@@ -13,17 +13,9 @@ def uninterrupted(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("whole") / "run", **STEPS, hidden_dropout_prob=0.1)
 
 
-def assert_same_run(one, other):
-    ours, theirs = final_weights(one), final_weights(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    assert logged(one, *LOGGED) == logged(other, *LOGGED)
-
-
 def test_worker_counts_change_nothing(uninterrupted, tmp_path):
     other = tiny_run(tmp_path / "run", **STEPS, hidden_dropout_prob=0.1, dataloader_num_workers=2)
-    assert_same_run(other, uninterrupted)
+    assert_same_run(other, uninterrupted, *LOGGED)
 
 
 def test_continuing_from_an_older_checkpoint_in_another_folder_gives_the_same_bits(uninterrupted, tmp_path):

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from forked_runs import (
     alive,
     children_of,
@@ -24,7 +23,7 @@ from forked_runs import (
     steps_logged,
     wait_until,
 )
-from tiny import final_weights, logged, tiny_flags, tiny_run
+from tiny import assert_same_run, logged, tiny_flags, tiny_run
 
 from ijepa_hf.checkpointing import find_latest
 
@@ -37,13 +36,6 @@ ENDLESS = {"max_train_steps": 100_000, "checkpointing_steps": 50_000, "logging_s
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("whole") / "run", **STEPS, hidden_dropout_prob=0.1)
-
-
-def assert_same_run(one, other):
-    ours, theirs = final_weights(one), final_weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert logged(one, *LOGGED) == logged(other, *LOGGED)
 
 
 def wait_for_a_checkpoint_after(step, output_dir, process):
@@ -79,7 +71,7 @@ def kill_at_random(output_dir, log, kills, seconds, seed, **changes):
 def test_a_run_killed_five_times_at_random_moments_has_the_bits_of_a_whole_one(uninterrupted, tmp_path):
     killed = kill_at_random(tmp_path / "run", tmp_path / "log", 5, 1.2, seed=0, **STEPS, hidden_dropout_prob=0.1)
     assert killed == 5
-    assert_same_run(tmp_path / "run", uninterrupted)
+    assert_same_run(tmp_path / "run", uninterrupted, *LOGGED)
 
 
 @pytest.mark.slow
@@ -88,7 +80,7 @@ def test_a_run_killed_fifty_times_at_random_moments_has_the_bits_of_a_whole_one(
     steps = {"max_train_steps": 1500, "checkpointing_steps": 3, "logging_steps": 10}
     whole = tiny_run(tmp_path / "whole", **steps)
     assert kill_at_random(tmp_path / "run", tmp_path / "log", 50, 2.5, seed=1, **steps) == 50
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole, *LOGGED)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -116,7 +108,7 @@ def test_a_signal_ends_the_step_saves_the_state_and_has_its_own_exit_status(unin
     assert len(logged(output_dir, "step")) == checkpoint.step, "the step that was under way is logged too"
     if workers == 0:
         tiny_run(output_dir, hidden_dropout_prob=0.1, resume_from_checkpoint="latest", **STEPS)
-        assert_same_run(output_dir, uninterrupted)
+        assert_same_run(output_dir, uninterrupted, *LOGGED)
 
 
 def test_a_signal_that_all_processes_of_a_run_get_stops_it_as_well_as_one_to_it_alone(tmp_path, child_environment):

@@ -57,7 +57,7 @@ from ijepa_hf.evaluation.labelled_data import (
     load_target_splits,
 )
 from ijepa_hf.evaluation.linear_probe import predict_linear, predict_linear_sgd
-from ijepa_hf.evaluation.regression_probe import distance_bins, predict_ridge, to_bins
+from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
 from ijepa_hf.evaluation.results import (
     EVALUATION_FILE,
     MODEL,
@@ -78,7 +78,6 @@ FINETUNE_FOLDER = "finetune"
 logger = logging.getLogger(__name__)
 
 _LEAST_LABELS = 5  # of a linear probe: four to fit and one to choose on
-_MOST_COUNTS = 20  # different whole numbers that are classes of their own
 _ENOUGH_NUMBERS = 10  # that differ: one draw in 10^9 holds one of them alone
 _IGNORED = 255  # class of pixels that do not count, in maps of classes
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn")
@@ -337,17 +336,13 @@ def _check_numbers(numbers: TargetSplits, arguments: EvaluationArguments) -> Non
 
 
 def _to_classes(column: str, train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Numbers as classes: few whole ones are their own (test numbers are rounded), others are cut into bins."""
-    if (train_y == train_y.round()).all() and len(np.unique(train_y)) <= _MOST_COUNTS:
-        return train_y.astype(int), test_y.round().astype(int), "its values"
     try:
-        edges = distance_bins(train_y)
+        return numbers_as_classes(train_y, test_y)
     except ValueError as error:
         raise ValueError(
             f"{column!r} cannot be cut into bins with as many training images each: it has {len(np.unique(train_y))} "
             f"different values in {len(train_y)} images. Leave it out of --target_columns, or use more images."
         ) from error
-    return to_bins(train_y, edges), to_bins(test_y, edges), f"{len(edges) + 1} bins"
 
 
 def _draws(classes: LabelledSplits, arguments: EvaluationArguments) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # Penalties per training image, from strong to weak: scikit-learn's alpha is this times the number of images.
 _PENALTIES = tuple(10.0**power for power in range(2, -7, -1))
 _LEAST_IMAGES = 5  # four to fit and one to choose on
+_MOST_COUNTS = 20  # different whole numbers that are classes of their own
 
 
 def predict_ridge(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -114,6 +115,25 @@ def to_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     if np.any(np.diff(edges) <= 0):
         raise ValueError(f"edges={edges.tolist()} must rise: take them from distance_bins.")
     return np.searchsorted(edges, values, side="right").astype(np.int64)
+
+
+def numbers_as_classes(train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Numbers as classes: few whole ones are their own (test numbers are rounded), others are cut into bins.
+
+    Args:
+        train_y: [n] numbers of the training images.
+        test_y: [m] numbers of the held-out images.
+
+    Returns:
+        Classes of both, int64, and in words what a class is.
+
+    Raises:
+        ValueError: As `distance_bins`.
+    """
+    if (train_y == train_y.round()).all() and len(np.unique(train_y)) <= _MOST_COUNTS:
+        return train_y.astype(np.int64), test_y.round().astype(np.int64), "its values"
+    edges = distance_bins(train_y)
+    return to_bins(train_y, edges), to_bins(test_y, edges), f"{len(edges) + 1} bins"
 
 
 def _quantities(name: str, values: np.ndarray, *, axes: tuple[int, ...] | None) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""`scripts/sweep.py`: what it reads, runs once, and says of an order."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import sweep as sweeps  # noqa: E402
+
+ABLATIONS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
+BASES = sorted((ROOT / "recipes" / "ablations" / "bases").glob("*.yaml"))
+TINY_BASE = """
+dataset_name: digits
+image_size: 32
+patch_size: 8
+hidden_size: 16
+num_hidden_layers: 1
+num_attention_heads: 2
+predictor_hidden_size: 8
+predictor_num_hidden_layers: 1
+masking_strategy: random
+max_train_samples: 64
+per_device_train_batch_size: 16
+max_train_steps: 3
+learning_rate: 1.0e-3
+num_cpu_threads: 1
+min_crop_scale: 1.0
+"""
+TINY_SWEEP = """
+title: Shares that are target
+source: made up
+settings:
+  - {name: most, flags: {}, paper: 3}
+  - {name: half, flags: {mask_ratio: 0.5}, paper: 2}
+  - {name: squared, flags: {loss_type: mse}}
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "base.yaml").write_text(TINY_BASE)
+    (tmp_path / "shares.yaml").write_text(TINY_SWEEP)
+    return tmp_path
+
+
+def command(files, *more):
+    return [
+        str(files / "shares.yaml"), "--base", str(files / "base.yaml"), "--output_dir", str(files / "out"),
+        "--max_probe_samples", "100", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_shipped_ablation_is_a_run_that_pretrain_takes(path, base):
+    sweep = sweeps.read_sweep(path)
+    sweeps.check_settings(sweep, str(base))
+    assert sweep.settings[0].flags == {}  # the reference is the base itself
+
+
+def test_the_papers_figures_are_those_of_its_tables():
+    figures = {path.stem: [each.paper for each in sweeps.read_sweep(path).settings] for path in ABLATIONS}
+    assert figures["masking"] == [54.2, 20.2, 17.6, 15.5]
+    assert figures["targets"] == [66.9, 40.7]
+    assert figures["target_scale"] == [54.2, 42.4, 39.2, 38.9, 33.6, 19.2]
+    assert figures["context_scale"] == [54.2, 49.3, 47.1, 31.2]
+    assert figures["num_targets"] == [54.2, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: x", "keys title, source and settings"),
+        ("title: x\nsource: y\nsettings: [{name: a, flags: {}}]", "at least two"),
+        ("title: x\nsource: y\nsettings: [{name: a}, {name: b, flags: {}}]", "must have name and flags"),
+        ("title: x\nsource: y\nsettings: [{name: a, flags: {}}, {name: b, flags: {}}]", "the same flags"),
+        ("title: [", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused_and_says_why(files, capsys, text, message):
+    (files / "shares.yaml").write_text(text)
+    assert sweeps.main(command(files)) == 2
+    assert message in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_a_flag_that_pretrain_refuses_is_found_before_any_run(files, capsys):
+    (files / "shares.yaml").write_text(TINY_SWEEP.replace("mask_ratio: 0.5", "mask_ratoi: 0.5"))
+    assert sweeps.main(command(files)) == 2
+    assert "'half'" in (said := capsys.readouterr().err)
+    assert "mask_ratio" in said  # the nearest name
+    assert not (files / "out").exists()
+
+
+def test_a_sweep_runs_each_setting_once_and_finishes_what_is_missing(files, capsys):
+    assert sweeps.main(command(files, "--seeds", "0", "1", "--jobs", "2")) == 0
+    first = capsys.readouterr().out
+    results = files / "out" / "results"
+    assert sorted(path.name for path in results.iterdir()) == sorted(
+        f"{name}-seed-{seed}.json"
+        for name in ("base", "mask_ratio=0.5", "loss_type=mse", "untrained")
+        for seed in (0, 1)
+    )
+    row = json.loads((results / "mask_ratio=0.5-seed-1.json").read_text())
+    assert row["arguments"]["mask_ratio"] == 0.5
+    assert row["arguments"]["seed"] == 1
+    assert row["step"] == 3
+    assert all(0 <= row["scores"][name] <= 1 for name in ("knn", "linear", "low_shot"))
+    for name in ("most", "half", "squared", "untrained"):
+        assert f"| {name} | " in first
+    assert (files / "out" / "shares.md").read_text() in first
+    times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    missing = results / "mask_ratio=0.5-seed-1.json"
+    missing.unlink()
+    assert sweeps.main(command(files, "--seeds", "0", "1")) == 0
+    assert capsys.readouterr().out == first  # the run itself was finished: its scores are found again
+    assert json.loads(missing.read_text())["scores"] == row["scores"]
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
+
+
+def test_results_of_other_arguments_are_not_taken_for_these(files, capsys):
+    assert sweeps.main(command(files, "--seeds", "0")) == 0
+    (files / "base.yaml").write_text(TINY_BASE.replace("hidden_size: 16", "hidden_size: 32"))
+    assert sweeps.main(command(files, "--seeds", "0")) == 2
+    assert "hidden_size" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_said_and_keeps_no_other_from_running(files, capsys):
+    (files / "out" / "mask_ratio=0.5").mkdir(parents=True)
+    (files / "out" / "mask_ratio=0.5" / "seed-0").write_text("in the way")
+    assert sweeps.main(command(files, "--seeds", "0")) == 1
+    said = capsys.readouterr()
+    assert "mask_ratio=0.5" in said.err
+    assert "| half | not measured |" in said.out
+    assert (files / "out" / "results" / "loss_type=mse-seed-0.json").exists()
+
+
+def test_the_interval_is_students_and_of_one_seed_there_is_none():
+    values = [0.71, 0.78, 0.75]
+    mean, half = sweeps.interval_of_mean(values)
+    low, high = stats.t.interval(0.95, 2, loc=mean, scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert sweeps.interval_of_mean([0.5]) == (0.5, math.inf)
+
+
+def test_an_order_agrees_disagrees_or_is_undecided_where_intervals_overlap():
+    sweep = sweeps.Sweep(
+        "made up", "", "",
+        [sweeps.Setting("a", {}, 50.0), sweeps.Setting("b", {"x": 1}, 40.0), sweeps.Setting("c", {"x": 2}, 30.0),
+         sweeps.Setting("d", {"x": 3}, None)],
+    )  # fmt: skip
+    scores = {"a": [0.9, 0.901, 0.902], "b": [0.7, 0.5, 0.9], "c": [0.95, 0.951, 0.952], "d": [0.1, 0.1, 0.1]}
+    assert sweeps.order_of(sweep, scores) == {
+        "agrees": [], "disagrees": ["a > c"], "undecided": ["a > b", "b > c"],
+    }  # fmt: skip
+    scores["c"] = [0.1, 0.101, 0.102]
+    assert sweeps.order_of(sweep, scores)["agrees"] == ["a > c", "b > c"]
+    assert sweeps.order_of(sweep, {name: values[:1] for name, values in scores.items()})["agrees"] == []
