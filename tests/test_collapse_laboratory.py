@@ -1,6 +1,8 @@
 """The collapse laboratory: its objectives are the papers' formulas, gradients flow where it says, collapse happens."""
 
+import dataclasses
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -40,6 +42,12 @@ def few_digits(digits):
     return ScoredImages(
         digits.train_pixels[train], digits.test_pixels[test], digits.train_labels[train], digits.test_labels[test], {}
     )
+
+
+@pytest.fixture
+def short(laboratory, monkeypatch):
+    monkeypatch.setattr(laboratory, "NUM_ROWS", 2)
+    monkeypatch.setattr(laboratory, "SETTINGS", dataclasses.replace(laboratory.SETTINGS, batch_size=16))
 
 
 @pytest.fixture
@@ -108,7 +116,10 @@ def test_each_view_predicts_the_target_of_the_other_one(laboratory, two_views):
     projections, targets = torch.cat(two_views), torch.cat(two_views).flip(1)
     predictor = torch.nn.Linear(5, 5, dtype=torch.float64)
     predicted = (projections @ predictor.weight.T + predictor.bias).detach()
-    crossed = [laboratory.unit_distance(predicted[:6], targets[6:]), laboratory.unit_distance(predicted[6:], targets[:6])]
+    crossed = [
+        laboratory.unit_distance(predicted[:6], targets[6:]),
+        laboratory.unit_distance(predicted[6:], targets[:6]),
+    ]
     loss = laboratory.crossed_distance(predictor, projections, targets)
     assert loss.item() == pytest.approx(float(sum(crossed)) / 2)
 
@@ -122,18 +133,16 @@ def test_negatives_cost_the_logarithm_of_all_other_views_where_all_vectors_are_e
 
 
 def loss_of(family, images):
-    # float32 would be too coarse for differences
     with torch.random.fork_rng(devices=[]):
         return family.loss(images.train_pixels[:16], None, torch.Generator().manual_seed(5))
 
 
-@pytest.fixture
+@pytest.fixture  # float32 would be too coarse for differences
 def in_float64(laboratory, monkeypatch):
-    for name in ("make_views", "plain_images"):
+    for name in ("both_views", "plain_images"):
         function = getattr(laboratory, name)
         monkeypatch.setattr(laboratory, name, lambda *given, function=function: function(*given).double())
-    masked = sys.modules["masked"]
-    monkeypatch.setattr(masked, "plain_images", laboratory.plain_images)
+    monkeypatch.setattr(sys.modules["masked"], "plain_images", laboratory.plain_images)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +238,12 @@ def test_embeddings_are_byols_projections_and_elsewhere_the_features(laboratory,
         torch.testing.assert_close(embeddings, features.detach())
         row = meter.rows[0]
         units = features.detach() / features.detach().norm(dim=1, keepdim=True)
-        assert row["embedding_normalized_std"] == pytest.approx(8 * units.std(dim=0, correction=0).mean().item(), rel=1e-5)
+        assert row["embedding_normalized_std"] == pytest.approx(
+            8 * units.std(dim=0, correction=0).mean().item(), rel=1e-5
+        )
 
 
-def test_measuring_does_not_change_a_training(laboratory, few_digits, monkeypatch):
+def test_measuring_does_not_change_a_training(laboratory, few_digits, short, monkeypatch):
     losses = []
     for rows in (4, 1):
         monkeypatch.setattr(laboratory, "NUM_ROWS", rows)
@@ -246,38 +257,37 @@ def test_measuring_does_not_change_a_training(laboratory, few_digits, monkeypatc
 
 
 def test_a_short_run_writes_table_numbers_and_picture_and_is_a_function_of_the_seed(
-    laboratory, few_digits, tmp_path, monkeypatch, capsys
+    laboratory, few_digits, short, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(laboratory, "load_scored_images", lambda *given: few_digits)
-    monkeypatch.setattr(laboratory, "NUM_ROWS", 2)
     found = []
-    for folder, seeds in (("a", ["0", "1"]), ("b", ["0"])):
-        arguments = ["--steps", "3", "--seed", *seeds, "--output_dir", str(tmp_path / folder)]
-        laboratory.main(arguments)
+    for folder, flags in (("all", []), ("some", ["--seed", "0", "1", "--arms", "vicreg", "byol"])):
+        laboratory.main(["--steps", "2", "--output_dir", str(tmp_path / folder), *flags])
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == [
             f"collapse_laboratory.{suffix}" for suffix in ("json", "md", "png")
         ]
         results = json.loads((tmp_path / folder / "collapse_laboratory.json").read_text("utf-8"))
         for run in results["runs"]:
             assert run.pop("seconds") > 0
-        found.append(results["runs"])
-    table = (tmp_path / "b" / "collapse_laboratory.md").read_text("utf-8")
+        found.append({(run["arm"], run["seed"]): run for run in results["runs"]})
+    table = (tmp_path / "all" / "collapse_laboratory.md").read_text("utf-8")
     assert table in capsys.readouterr().out
-    assert [line.split(" | ")[0] for line in table.splitlines()[3:]] == [
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [
         f"| {arm.title}" for arm in laboratory.ARMS.values()
     ]
-    assert [run["arm"] for run in found[1]] == list(laboratory.ARMS)
-    assert found[0][:8] == found[1]
-    for one, other in zip(found[0][:8], found[0][8:], strict=True):
-        assert one["rows"][-1]["loss"] != other["rows"][-1]["loss"]
-    with Image.open(tmp_path / "b" / "collapse_laboratory.png") as picture:
+    every, some = found
+    assert list(every) == [(name, 0) for name in laboratory.ARMS]
+    for name in ("vicreg", "byol"):
+        assert every[name, 0] == some[name, 0]
+        assert every[name, 0]["rows"][-1]["loss"] != some[name, 1]["rows"][-1]["loss"]
+    with Image.open(tmp_path / "all" / "collapse_laboratory.png") as picture:
         assert min(picture.size) > 1000
 
 
 def test_names_of_lines_stay_in_order_and_apart(laboratory):
     places = [-0.3, 0.1, 0.11, 0.115, 0.9, 0.99, 1.2]
     moved = laboratory._spread_apart(places, 0.06)
-    assert all(b - a >= 0.06 - 1e-9 for a, b in zip(moved, moved[1:], strict=False))
+    assert all(b - a >= 0.06 - 1e-9 for a, b in itertools.pairwise(moved))
     assert moved[0] >= 0
     assert moved[-1] <= 1
     assert laboratory._spread_apart([0.2, 0.5], 0.06) == [0.2, 0.5]
@@ -292,8 +302,7 @@ def test_wrong_flags_are_refused_by_name(laboratory, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_agreement_alone_collapses_and_negatives_prevent_it(laboratory, few_digits, monkeypatch):
-    monkeypatch.setattr(laboratory, "NUM_ROWS", 2)
+def test_agreement_alone_collapses_and_negatives_prevent_it(laboratory, few_digits, short):
     ratios = {}
     for name in ("agreement", "negatives"):
         rows = laboratory.run_arm(name, few_digits, 50, 0)["rows"]

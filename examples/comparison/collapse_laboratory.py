@@ -8,9 +8,9 @@ between that mean and the loss; two are BYOL and two I-JEPA, with the stop-gradi
 are measured on the same held-out images, and `judge_collapse` says what it makes of their patches. Written are a table
 (`.md`), all numbers (`.json`) and a picture (`.png`). About four minutes a seed, on one core.
 
-Sources: the two forms of collapse, Jing et al. 2021 (arXiv 2110.09348); negatives, Chen et al. 2020, SimCLR
-(2002.05709); stop-gradient, moving average and predictor, Grill et al. 2020, BYOL (2006.07733), and Assran et al. 2023,
-I-JEPA (2301.08243); the terms for variance and covariance, Bardes et al. 2021, VICReg (2105.04906).
+Sources: both forms of collapse, Jing et al. 2021 (arXiv 2110.09348); negatives, Chen et al. 2020, SimCLR (2002.05709);
+stop-gradient, moving average and predictor, Grill et al. 2020, BYOL (2006.07733), and Assran et al. 2023, I-JEPA
+(2301.08243); the terms for variance and covariance, Bardes et al. 2021, VICReg (2105.04906).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from family import AveragedFamily, Family, numpy_generator, patches, pooled
+from family import AveragedFamily, Family, both_views, numpy_generator, patches, pooled
 from losses import nt_xent
 from masked import IJepa
 from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from training import TrainingSettings, make_optimizer, step_values, training_step
-from views import ViewSettings, make_views, plain_images
+from views import ViewSettings, plain_images
 
 from ijepa_hf import IJepaConfig
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
@@ -55,9 +55,7 @@ NETWORK = IJepaConfig(
     image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
     predictor_hidden_size=32, predictor_num_hidden_layers=2, context_keep_ratio=0.4,
 )  # fmt: skip
-VIEWS = ViewSettings(
-    size=32, local_size=16, mean=(0.3,) * 3, std=(0.38,) * 3, view_scale=(0.4, 1.0), brightness=0.4, contrast=0.4
-)
+VIEWS = ViewSettings(size=32, mean=(0.3,) * 3, std=(0.38,) * 3, view_scale=(0.4, 1.0), brightness=0.4, contrast=0.4)
 SETTINGS = TrainingSettings(
     batch_size=64, learning_rate=2e-3, start_learning_rate=2e-4, final_learning_rate=2e-5, warmup_share=0.1,
     weight_decay=0.04, final_weight_decay=0.04,
@@ -78,7 +76,6 @@ NETWORK_FIELDS = (
     "predictor_hidden_size", "predictor_num_hidden_layers", "context_keep_ratio",
 )  # fmt: skip
 STEM = "collapse_laboratory"
-_NAME_GAP = 0.055  # between names of lines, of a panel's height
 
 
 # -- objectives ------------------------------------------------------------------------------------------------------
@@ -177,7 +174,7 @@ class TwoViews(Family):
         self.objective = objective
 
     def loss(self, pixels: Tensor, labels: Tensor, generator: Generator) -> Tensor:  # noqa: D102 (as in Family)
-        return self.objective(*pooled(self.encoder, draw_two(pixels, self.views, generator)).chunk(2))
+        return self.objective(*pooled(self.encoder, both_views(pixels, self.views, generator)).chunk(2))
 
 
 class Byol(AveragedFamily):
@@ -193,7 +190,7 @@ class Byol(AveragedFamily):
         self.predictor = batch_normalized_mlp(config.hidden_size)
 
     def loss(self, pixels: Tensor, labels: Tensor, generator: Generator) -> Tensor:  # noqa: D102 (as in Family)
-        both = draw_two(pixels, self.views, generator)
+        both = both_views(pixels, self.views, generator)
         with torch.no_grad():
             targets = self.average_head(pooled(self.average_encoder, both))
         return crossed_distance(self.predictor, self.head(pooled(self.encoder, both)), targets)
@@ -207,7 +204,7 @@ class ByolWithGradient(Byol):
     """BYOL without what keeps it: targets are the trained encoder's own, and have a gradient."""
 
     def loss(self, pixels: Tensor, labels: Tensor, generator: Generator) -> Tensor:  # noqa: D102 (as in Family)
-        projections = self.head(pooled(self.encoder, draw_two(pixels, self.views, generator)))
+        projections = self.head(pooled(self.encoder, both_views(pixels, self.views, generator)))
         return crossed_distance(self.predictor, projections, projections)
 
     def update_average(self, momentum: float) -> None:  # noqa: D102 (as in Family)
@@ -228,11 +225,6 @@ class IJepaWithGradient(IJepa):
 
     def update_average(self, momentum: float) -> None:  # noqa: D102 (as in Family)
         super().update_average(0.0)  # a copy, as above
-
-
-def draw_two(pixels: Tensor, views: ViewSettings, generator: Generator) -> Tensor:
-    """Two views of each image, all first ones before all second ones: `[2 B, 3, size, size]`."""
-    return torch.cat([make_views(pixels, views, generator) for _ in range(2)])
 
 
 def batch_normalized_mlp(width: int) -> nn.Sequential:
@@ -455,16 +447,23 @@ def run_arm(name: str, images: ScoredImages, num_steps: int, seed: int) -> dict[
 
 # -- table and picture -----------------------------------------------------------------------------------------------
 
-COLUMNS = {
-    "deviation": ("embedding_normalized_std", 3),
-    "effective rank": ("embedding_effective_rank", 1),
-    "RankMe": ("embedding_rankme", 1),
-    "explained by position": ("position_share", 2),
-}
+_NAME_GAP = 0.055  # between names of lines, of a panel's height
+_Groups = list[tuple[str, list[Mapping[str, Any]]]]  # arms, and the runs of each
+_PANELS = (  # title, y, x, scale of y
+    ("Complete collapse: normalised deviation", "1 = all directions alike", "optimiser step", "log"),
+    ("Dimensional collapse: effective rank", "directions", "optimiser step", "linear"),
+    ("Spectra at the end", "deviation along a direction", "principal direction", "log"),
+)
+
+
+class _Curve(NamedTuple):
+    arm: Arm
+    x: Sequence[float]
+    values: np.ndarray  # [seeds, len(x)]
 
 
 def render_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The table in markdown: a row before training, then a row for each arm.
+    """The table in markdown: rows before training, then a row for each arm.
 
     Args:
         runs: From `run_arm`, of one seed or several; of several, the mean stands before the range.
@@ -472,27 +471,29 @@ def render_table(runs: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         The text, with a line's end.
     """
-    head = ["training", *COLUMNS, "kNN-20", "embeddings", "verdict on patches"]
+    head = ["training", "deviation", "effective rank", "explained by position", "kNN-20", "embeddings", "patches"]
     lines = [head, ["---"] * len(head)]
-    for name, own in by_arm(runs):
-        if len(lines) == 2:
-            lines.append(
-                ["before", *_numbers(own, 0), _spread([100 * run["untrained_knn"] for run in own], 1), "", ""]
-            )
-        scores = _spread([100 * run["knn"] for run in own], 1)
+    groups = by_arm(runs)
+    lines.append(["before", *_numbers(groups[0][1], 0, "pooled", "untrained_knn"), "", ""])
+    projected = [own for name, own in groups if name.startswith("byol")]
+    if projected:
+        lines.append(["before, BYOL's projections", *_numbers(projected[0], 0, "embedding", "untrained_knn"), "", ""])
+    for name, own in groups:
         said = [_counted(run[key] for run in own) for key in ("happened", "verdict")]
-        lines.append([ARMS[name].title, *_numbers(own, -1), scores, *said])
+        lines.append([ARMS[name].title, *_numbers(own, -1, "embedding", "knn"), *said])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def by_arm(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+def by_arm(runs: Sequence[Mapping[str, Any]]) -> _Groups:
     """Each arm that was run, in the order of `ARMS`, with its runs."""
     groups = [(name, [run for run in runs if run["arm"] == name]) for name in ARMS]
     return [(name, own) for name, own in groups if own]
 
 
-def _numbers(runs: Sequence[Mapping[str, Any]], place: int) -> list[str]:
-    return [_spread([run["rows"][place][key] for run in runs], digits) for key, digits in COLUMNS.values()]
+def _numbers(runs: Sequence[Mapping[str, Any]], place: int, kind: str, score: str) -> list[str]:
+    columns = ((f"{kind}_normalized_std", 3), (f"{kind}_effective_rank", 1), ("position_share", 2))
+    cells = [_spread([run["rows"][place][key] for run in runs], digits) for key, digits in columns]
+    return [*cells, _spread([100 * run[score] for run in runs], 1)]
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -503,12 +504,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def _counted(words: Iterable[str]) -> str:
     counts = Counter(words)
     return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{word} {count}x" for word, count in counts.items())
-
-
-class _Curve(NamedTuple):
-    arm: Arm
-    x: Sequence[float]
-    values: np.ndarray  # [seeds, len(x)]
 
 
 def draw_figure(runs: Sequence[Mapping[str, Any]], path: str | Path) -> Figure:
@@ -524,39 +519,42 @@ def draw_figure(runs: Sequence[Mapping[str, Any]], path: str | Path) -> Figure:
     figure = Figure(figsize=(11.5, 8.6), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 2).ravel()
     groups = by_arm(runs)
-    for axis, key, title, unit, scale in (
-        (
-            axes[0],
-            "embedding_normalized_std",
-            "Complete collapse: normalised deviation",
-            "1 = all directions alike",
-            "log",
-        ),
-        (axes[1], "embedding_effective_rank", "Dimensional collapse: effective rank", "directions", "linear"),
-    ):
-        curves = [
-            _Curve(ARMS[name], [row["step"] for row in own[0]["rows"]],
-                   np.array([[row[key] for row in run["rows"]] for run in own]))
-            for name, own in groups
-        ]  # fmt: skip
+    all_curves = [_over_steps(groups, "embedding_normalized_std"), _over_steps(groups, "embedding_effective_rank")]
+    all_curves.append(_spectra(groups))
+    for axis, curves, (title, y, x, scale) in zip(axes, all_curves, _PANELS, strict=False):
         _draw_curves(axis, curves, scale)
         if scale == "linear":
             axis.set_ylim(bottom=0)
             axis.axhline(LEAST_RANK, color=FAINT_COLOR, linewidth=1, linestyle=":")
+            axis.annotate(DIMENSIONAL, (0, 0), (3, 3), textcoords="offset points", va="bottom", fontsize=8,
+                          color=FAINT_COLOR)  # fmt: skip
         _name_curves(axis, curves)
-        _name_axes(axis, title, unit, "optimiser step")
-    curves = [
-        # all but the last: a layer norm leaves nothing there
-        _Curve(ARMS[name], range(1, len(own[0]["deviations"])), np.array([run["deviations"][:-1] for run in own]))
-        for name, own in groups
-    ]
-    _draw_curves(axes[2], curves, "log")
-    _name_curves(axes[2], curves)
-    _name_axes(axes[2], "Spectra at the end", "deviation along a direction", "principal direction")
+        _name_axes(axis, title, y, x)
     _draw_scores(axes[3], groups)
+    title = "One encoder, eight objectives: embeddings of the same held-out images"
+    figure.suptitle(title, fontsize=11, color=TEXT_COLOR, x=0.01, ha="left")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     figure.savefig(path, dpi=DPI)
     return figure
+
+
+def _over_steps(groups: _Groups, key: str) -> list[_Curve]:
+    return [
+        _Curve(
+            ARMS[name],
+            [row["step"] for row in own[0]["rows"]],
+            np.array([[row[key] for row in run["rows"]] for run in own]),
+        )
+        for name, own in groups
+    ]
+
+
+def _spectra(groups: _Groups) -> list[_Curve]:
+    """All directions but the last, along which the encoder's layer norm leaves nothing."""
+    return [
+        _Curve(ARMS[name], range(1, len(own[0]["deviations"])), np.array([run["deviations"][:-1] for run in own]))
+        for name, own in groups
+    ]
 
 
 def _draw_curves(axis: Axes, curves: Sequence[_Curve], scale: str) -> None:
@@ -579,7 +577,8 @@ def _name_curves(axis: Axes, curves: Sequence[_Curve]) -> None:
         axis.annotate(
             curve.arm.title, (1.0, ends[number]), (1.04, places[number]), xycoords="axes fraction",
             textcoords="axes fraction", va="center", fontsize=8.5, color=curve.arm.color,
-            arrowprops={"arrowstyle": "-", "color": curve.arm.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": curve.arm.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -595,7 +594,7 @@ def _spread_apart(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def _draw_scores(axis: Axes, groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+def _draw_scores(axis: Axes, groups: _Groups) -> None:
     """A line an arm, from its worst to its best seed, and what happened beside it."""
     untrained = 100 * statistics.fmean(run["untrained_knn"] for run in groups[0][1])
     axis.axvline(untrained, color=FAINT_COLOR, linewidth=1, linestyle=":")
@@ -608,14 +607,17 @@ def _draw_scores(axis: Axes, groups: Sequence[tuple[str, Sequence[Mapping[str, A
                   markerfacecolor=arm.color if arm.style == "-" else "white")  # fmt: skip
         axis.annotate(_counted(run["happened"] for run in runs), (max(values), place), (8, 0), va="center",
                       textcoords="offset points", fontsize=8, color=FAINT_COLOR)  # fmt: skip
+    _name_axes(axis, "What neighbours say of the features", "", "kNN-20 top-1, %")
+    axis.set_ylim(len(groups) - 0.5, -0.9)
+    axis.set_xlim(0, 140)  # room for what happened
+    axis.set_xticks(range(0, 101, 20))
+    axis.grid(visible=False, axis="y")
+    axis.yaxis.tick_right()
+    axis.tick_params(axis="y", length=0)
     axis.set_yticks(range(len(groups)), [ARMS[name].title for name, _ in groups])
-    _name_axes(axis, "What neighbours say", "", "kNN-20 top-1, %")
     for label, (name, _) in zip(axis.get_yticklabels(), groups, strict=True):
         label.set_color(ARMS[name].color)
         label.set_fontsize(8.5)
-    axis.set_ylim(len(groups) - 0.5, -1)
-    axis.set_xlim(0, 130)  # room for what happened
-    axis.set_xticks(range(0, 101, 20))
 
 
 def _name_axes(axis: Axes, title: str, y: str, x: str) -> None:

@@ -23,7 +23,7 @@ from contrastive import MoCo, SimClr
 from family import Family
 from masked import IJepa, Mae
 from pretext import Jigsaw, Rotation
-from results import TITLES, draw_figure, render_tables
+from results import draw_figure, render_tables
 from self_distillation import Dino, IBot
 from training import TrainingSettings, peak_memory_bytes, train
 from views import ViewSettings
@@ -63,7 +63,7 @@ DATASETS: dict[str, dict[str, Any]] = {
     "shapes": {
         "num_train_epochs": 40, "max_train": 2000, "patch_size": 6,
         "views": ViewSettings(
-            size=48, view_scale=(0.4, 1.0), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), min_crop_scale=0.5,
+            size=48, view_scale=(0.5, 1.0), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), min_crop_scale=0.5,
             flip=True, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey_share=0.2,
         ),
     },
@@ -163,6 +163,7 @@ def settings_of(name: str, dataset_name: str, seed: int, num_train_epochs: int, 
                 "encoder": {name: RECIPE[name] for name in NETWORK_FIELDS}
                 | {"patch_size": DATASETS[dataset_name]["patch_size"]},
                 "views": dataclasses.asdict(DATASETS[dataset_name]["views"]),
+                "constants": FAMILIES[name].constants,
                 "training": dataclasses.asdict(training_settings()),
                 "device": device,
             }
@@ -193,7 +194,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         arguments: The flags.
 
     Returns:
-        The records of all files in the folder.
+        The records in the folder that have the given settings, of all families and seeds.
     """
     output_dir, dataset_name, seeds = arguments.output_dir, arguments.dataset_name, arguments.seeds
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -232,7 +233,9 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 record["environment"] = environment(arguments.device)
                 write_record(path, record)
                 report(budget, record)
-    return [json.loads(path.read_text("utf-8")) for path in sorted(output_dir.glob("*-seed*.json"))]
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(output_dir.glob(f"{dataset_name}-*-seed*.json"))]
+    same = [settings_of(name, dataset_name, 0, epochs, arguments.device) for name in FAMILIES]
+    return [record for record in found if record["settings"] | {"seed": 0} in same]
 
 
 def steps_in_time(reference: dict[str, Any], own: dict[str, Any]) -> int:
@@ -295,7 +298,9 @@ def collect(folders: Sequence[Path], results: Path, figure: Path) -> str:
             record = json.loads(path.read_text("utf-8"))
             key = tuple(record["settings"][name] for name in ("dataset_name", "family", "seed"))
             if key in records:
-                raise ValueError(f"--collect: {path} is another result of {' '.join(map(str, key))}; give one of them.")
+                raise ValueError(
+                    f"--collect: {path} is another result of {' '.join(map(str, key))}; give one of them."
+                )
             records[key] = record
     gathered = list(records.values())
     tables = render_tables(gathered)
@@ -333,8 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(RECIPE["num_cpu_threads"])  # as the recipe; the clock counts the work of all threads
     records = compare(arguments)
     tables = render_tables(records)
-    (arguments.output_dir / "comparison.md").write_text(tables, "utf-8")
-    draw_figure(records, arguments.output_dir / "comparison.png")
+    (arguments.output_dir / f"{arguments.dataset_name}.md").write_text(tables, "utf-8")
+    draw_figure(records, arguments.output_dir / f"{arguments.dataset_name}.png")
     print(tables)
 
 

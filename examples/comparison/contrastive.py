@@ -1,5 +1,8 @@
 """Contrastive methods: two views of an image are near each other, and far from views of other images."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from family import AveragedFamily, Family, both_views, mlp, pooled
 from losses import info_nce, nt_xent
@@ -23,6 +26,7 @@ class SimClr(Family):
     """
 
     views_per_image = 2
+    constants: ClassVar[Mapping[str, Any]] = {"temperature": SIMCLR_TEMPERATURE, "embedding_size": EMBEDDING_SIZE}
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:
         super().__init__(config, views, seed)
@@ -41,6 +45,9 @@ class MoCo(AveragedFamily):
     """
 
     views_per_image = 2
+    constants: ClassVar[Mapping[str, Any]] = {
+        "temperature": MOCO_TEMPERATURE, "embedding_size": EMBEDDING_SIZE, "queue_size": QUEUE_SIZE,
+    }  # fmt: skip
     queue: Tensor
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:

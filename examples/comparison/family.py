@@ -1,7 +1,9 @@
 """What all families have in common: an encoder that is trained and scored, a loss, and perhaps a moving average."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,10 +25,12 @@ class Family(nn.Module):
 
     Attributes:
         views_per_image: Pictures that are made of an image in a step.
+        constants: What the family alone has: temperatures, sizes; written down with its results.
         encoder: What is trained.
     """
 
-    views_per_image: int
+    views_per_image: ClassVar[int]
+    constants: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:
         super().__init__()
@@ -136,7 +140,7 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     Biases begin at 0: pooled features of a new encoder are much alike, and a bias makes them more so.
     """
     layers: list[nn.Module] = []
-    for width, following in zip(widths, widths[1:], strict=False):
+    for width, following in pairwise(widths):
         layer = nn.Linear(width, following)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.GELU()]

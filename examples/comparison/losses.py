@@ -1,6 +1,6 @@
 """The objectives of the other families, as functions of what networks gave. None of them draws anything.
 
-    B images    V views    K prototypes    N patches    Q keys in a queue    D width of an embedding
+B images    V views    K prototypes    N patches    Q keys in a queue    D width of an embedding
 """
 
 import torch

@@ -1,5 +1,8 @@
 """Methods that hide patches and take the image as it is: I-JEPA predicts representations of them, MAE their pixels."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from family import Family, numpy_generator
 from torch import Generator, Tensor, nn
@@ -41,16 +44,16 @@ class IJepa(Family):
 class Mae(Family):
     """transformers' `ViTMAEForPreTraining`, its decoder as wide and deep as I-JEPA's predictor.
 
-    The encoder has a class token and other initial weights; features are the mean over its patches.
+    The encoder has a class token and initial weights of its own; features are the mean over its patches.
 
     Source: He et al., arXiv 2111.06377: 75 % hidden (figure 5), targets normalised by patch (table 1d).
     """
 
     views_per_image = 1
+    constants: ClassVar[Mapping[str, Any]] = {"mask_ratio": MAE_MASK_RATIO, "norm_pix_loss": True}
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:
         super().__init__(config, views, seed)
-        torch.manual_seed(seed)
         self.model = ViTMAEForPreTraining(
             ViTMAEConfig(
                 image_size=config.image_size,

@@ -1,5 +1,8 @@
 """Pretext tasks: a question about an image whose answer is known without labels."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 from family import Family, mlp, pooled
@@ -55,6 +58,7 @@ class Jigsaw(Family):
     """
 
     views_per_image = 1
+    constants: ClassVar[Mapping[str, Any]] = {"tiles": TILES**2, "num_permutations": NUM_PERMUTATIONS}
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:
         super().__init__(config, views, seed)
@@ -68,8 +72,8 @@ class Jigsaw(Family):
         side = pixels.shape[-1] // TILES // patch * patch  # the largest whole number of patches
         tiles = cut_tiles(plain_images(pixels, self.views, generator), side, generator)
         answers = torch.randint(NUM_PERMUTATIONS, (len(pixels),), generator=generator).to(pixels.device)
-        order = self.permutations[answers].view(len(pixels), -1, 1, 1, 1).expand_as(tiles)
-        features = pooled(self.encoder, tiles.gather(1, order).flatten(0, 1)).view(len(pixels), -1)
+        tiles = permuted(tiles, self.permutations[answers])
+        features = pooled(self.encoder, tiles.flatten(0, 1)).view(len(pixels), -1)
         return functional.cross_entropy(self.head(features), answers)
 
 
@@ -93,6 +97,19 @@ def cut_tiles(images: Tensor, side: int, generator: Generator) -> Tensor:
     flat = (rows[..., :, None] * height + columns[..., None, :]).view(batch, 1, -1).to(images.device)
     picked = images.flatten(2).gather(2, flat.expand(-1, channels, -1))
     return picked.view(batch, channels, TILES**2, side, side).transpose(1, 2)
+
+
+def permuted(tiles: Tensor, permutations: Tensor) -> Tensor:
+    """Tiles in another order.
+
+    Args:
+        tiles: `[B, T, ...]`.
+        permutations: int64 `[B, T]`: at place t stands the tile of number `permutations[b, t]`.
+
+    Returns:
+        `[B, T, ...]`.
+    """
+    return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], permutations]
 
 
 def far_permutations(length: int, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -43,13 +43,13 @@ def check_records(records: Sequence[Record]) -> None:
         records: What `compare.py` wrote.
 
     Raises:
-        ValueError: If records of one data set differ in a setting other than family and seed.
+        ValueError: If records of one data set differ in a setting that all families share.
     """
     first: dict[str, Record] = {}
     for record in records:
         settings = record["settings"]
         other = first.setdefault(settings["dataset_name"], settings)
-        names = sorted((settings.keys() | other.keys()) - {"family", "seed"})
+        names = sorted((settings.keys() | other.keys()) - {"family", "seed", "constants"})
         differing = [name for name in names if settings.get(name) != other.get(name)]
         if differing:
             who = [f"{each['family']} seed {each['seed']}" for each in (other, settings)]
@@ -141,12 +141,15 @@ def _by_family(records: Sequence[Record], budget: str) -> list[tuple[str, list[R
     return [(family, [run for run in finished if run["settings"]["family"] == family]) for family in TITLES]
 
 
-def draw_figure(records: Sequence[Record], path: Path) -> None:
+def draw_figure(records: Sequence[Record], path: Path) -> Figure:
     """Draws all scores: a row of panels for each data set, a line for each family.
 
     Args:
         records: What `compare.py` wrote.
         path: PNG to write; its folder must exist.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: As `check_records`.
@@ -158,7 +161,9 @@ def draw_figure(records: Sequence[Record], path: Path) -> None:
         of_data = [other for other in records if other["settings"]["dataset_name"] == dataset_name]
         names_of_data.setdefault(dataset_name, _scores_of(of_data))
     columns = max(map(len, names_of_data.values()))
-    figure = Figure(figsize=(2.1 * columns + 1.2, 3.2 * len(names_of_data) + 0.4), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(2.1 * columns + 1.2, 3.2 * len(names_of_data) + 0.4), layout="constrained", facecolor="white"
+    )
     axes = figure.subplots(len(names_of_data), columns, squeeze=False)
     for row, (dataset_name, names) in zip(axes, names_of_data.items(), strict=True):
         of_data = [record for record in records if record["settings"]["dataset_name"] == dataset_name]
@@ -172,6 +177,7 @@ def draw_figure(records: Sequence[Record], path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=DPI)
+    return figure
 
 
 def _draw_panel(axis: Axes, records: Sequence[Record], name: str) -> None:

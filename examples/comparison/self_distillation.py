@@ -1,5 +1,8 @@
 """Self-distillation: a student learns to say of a view what its moving average, the teacher, says of another one."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from family import AveragedFamily, both_views, mlp, patches, pooled
 from losses import dino_loss, ibot_patch_loss, sharpened
@@ -44,6 +47,10 @@ class Dino(AveragedFamily):
     """
 
     views_per_image = 2
+    constants: ClassVar[Mapping[str, Any]] = {
+        "num_prototypes": NUM_PROTOTYPES, "bottleneck": BOTTLENECK, "student_temperature": STUDENT_TEMPERATURE,
+        "teacher_temperature": TEACHER_TEMPERATURE, "centre_momentum": CENTRE_MOMENTUM,
+    }  # fmt: skip
     centre: Tensor
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:
@@ -73,6 +80,9 @@ class IBot(Dino):
     Source: Zhou et al., arXiv 2111.07832, section 3.2 (both losses, summed; shared head), appendix (masks).
     """
 
+    constants: ClassVar[Mapping[str, Any]] = {
+        **Dino.constants, "masked_share": MASKED_SHARE, "masked_aspect_ratio": MASKED_ASPECT_RATIO,
+    }  # fmt: skip
     patch_centre: Tensor
 
     def __init__(self, config: IJepaConfig, views: ViewSettings, seed: int) -> None:

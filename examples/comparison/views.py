@@ -93,10 +93,36 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int, mirrored: Tensor |
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def jitter_colours(images: Tensor, settings: ViewSettings, generator: Generator) -> Tensor:
-    """Changes brightness, contrast, saturation and hue of each image, in this order, and takes colours from some.
+def recolour(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Changes brightness, contrast, saturation and hue of each image, in this order.
 
     Saturation and hue stretch and turn the plane of colours of YIQ, so that neither changes the luma.
+
+    Args:
+        images: float `[B, 3, height, width]` in [0, 1].
+        brightness: float `[B]`, what pixels are multiplied by.
+        contrast: float `[B]`, what their distance from the image's mean luma is multiplied by.
+        saturation: float `[B]`, what their distance from grey is multiplied by; 0 gives grey.
+        hue: float `[B]`, how far colours are turned, in full circles.
+
+    Returns:
+        float of the same shape, cut to [0, 1] after each change.
+    """
+    angle = 2 * math.pi * hue
+    turn = torch.zeros(len(images), 3, 3)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()
+    turn[:, 1, 2], turn[:, 2, 1] = -saturation * angle.sin(), saturation * angle.sin()
+    mixing = (torch.linalg.inv(_TO_YIQ) @ turn @ _TO_YIQ).to(images.device)
+    brightness, contrast = (factor.to(images.device).view(-1, 1, 1, 1) for factor in (brightness, contrast))
+    bright = (images * brightness).clamp(0, 1)
+    mean = (bright.mean(dim=(2, 3)) @ _TO_YIQ[0].to(images.device)).view(-1, 1, 1, 1)
+    contrasted = (mean + contrast * (bright - mean)).clamp(0, 1)
+    return torch.bmm(mixing, contrasted.flatten(2)).view_as(images).clamp(0, 1)
+
+
+def jitter_colours(images: Tensor, settings: ViewSettings, generator: Generator) -> Tensor:
+    """Recolours each image by chance, and takes the colours from some.
 
     Args:
         images: float `[B, 3, height, width]` in [0, 1].
@@ -106,28 +132,15 @@ def jitter_colours(images: Tensor, settings: ViewSettings, generator: Generator)
     Returns:
         float of the same shape, in [0, 1].
 
-    Source: Chen et al., SimCLR, arXiv 2002.05709, appendix A: what is drawn; there hues turn in HSV.
+    Source: Chen et al., SimCLR, arXiv 2002.05709, appendix A: what is drawn; the order there is random, and hues turn
+    in HSV.
     """
     draws = 2 * torch.rand(4, len(images), generator=generator) - 1
-    kept, grey = torch.rand(2, len(images), generator=generator)
-    draws = torch.where(kept < settings.colour_share, draws, 0.0)
-    brightness, contrast, saturation = (
-        1 + most * draw
-        for most, draw in zip((settings.brightness, settings.contrast, settings.saturation), draws[:3], strict=True)
-    )
-    saturation = torch.where(grey < settings.grey_share, 0.0, saturation)
-    angle = 2 * math.pi * settings.hue * draws[3]
-    turn = torch.zeros(len(images), 3, 3)
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()
-    turn[:, 1, 2], turn[:, 2, 1] = -saturation * angle.sin(), saturation * angle.sin()
-    mixing = (_TO_YIQ.inverse() @ turn @ _TO_YIQ).to(images.device)
-    brightness, contrast = (factor.to(images.device).view(-1, 1, 1, 1) for factor in (brightness, contrast))
-    bright = (images * brightness).clamp(0, 1)
-    luma = torch.einsum("c,bchw->bhw", _TO_YIQ[0].to(images.device), bright)
-    mean = luma.mean(dim=(1, 2)).view(-1, 1, 1, 1)
-    contrasted = (mean + contrast * (bright - mean)).clamp(0, 1)
-    return torch.bmm(mixing, contrasted.flatten(2)).view_as(images).clamp(0, 1)
+    changed, grey = torch.rand(2, len(images), generator=generator)
+    draws = torch.where(changed < settings.colour_share, draws, 0.0)
+    saturation = torch.where(grey < settings.grey_share, 0.0, 1 + settings.saturation * draws[2])
+    brightness, contrast = 1 + settings.brightness * draws[0], 1 + settings.contrast * draws[1]
+    return recolour(images, brightness, contrast, saturation, settings.hue * draws[3])
 
 
 def make_views(pixels: Tensor, settings: ViewSettings, generator: Generator) -> Tensor:

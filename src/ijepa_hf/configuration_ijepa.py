@@ -109,12 +109,18 @@ class IJepaConfig(StockIJepaConfig):
         patch_init_std (`float`, *optional*): Standard deviation of the initial patch embedding. `None` means
             1/sqrt(inputs of a patch), which keeps small patches from drowning under the position table; the published
             models used 0.02, right for 16x16x3 inputs.
-        context_surplus (`str`, defaults to `"side"`): `"multi_block"` only: context patches beyond the share are
-            dropped from a `"side"`, or at `"random"`.
-        target_tanh_scale (`float`, defaults to 0): Targets are tanh of this times the representations; 0 is off.
-        vicreg_weight (`float`, defaults to 0): Of VICReg's variance and covariance terms on pooled context features.
-        sigreg_weight (`float`, defaults to 0): Of SIGReg on pooled context features.
-        mask_position_noise (`float`, defaults to 0): Variance of StoP's noise on the mask tokens' positions.
+        context_surplus (`str`, defaults to `"side"`): `"multi_block"` only: what the context block has beyond its
+            share is dropped from a `"side"`, which leaves the context in one piece, or at `"random"`.
+        target_tanh_scale (`float`, defaults to 0): Above 0, targets are tanh of this times the representations and
+            not layer-normalised, so that strong patches stay stronger than others. Source: arXiv 2508.02829 (DynTanh),
+            where the scale is learned.
+        vicreg_weight (`float`, defaults to 0): Weight of VICReg's variance and covariance terms on the context
+            features of each image, averaged over its patches. Source: arXiv 2410.19560 (C-JEPA), which has 0.001.
+        sigreg_weight (`float`, defaults to 0): Weight of SIGReg on the same features, which pulls them towards an
+            isotropic Gaussian. Source: arXiv 2511.08544 (LeJEPA).
+        mask_position_noise (`float`, defaults to 0): Variance of the noise that training adds to the positions of
+            mask tokens, before the predictor's projection of the context turns it to the predictor's width. Source:
+            arXiv 2308.00566 (StoP), which has 0.25.
 
     Raises:
         ValueError: If a field has a bad value, is not used by the chosen masking strategy, is unknown, or if blocks
@@ -330,6 +336,11 @@ class IJepaConfig(StockIJepaConfig):
         for name in _OPTIONAL_TERMS:
             if not 0 <= getattr(self, name) <= _LARGEST_STD:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0, which is off, to {_LARGEST_STD}.")
+        if self.target_tanh_scale and self.normalize_targets:
+            raise ValueError(
+                f"target_tanh_scale={self.target_tanh_scale} takes the place of the layer norm of targets; write "
+                "normalize_targets=False beside it, or leave target_tanh_scale=0."
+            )
         if self.patch_init_std is not None and not 0 < self.patch_init_std <= _LARGEST_STD:
             raise ValueError(
                 f"patch_init_std={self.patch_init_std} must be greater than 0 and at most {_LARGEST_STD}; write None "

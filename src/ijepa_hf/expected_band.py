@@ -23,6 +23,7 @@ from ijepa_hf.arguments import argument_defaults, argument_values, load_recipe, 
 
 LEAST_SEEDS = 3
 WIDENED_BY = 1.0  # times the range of the seeds, below the least and above the largest of them
+NEIGHBOURS = 2  # steps before and after one, whose ranges count too
 POINTS_TO_LEAVE = 2  # outside, one after the other
 WINDOWS = 20  # of the loss in a run, at most
 ROWS_IN_WINDOW = 4  # at least
@@ -487,11 +488,11 @@ def _shipped_bands() -> list[ExpectedBand]:
 def make_band(recipe: str, runs: Sequence[RunRows], machines: Sequence[Mapping[str, Any]]) -> ExpectedBand:
     """Makes a band of runs that differ in their seed.
 
-    At each step, the band goes from the least value of the runs to the largest, and on both sides `WIDENED_BY` times
-    their range farther: the plain range of n seeds is left by a new one with probability 2/(n + 1) at each step. The
-    range is the largest of the step and its two neighbours, since that of a few runs is small by chance somewhere.
-    Loss and RankMe are widened in proportion (on a logarithmic scale), kNN by points. No bound leaves what the number
-    can be.
+    At each step the band goes from the least value of the runs to the largest, and on both sides `WIDENED_BY` times
+    their range farther: a new run leaves the plain range of n others with probability 2/(n + 1), at each step. The
+    range is the largest of the step's own and of `NEIGHBOURS` steps before and after it, since that of a few runs is
+    small by chance somewhere. Loss and RankMe are widened in proportion (on a logarithmic scale), kNN by points. No
+    bound leaves what the number can be.
 
     Args:
         recipe: Name of the recipe.
@@ -557,8 +558,8 @@ def _widen(curve: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
     values = np.array([[run[step] for step in steps] for run in runs], dtype=np.float64)
     values = values if curve == "knn" else np.log(values)
     least, largest = values.min(0), values.max(0)
-    ranges = np.pad(largest - least, 1, mode="edge")
-    margin = WIDENED_BY * np.maximum.reduce([ranges[:-2], ranges[1:-1], ranges[2:]])
+    ranges = np.pad(largest - least, NEIGHBOURS, mode="edge")
+    margin = WIDENED_BY * np.lib.stride_tricks.sliding_window_view(ranges, 2 * NEIGHBOURS + 1).max(1)
     lower, upper = least - margin, largest + margin
     if curve != "knn":
         lower, upper = np.exp(lower), np.exp(upper)

@@ -157,7 +157,9 @@ class MaskSettings:
                 "for example context_keep_ratio=0.25."
             )
         if self.context_surplus not in ("side", "random"):
-            raise ValueError(f"context_surplus={self.context_surplus!r} must be 'side' or 'random'.")
+            raise ValueError(
+                f"context_surplus={self.context_surplus!r} must be 'side' or 'random'; use context_surplus='side'."
+            )
         if not isinstance(self.allow_overlap, bool):
             raise ValueError(f"allow_overlap={self.allow_overlap!r} must be a bool; use allow_overlap=False.")
         if not _is_number(self.mask_ratio) or not 0 < self.mask_ratio < 1:
@@ -306,6 +308,7 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
     # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
     scans = generator.integers(NUM_SCANS, size=per_context)[slots]
     inside = _patches_inside(grid, context_size, _draw_corners(generator, grid, context_size, per_context)[slots])
+    ranks = None
     if settings.context_surplus == "random":
         ranks = generator.random((*per_context, settings.num_patches))[slots]
 
@@ -333,11 +336,10 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
         assert not failed.size, "MaskSettings accepted sizes that do not fit"
 
     rows = visible.reshape(-1, settings.num_patches)
-    if settings.context_surplus == "random":
-        order = np.where(rows, ranks.reshape(rows.shape), 2.0).argsort(axis=1)
-        context_indices = np.sort(order[:, :keep], axis=1)
-    else:
+    if ranks is None:
         context_indices = _keep_from_a_side(grid, rows, keep, scans.ravel())
+    else:
+        context_indices = _keep_at_random(rows, keep, ranks.reshape(rows.shape))
     return _as_masks(context_indices, target_blocks, num_redrawn, settings)
 
 
@@ -783,8 +785,7 @@ def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, sca
 
     `scans` numbers the scan of each row of `visible`. There are eight: along rows or along columns, from either side,
     each line in either direction. All are equally likely, so that no side is favoured; with one direction per side
-    only, the last, incomplete line would always begin at the same end. Dropping at random instead trained worse
-    (docs/digits.md).
+    only, the last, incomplete line would always begin at the same end.
     """
     patches = np.arange(visible.shape[1]).reshape(grid)
     from_top, from_left = patches, patches.T
@@ -794,6 +795,12 @@ def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, sca
     first = np.arange(0, visible.size, visible.shape[1])[:, None]
     kept = _first_patches(visible.take(order + first), keep)
     return np.sort(order.take(kept + first), axis=1)
+
+
+def _keep_at_random(visible: np.ndarray, keep: int, ranks: np.ndarray) -> np.ndarray:
+    """Keep the K visible patches of lowest rank, numbers in [0, 1) drawn for each patch."""
+    order = np.where(visible, ranks, 1.0).argsort(axis=1)
+    return np.sort(order[:, :keep], axis=1)
 
 
 # Checks of MaskSettings and of the arguments

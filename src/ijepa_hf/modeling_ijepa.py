@@ -560,12 +560,8 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         context = self.context_encoder(pixel_values, context_indices=context_indices, **kwargs)
         predictions = self.predict(context.last_hidden_state, context_indices, target_indices)
         loss = self.compute_loss(predictions, targets) if return_loss else None
-        if loss is not None and (self.config.vicreg_weight or self.config.sigreg_weight):
-            pooled = context.last_hidden_state.float().mean(dim=1)
-            if self.config.vicreg_weight:
-                loss = loss + self.config.vicreg_weight * variance_and_covariance(pooled)
-            if self.config.sigreg_weight:
-                loss = loss + self.config.sigreg_weight * sigreg(pooled)
+        if loss is not None:
+            loss = loss + self._regularizers(context.last_hidden_state)
         return IJepaForPretrainingOutput(
             loss=cast(Any, loss),
             predictions=cast(Any, predictions),
@@ -575,6 +571,18 @@ class IJepaForPretraining(IJepaPreTrainedModel):
             hidden_states=context.hidden_states,
             attentions=context.attentions,
         )
+
+    def _regularizers(self, context: Tensor) -> Tensor | float:
+        """What the optional terms add to the loss, of context features `[B*S, K, D]`; 0 where all are off."""
+        added: Tensor | float = 0.0
+        if not (self.config.vicreg_weight or self.config.sigreg_weight):
+            return added
+        pooled = context.float().mean(dim=1)
+        if self.config.vicreg_weight:
+            added = added + self.config.vicreg_weight * variance_and_covariance(pooled)
+        if self.config.sigreg_weight:
+            added = added + self.config.sigreg_weight * sigreg(pooled)
+        return added
 
     def _draw_indices(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         seed = int(torch.randint(2**62, ()))
@@ -696,13 +704,18 @@ def variance_and_covariance(features: Tensor) -> Tensor:
     """VICReg's two terms against collapse, in its proportion: 25 times the variance hinge, plus the covariance.
 
     Args:
-        features: float `[B, D]`, B at least 2.
+        features: float `[B, D]`.
 
     Returns:
         A scalar.
 
+    Raises:
+        ValueError: For one row, which has no variance.
+
     Source: Bardes et al., arXiv 2105.04906, section 4.1; for I-JEPA, arXiv 2410.19560.
     """
+    if len(features) < 2:
+        raise ValueError("vicreg_weight needs at least 2 images in a micro-batch; one has no variance.")
     centred = features - features.mean(dim=0)
     covariance = centred.T @ centred / (len(features) - 1)
     hinge = torch.relu(1 - torch.sqrt(covariance.diagonal() + 1e-4)).mean()
