@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"
 NOTEBOOK = ROOT / "examples" / "ijepa_tutorial.ipynb"
 FIGURES = ROOT / "docs" / "figures"
-SECONDS = 900  # for one cell; training is the longest
+SECONDS = 1800  # for one cell; training takes a minute or two, and many times that on a busy machine
 
 # A python block, and the text block that holds what it printed.
 _CODE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL)

@@ -5,9 +5,9 @@
 A sweep is a YAML file: a title, the source of the published figures, and settings, each a name, flags of
 `ijepa-hf pretrain` that differ from the base, and the published figure where there is one. The base is a recipe.
 
-Each run is `ijepa-hf pretrain` in a process of its own. Its scores are one JSON in `results/`; a run that has one is
-not run again, and one that was stopped goes on from its last checkpoint, so the same command finishes an interrupted
-sweep. Settings with the same flags are the same run, whatever sweep they are in.
+Each run is `ijepa-hf pretrain` in a process of its own. Its scores are one JSON in `--results_dir`; a run that has one
+is not run again, and one that was stopped goes on from its last checkpoint, so the same command finishes an
+interrupted sweep. Settings with the same flags are the same run, whatever sweep they are in.
 
 Exit codes: 0; 2 for a mistake in what was asked; 1 where a run failed (the others are finished first).
 """
@@ -143,14 +143,17 @@ def check_settings(sweep: Sweep, base: str) -> None:
             raise SweepError(f"{sweep.name}: {setting.name!r} with {base}: {error}") from error
 
 
-def run_setting(setting: Setting, seed: int, base: str, output_dir: Path, images: ScoredImages) -> dict[str, Any]:
+def run_setting(
+    setting: Setting, seed: int, base: str, output_dir: Path, results_dir: Path, images: ScoredImages
+) -> dict[str, Any]:
     """Trains one setting with one seed, or goes on with it, and scores it; or reads what an earlier call found.
 
     Args:
         setting: The setting.
         seed: Of the run.
         base: Name or path of the base recipe.
-        output_dir: Folder of the runs and of `results/`.
+        output_dir: Folder of the runs.
+        results_dir: Folder of the JSON files.
         images: On which it is scored.
 
     Returns:
@@ -160,7 +163,7 @@ def run_setting(setting: Setting, seed: int, base: str, output_dir: Path, images
         RuntimeError: If the run failed; the end of its output is in the message.
         SweepError: If the JSON that is there is of other arguments.
     """
-    path = output_dir / "results" / f"{setting.folder}-seed-{seed}.json"
+    path = results_dir / f"{setting.folder}-seed-{seed}.json"
     told = {**load_recipe(base), **setting.flags, "seed": seed}
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -206,19 +209,19 @@ def score_run(folder: Path, images: ScoredImages) -> dict[str, float]:
     return _score_encoder(IJepaModel.from_pretrained(folder), run["arguments"], images)
 
 
-def score_untrained(base: str, seed: int, output_dir: Path, images: ScoredImages) -> dict[str, Any]:
+def score_untrained(base: str, seed: int, results_dir: Path, images: ScoredImages) -> dict[str, Any]:
     """Scores the network with which a run of the base begins.
 
     Args:
         base: Name or path of the base recipe.
         seed: Of the run.
-        output_dir: Folder of `results/`.
+        results_dir: Folder of the JSON files.
         images: On which.
 
     Returns:
         As `run_setting`, without what only training has.
     """
-    path = output_dir / "results" / f"{UNTRAINED}-seed-{seed}.json"
+    path = results_dir / f"{UNTRAINED}-seed-{seed}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return found
@@ -395,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     try:
         return _main(arguments)
-    except (SweepError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -405,6 +408,7 @@ def _main(arguments: argparse.Namespace) -> int:
     for sweep in sweeps:
         check_settings(sweep, arguments.base)
     output_dir = Path(arguments.output_dir or Path("runs", "sweeps", Path(arguments.base).stem))
+    results_dir = Path(arguments.results_dir or output_dir / "results")
     model, data, _ = parse_arguments([arguments.base, "--output_dir=unused"])
     config = model.to_config()
     assert data.dataset_name is not None
@@ -413,8 +417,9 @@ def _main(arguments: argparse.Namespace) -> int:
     )
     wanted = {setting.folder: setting for sweep in sweeps for setting in sweep.settings}
     jobs = [(setting, seed) for seed in arguments.seeds for setting in wanted.values()]
-    untrained = [score_untrained(arguments.base, seed, output_dir, images) for seed in arguments.seeds]
-    found, failures = _run_all(jobs, arguments, output_dir, images)
+    untrained = [score_untrained(arguments.base, seed, results_dir, images) for seed in arguments.seeds]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    found, failures = _run_all(jobs, arguments, output_dir, results_dir, images)
     for sweep in sweeps:
         results = {
             setting.name: [found[setting.folder, seed] for seed in arguments.seeds if (setting.folder, seed) in found]
@@ -429,14 +434,20 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _run_all(
-    jobs: Sequence[tuple[Setting, int]], arguments: argparse.Namespace, output_dir: Path, images: ScoredImages
+    jobs: Sequence[tuple[Setting, int]],
+    arguments: argparse.Namespace,
+    output_dir: Path,
+    results_dir: Path,
+    images: ScoredImages,
 ) -> tuple[dict[tuple[str, int], dict[str, Any]], list[BaseException]]:
     """All runs, `--jobs` at a time; those that fail do not keep the others from running."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     failures: list[BaseException] = []
     with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(jobs), unit="run") as progress:
         futures = {
-            (setting.folder, seed): pool.submit(run_setting, setting, seed, arguments.base, output_dir, images)
+            (setting.folder, seed): pool.submit(
+                run_setting, setting, seed, arguments.base, output_dir, results_dir, images
+            )
             for setting, seed in jobs
         }
         try:
@@ -464,7 +475,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "sweep", nargs="+", metavar="SWEEP", help="YAML files, such as recipes/ablations/masking.yaml."
     )
     parser.add_argument("--base", required=True, help="Recipe that all settings have in common: a name or a path.")
-    parser.add_argument("--output_dir", help="Folder of the runs and results; runs/sweeps/BASE if not given.")
+    parser.add_argument("--output_dir", help="Folder of the runs and tables; runs/sweeps/BASE if not given.")
+    parser.add_argument("--results_dir", help="Folder of the JSON files, one a run; OUTPUT_DIR/results if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="A run of each setting for each.")
     parser.add_argument("--jobs", type=_at_least_one, default=1, help="Runs beside each other.")
     parser.add_argument(

@@ -81,6 +81,7 @@ LAYERS = {
     "html_report": 6,
     "evaluation.evaluate_arguments": 6,
     "evaluation.results": 6,
+    "evaluation.scorecard": 6,
     "evaluation.evaluate": 8,
     "diagnose": 8,
     "visualize": 8,
@@ -108,7 +109,8 @@ OPEN_TO_ALL = {"__version__"}
 # Tests of the project as a whole, which have no module of their own.
 TESTS_OF_THE_WHOLE = {
     "architecture", "benchmarks", "compatibility_slow", "documents", "examples", "image_kinds",
-    "official_parity", "recipes_slow", "ijepa_hf_command", "security", "launch_files", "scaling_plan",
+    "official_parity", "recipes_slow", "ijepa_hf_command", "security", "launch_files", "scaling_plan", "sweep",
+    "comparison", "collapse_laboratory", "tutorial",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}

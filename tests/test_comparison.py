@@ -286,15 +286,17 @@ def test_colours_change_as_those_of_pillow(name, change, factor):
         assert np.abs(changed.permute(1, 2, 0).numpy() * 255 - expected).max() < 2.6  # of 255; Pillow rounds twice
 
 
-def test_a_turn_of_hue_keeps_the_luma_and_two_halves_give_the_image_back():
+def test_a_turn_of_hue_keeps_the_luma_and_three_thirds_give_the_image_back():
     grey = torch.rand(1, 1, 6, 6, generator=seeded()) * 0.2 + 0.4
     images = grey + 0.1 * torch.rand(1, 3, 6, 6, generator=seeded(1))  # nothing is cut off
     one = torch.ones(1)
-    turned = views.recolour(images, one, one, one, torch.tensor([0.5]))
+    turned = views.recolour(images, one, one, one, one / 3)
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     torch.testing.assert_close((turned * luma).sum(1), (images * luma).sum(1), rtol=0, atol=2e-3)
     assert (turned - images).abs().max() > 0.02
-    torch.testing.assert_close(views.recolour(turned, one, one, one, torch.tensor([0.5])), images)
+    for _ in range(2):
+        turned = views.recolour(turned, one, one, one, one / 3)
+    torch.testing.assert_close(turned, images)
 
 
 def test_views_are_a_function_of_the_generator_and_mirrored_and_grey_as_often_as_asked():
@@ -440,11 +442,13 @@ class Recorder(family.Family):
 
     def __init__(self, loss=1.0):
         torch.nn.Module.__init__(self)
-        self.number, self.value, self.batches, self.momenta = torch.nn.Parameter(torch.ones(())), loss, [], []
+        self.number, self.value = torch.nn.Parameter(torch.ones(())), loss
+        self.batches, self.momenta, self.draws = [], [], []
 
     def loss(self, pixels, labels, generator):
         assert torch.equal(pixels[:, 0, 0, 0].long(), labels)
         self.batches.append(labels.tolist())
+        self.draws.append(torch.rand((), generator=generator).item())
         return self.number * self.value
 
     def update_average(self, momentum):
@@ -462,6 +466,17 @@ def test_every_epoch_visits_other_images_in_another_order_and_none_twice():
     assert recorder.batches[:2] != recorder.batches[2:4]
     assert recorder.momenta == pytest.approx([0.996 + 0.004 * step / 5 for step in range(5)])
     assert 0 < found.seconds_per_step <= found.seconds
+
+
+def test_the_order_of_images_and_the_draws_of_a_step_are_those_of_the_seed():
+    pixels = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(-1, 3, 2, 2)
+    recorders = [Recorder() for _ in range(3)]
+    for recorder, seed in zip(recorders, (0, 0, 1), strict=True):
+        training.train(recorder, pixels, torch.arange(40), 2, compare.training_settings(), seed)
+    first, same, other = ((recorder.batches, recorder.draws) for recorder in recorders)
+    assert first == same
+    assert first[0] != other[0]
+    assert set(first[1]).isdisjoint(other[1])
 
 
 def test_a_training_refuses_too_few_images_and_a_loss_that_is_no_number():

@@ -319,8 +319,24 @@ def test_a_run_is_compared_whatever_leaves_the_curves_alone_and_no_other(shipped
         ]
 
 
-def test_what_is_not_compared_are_arguments_that_there_are():
+def test_what_may_differ_is_what_docs_small_scale_says():
     assert argument_names() >= NOT_COMPARED
+    expected = {
+        "seed",
+        # the folder, the Hub and trackers
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "license", "push_to_hub",
+        "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision",
+        # logging and checkpoints
+        "logging_steps", "eval_steps", "diagnostics_steps", "checkpointing_steps", "checkpoints_total_limit",
+        # workers, threads, micro-batches, memory
+        "dataloader_num_workers", "keep_images_in_memory", "num_cpu_threads", "attn_implementation",
+        "gradient_checkpointing", "selective_checkpointing", "fit_batch_to_memory", "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        # what is done when something goes wrong
+        "on_collapse", "on_save_error", "max_broken_share", "max_skipped_steps", "data_retry_seconds",
+        "data_timeout_seconds",
+    }  # fmt: skip
+    assert sorted(NOT_COMPARED) == sorted(expected)
 
 
 def test_the_batch_of_a_device_counts_where_the_published_masks_depend_on_it():
@@ -383,10 +399,10 @@ def test_digits_ships_a_band_of_three_curves_and_a_recipe_that_was_not_measured_
 def test_bands_are_packed_into_the_wheel():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["ijepa_hf"]
-    for path in BANDS.glob("*.json"):
-        name = path.relative_to(ROOT / "src" / "ijepa_hf").as_posix()
+    for name in {"digits.json", *(path.name for path in BANDS.glob("*.json"))}:
+        path = f"recipes/bands/{name}"
         # a pattern's star does not cross a folder
-        assert any(fnmatch.fnmatch(name, each) and name.count("/") == each.count("/") for each in patterns), name
+        assert any(fnmatch.fnmatch(path, each) and path.count("/") == each.count("/") for each in patterns), path
 
 
 # -- the script ------------------------------------------------------------------------------------------------------
@@ -497,13 +513,16 @@ def test_a_run_with_other_arguments_says_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stopped_run_that_goes_on_says_what_an_uninterrupted_one_says(tmp_path, monkeypatch, capsys):
-    ship_tiny_band(monkeypatch, TINY, loss=BandCurve((4, 8, 12), (0.0, 100.0, 100.0), (9.0, 101.0, 101.0)))
+    ship_tiny_band(monkeypatch, TINY, loss=BandCurve((4, 8, 12), (100.0, 100.0, 0.0), (101.0, 101.0, 9.0)))
     whole = tiny_run(tmp_path / "whole", **TINY)
     expected = lines_on_bands(capsys.readouterr().out)
-    assert expected[0].startswith("step 12 loss ")
-    assert "(mean since step 9) is outside the expected band of digits: 100 to 101" in expected[0]
-    assert expected[1].startswith("outside the expected band of digits (3 seeds): loss from step 8 on (")
-    assert expected[1].endswith("; too few rows to compare: RankMe, kNN")
+    # the second window takes rows from before the stop and from after it
+    assert expected[0].startswith("step 8 loss ")
+    assert "(mean since step 5) is outside the expected band of digits: 100 to 101" in expected[0]
+    assert "(mean since step 9) is back inside the expected band of digits: 0 to 9" in expected[1]
+    assert expected[2].startswith("outside the expected band of digits (3 seeds): loss from step 4 until step 12 (")
+    assert expected[2].endswith("; too few rows to compare: RankMe, kNN")
+    assert len(expected) == 3
     with monkeypatch.context() as patch:
         signal_in_step(patch, 7, signal.SIGTERM)  # within the second window
         with pytest.raises(StoppedBySignal):

@@ -51,7 +51,7 @@ def files(tmp_path):
 def command(files, *more):
     return [
         str(files / "shares.yaml"), "--base", str(files / "base.yaml"), "--output_dir", str(files / "out"),
-        "--max_probe_samples", "100", *more,
+        "--max_probe_samples", "400", *more,
     ]  # fmt: skip
 
 
@@ -121,6 +121,17 @@ def test_a_sweep_runs_each_setting_once_and_finishes_what_is_missing(files, caps
     assert capsys.readouterr().out == first  # the run itself was finished: its scores are found again
     assert json.loads(missing.read_text())["scores"] == row["scores"]
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
+
+
+def test_results_of_another_place_are_taken_as_they_are_and_nothing_is_trained(files, capsys):
+    assert sweeps.main(command(files, "--seeds", "0")) == 0
+    table = capsys.readouterr().out
+    (files / "out" / "results").rename(files / "kept")
+    again = [*command(files, "--seeds", "0", "--results_dir", str(files / "kept"))]
+    again[again.index(str(files / "out"))] = str(files / "elsewhere")
+    assert sweeps.main(again) == 0
+    assert capsys.readouterr().out == table
+    assert [path.name for path in (files / "elsewhere").iterdir()] == ["shares.md"]
 
 
 def test_results_of_other_arguments_are_not_taken_for_these(files, capsys):

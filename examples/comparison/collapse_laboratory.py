@@ -65,7 +65,7 @@ NUM_ROWS = 20  # measurements after the one before training
 NUM_MEASURED = 256  # held-out images, more than the features have dimensions
 
 TEMPERATURE = 0.2  # of the negatives
-AGREEMENT_WEIGHT, VARIANCE_WEIGHT = 25.0, 25.0  # as in VICReg, section 4.2
+AGREEMENT_WEIGHT, VARIANCE_WEIGHT = 25.0, 25.0  # as in VICReg
 COVARIANCE_WEIGHT = 5.0  # VICReg has 1, on an expander that is 128 times as wide
 HEAD_WIDTH = 256  # of BYOL's projector and predictor, inside
 
@@ -319,7 +319,7 @@ class Meter:
         """Takes a row.
 
         Args:
-            family: What is trained; left in train mode.
+            family: What is trained. Nothing in it depends on its mode.
             step: Steps made.
             loss: Of the last step; `None` before the first.
             ema_expected: Share of the way to the trained encoder that the momenta since the last row make.
@@ -327,7 +327,6 @@ class Meter:
         Returns:
             The embeddings, `[n, D]`.
         """
-        family.eval()
         features = family.patch_features(self.images)
         embeddings = embed(family, features.mean(dim=1))
         patch_row = self._measure_patches(family, features[:MONITOR_IMAGES])
@@ -338,7 +337,6 @@ class Meter:
             row |= {f"{kind}_{name}": numbers[name] for name in ("normalized_std", "rankme", "effective_rank")}
         row |= {f"patch_{name}": patch_row[f"target_patch_{name}"] for name in ("normalized_std", "effective_rank")}
         self.rows.append({**row, "position_share": patch_row["target_position_share"], "loss": loss})
-        family.train()
         return embeddings
 
     def _measure_patches(self, family: Family, features: Tensor) -> dict[str, Any]:
@@ -357,13 +355,12 @@ def prepare(pixels: Tensor) -> Tensor:
 
 
 def embed(family: Family, features: Tensor) -> Tensor:
-    """What the objective compares of an image: BYOL's projection; else the pooled features `[n, D]` themselves."""
+    """What the objective compares: BYOL's projections, else pooled features `[n, D]` (I-JEPA: patches, here their mean)."""
     return family.embed(features) if isinstance(family, Byol) else features
 
 
 def score(family: Family, images: ScoredImages) -> float:
-    """Returns kNN-20 top-1 in [0, 1] of the scored encoder's pooled features; the family is left in eval mode."""
-    family.eval()
+    """Returns kNN-20 top-1 in [0, 1] of the scored encoder's pooled features."""
     features = [
         pooled_features(lambda batch: family.patch_features(batch).mean(dim=1), pixels, prepare)
         for pixels in (images.train_pixels, images.test_pixels)

@@ -49,7 +49,7 @@ BUDGETS = ("equal_epochs", "equal_time")
 RECIPE = load_recipe("digits")
 NETWORK_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "predictor_hidden_size",
-    "predictor_num_hidden_layers", "context_keep_ratio",
+    "predictor_num_hidden_layers", "context_keep_ratio", "initializer_range",
 )  # fmt: skip
 # What differs between the data sets; all else is the recipe `digits`.
 DATASETS: dict[str, dict[str, Any]] = {

@@ -31,6 +31,7 @@ SCORES = {
     "nearest_distance": "distance",
     "rankme": "RankMe",
 }
+COSTS = {"seconds": "seconds an epoch", "memory": "memory, MB"}
 BUDGETS = {"equal_epochs": "equal epochs", "equal_time": "equal wall-clock"}
 
 Record = dict[str, Any]
@@ -84,14 +85,13 @@ def render_tables(records: Sequence[Record]) -> str:
 
 def _epochs_table(records: Sequence[Record]) -> list[str]:
     names = _scores_of(records)
-    head = ["family", "seeds", "views an image", "seconds an epoch", "memory, MB", *(SCORES[name] for name in names)]
+    head = ["family", "seeds", "views an image", *COSTS.values(), *(SCORES[name] for name in names)]
     rows = []
     for family, runs in _by_family(records, "equal_epochs"):
         if not runs:
             rows.append([TITLES[family], "0", *["missing"] * (len(head) - 2)])
             continue
-        seconds = [run["equal_epochs"]["seconds_per_step"] * run["steps_per_epoch"] for run in runs]
-        memory = [run["equal_epochs"]["peak_memory_bytes"] / 1e6 for run in runs]
+        seconds, memory = ([_value(run, "equal_epochs", name) for run in runs] for name in COSTS)
         costs = [str(runs[0]["views_per_image"]), _spread(seconds, 1), _spread(memory, 0)]
         if not runs[0]["equal_epochs"]["num_steps"]:
             costs = ["0", "0", "0"]
@@ -119,11 +119,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _score_cells(runs: Sequence[Record], budget: str, names: Sequence[str]) -> list[str]:
-    return [_spread([_shown(run[budget]["scores"], name) for run in runs], 1) for name in names]
+    return [_spread([_value(run, budget, name) for run in runs], 1) for name in names]
 
 
-def _shown(scores: dict[str, float], name: str) -> float:
-    return scores[name] * (1 if name == "rankme" else 100)
+def _value(run: Record, budget: str, name: str) -> float:
+    """A score or a cost in the unit in which it is shown."""
+    found = run[budget]
+    if name == "seconds":
+        return found["seconds_per_step"] * run["steps_per_epoch"]
+    if name == "memory":
+        return found["peak_memory_bytes"] / 1e6
+    return found["scores"][name] * (1 if name == "rankme" else 100)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -142,7 +148,7 @@ def _by_family(records: Sequence[Record], budget: str) -> list[tuple[str, list[R
 
 
 def draw_figure(records: Sequence[Record], path: Path) -> Figure:
-    """Draws all scores: a row of panels for each data set, a line for each family.
+    """Draws all scores and costs: a row of panels for each data set, a line for each family.
 
     Args:
         records: What `compare.py` wrote.
@@ -159,17 +165,18 @@ def draw_figure(records: Sequence[Record], path: Path) -> Figure:
     for record in records:
         dataset_name = record["settings"]["dataset_name"]
         of_data = [other for other in records if other["settings"]["dataset_name"] == dataset_name]
-        names_of_data.setdefault(dataset_name, _scores_of(of_data))
+        names_of_data.setdefault(dataset_name, [*_scores_of(of_data), *COSTS])
     columns = max(map(len, names_of_data.values()))
     figure = Figure(
-        figsize=(2.1 * columns + 1.2, 3.2 * len(names_of_data) + 0.4), layout="constrained", facecolor="white"
+        figsize=(1.75 * columns + 1.2, 3.2 * len(names_of_data) + 0.4), layout="constrained", facecolor="white"
     )
     axes = figure.subplots(len(names_of_data), columns, squeeze=False)
     for row, (dataset_name, names) in zip(axes, names_of_data.items(), strict=True):
         of_data = [record for record in records if record["settings"]["dataset_name"] == dataset_name]
         for axis, name in zip(row, names, strict=False):
             _draw_panel(axis, of_data, name)
-            axis.set_title(f"{dataset_name}: {SCORES[name]}", fontsize=9, loc="left", color=TEXT_COLOR)
+            title = (SCORES | COSTS)[name] if axis is not row[0] else f"{dataset_name}: {SCORES[name]}"
+            axis.set_title(title, fontsize=9, loc="left", color=TEXT_COLOR)
         for axis in row[len(names) :]:
             axis.set_visible(False)
         for axis in row[1:]:
@@ -182,10 +189,11 @@ def draw_figure(records: Sequence[Record], path: Path) -> Figure:
 
 def _draw_panel(axis: Axes, records: Sequence[Record], name: str) -> None:
     """Means of all families as dots, their least and largest seed as a line; filled is equal epochs."""
-    for budget, offset, color, filled in zip(BUDGETS, (-0.16, 0.16), LINE_COLORS, (True, False), strict=False):
+    budgets = BUDGETS if name in SCORES else ["equal_epochs"]
+    for budget, offset, color, filled in zip(budgets, (-0.16, 0.16), LINE_COLORS, (True, False), strict=False):
         places, means = [], []
         for place, (_, runs) in enumerate(_by_family(records, budget)):
-            values = [_shown(run[budget]["scores"], name) for run in runs]
+            values = [_value(run, budget, name) for run in runs]
             if values:
                 places.append(place + offset)
                 means.append(statistics.fmean(values))
@@ -194,9 +202,19 @@ def _draw_panel(axis: Axes, records: Sequence[Record], name: str) -> None:
             means, places, "o", color=color, markersize=5, markerfacecolor=color if filled else "white",
             label=BUDGETS[budget],
         )  # fmt: skip
-        if budget == "equal_epochs" and places and places[0] < 0:  # the first family is the untrained one
+        if (
+            budget == "equal_epochs" and name in SCORES and places and places[0] < 0
+        ):  # the first family is the untrained one
             axis.axvline(means[0], color=FAINT_COLOR, linewidth=0.8, linestyle="--", zorder=0, label="untrained")
     axis.set_yticks(range(len(TITLES)), list(TITLES.values()), fontsize=8)
     axis.set_ylim(len(TITLES) - 0.5, -0.5)
-    axis.set_xlabel("effective rank" if name == "rankme" else "top-1, %", fontsize=8, color=FAINT_COLOR)
+    missing = [place for place, (_, runs) in enumerate(_by_family(records, "equal_epochs")) if not runs]
+    for place in missing:
+        axis.annotate(
+            "missing", (0.5, place), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=7
+        )
+    units = {"rankme": "effective rank", "seconds": "seconds", "memory": "MB"}
+    axis.set_xlabel(units.get(name, "top-1, %"), fontsize=8, color=FAINT_COLOR)
+    if name in COSTS:
+        axis.set_xlim(left=0)
     plain_frame(axis)
