@@ -36,6 +36,8 @@ def test_cifar10_trains_for_300_steps_without_collapse(cifar10_folder, tmp_path,
         0.25,
         "--num_cpu_threads",
         1,
+        "--max_eval_samples",
+        500,
     ]  # as in docs/cifar10.md
     pretrain(child_environment, "cifar10-vit-tiny", *flags, "--output_dir", tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
