@@ -18,11 +18,10 @@ def pretrain(environment, *flags):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_digits_beats_the_better_untrained_network_in_knn_and_linear(seed, tmp_path, child_environment):
+def test_digits_has_far_better_neighbours_than_the_better_untrained_network(seed, tmp_path, child_environment):
     pretrain(child_environment, "digits", "--seed", seed, "--output_dir", tmp_path / "run")
     trained, *untrained, _ = json.loads((tmp_path / "run" / "report.json").read_text())["scores"]
-    for metric in ("knn", "linear"):
-        assert trained[metric] > max(row[metric] for row in untrained), metric
+    assert trained["knn"] > max(row["knn"] for row in untrained) + 0.08
 
 
 @pytest.mark.slow

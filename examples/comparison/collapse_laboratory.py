@@ -355,7 +355,7 @@ def prepare(pixels: Tensor) -> Tensor:
 
 
 def embed(family: Family, features: Tensor) -> Tensor:
-    """What the objective compares: BYOL's projections, else pooled features `[n, D]` (I-JEPA compares their patches)."""
+    """What the objective compares: BYOL's projections, else pooled features `[n, D]` (I-JEPA: their patches)."""
     return family.embed(features) if isinstance(family, Byol) else features
 
 
