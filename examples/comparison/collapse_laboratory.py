@@ -330,13 +330,14 @@ class Meter:
         features = family.patch_features(self.images)
         embeddings = embed(family, features.mean(dim=1))
         patch_row = self._measure_patches(family, features[:MONITOR_IMAGES])
-        row: dict[str, Any] = {"step": step, "progress": step / self.num_steps}
-        self.judged.append({**row, "ema_expected": ema_expected, **patch_row})
+        progress = step / self.num_steps
+        self.judged.append({"step": step, "progress": progress, "ema_expected": ema_expected, **patch_row})
+        row: dict[str, Any] = {"step": step, "loss": loss}
         for kind, measured in (("embedding", embeddings), ("pooled", features.mean(dim=1))):
             numbers = measure_matrix(measured)
             row |= {f"{kind}_{name}": numbers[name] for name in ("normalized_std", "rankme", "effective_rank")}
         row |= {f"patch_{name}": patch_row[f"target_patch_{name}"] for name in ("normalized_std", "effective_rank")}
-        self.rows.append({**row, "position_share": patch_row["target_position_share"], "loss": loss})
+        self.rows.append({**row, "position_share": patch_row["target_position_share"]})
         return embeddings
 
     def _measure_patches(self, family: Family, features: Tensor) -> dict[str, Any]:
@@ -406,8 +407,8 @@ def run_arm(name: str, images: ScoredImages, num_steps: int, seed: int) -> dict[
         seed: Of weights, order of images, views and masks.
 
     Returns:
-        What is written of it: `rows`, `happened`, `verdict` of `judge_collapse` and its reason, `knn` and `deviations`
-        before and after, `seconds`.
+        What is written of it: `rows` (the values of each number, in order of steps), `happened`, `verdict` of
+        `judge_collapse` and its reason, `untrained_knn` and `knn`, `deviations` at the end, `seconds`.
 
     Raises:
         ArithmeticError: If the loss becomes NaN or infinite.
@@ -417,7 +418,7 @@ def run_arm(name: str, images: ScoredImages, num_steps: int, seed: int) -> dict[
     order, draws = (torch.Generator().manual_seed(2 * seed + number) for number in range(2))
     optimizer, meter = make_optimizer(family), Meter(images.test_pixels[:NUM_MEASURED], num_steps)
     found: dict[str, Any] = {"arm": name, "seed": seed, "untrained_knn": score(family, images)}
-    found["untrained_deviations"] = deviations(meter.measure(family, 0, None, None))
+    meter.measure(family, 0, None, None)
     kept, at_rows = 1.0, {round(num_steps * number / NUM_ROWS) for number in range(1, NUM_ROWS + 1)}
     for step in range(1, num_steps + 1):
         chosen = torch.randint(len(pixels), (SETTINGS.batch_size,), generator=order)
@@ -438,7 +439,7 @@ def run_arm(name: str, images: ScoredImages, num_steps: int, seed: int) -> dict[
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
         "seconds": time.process_time() - begun,
-        "rows": meter.rows,
+        "rows": {name: [row[name] for row in meter.rows] for name in meter.rows[0]},
     }
 
 
@@ -490,7 +491,7 @@ def by_arm(runs: Sequence[Mapping[str, Any]]) -> _Groups:
 
 def _numbers(runs: Sequence[Mapping[str, Any]], place: int, kind: str, score: str) -> list[str]:
     columns = ((f"{kind}_normalized_std", 3), (f"{kind}_effective_rank", 1), ("position_share", 2))
-    cells = [_spread([run["rows"][place][key] for run in runs], digits) for key, digits in columns]
+    cells = [_spread([run["rows"][key][place] for run in runs], digits) for key, digits in columns]
     return [*cells, _spread([100 * run[score] for run in runs], 1)]
 
 
@@ -540,8 +541,8 @@ def _over_steps(groups: _Groups, key: str) -> list[_Curve]:
     return [
         _Curve(
             ARMS[name],
-            [row["step"] for row in own[0]["rows"]],
-            np.array([[row[key] for row in run["rows"]] for run in own]),
+            own[0]["rows"]["step"],
+            np.array([run["rows"][key] for run in own]),
         )
         for name, own in groups
     ]
@@ -607,7 +608,7 @@ def _draw_scores(axis: Axes, groups: _Groups) -> None:
         axis.annotate(said, (_SAID_AT, place), va="center", fontsize=8, color=FAINT_COLOR)
     _name_axes(axis, "What neighbours say of the features", "", "kNN-20 top-1, %")
     axis.set_ylim(len(groups) - 0.5, -0.9)
-    axis.set_xlim(0, 160)  # room for what happened
+    axis.set_xlim(0, 172)  # room for what happened
     axis.set_xticks(range(0, 101, 20))
     axis.grid(visible=False, axis="y")
     axis.yaxis.tick_right()
@@ -657,7 +658,7 @@ def write_results(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespa
         },
         "runs": runs,
     }
-    (folder / f"{STEM}.json").write_text(json.dumps(_rounded(results), indent=1) + "\n", "utf-8")
+    (folder / f"{STEM}.json").write_text(json.dumps(_rounded(results)) + "\n", "utf-8")
     (folder / f"{STEM}.md").write_text(render_table(runs), "utf-8")
     draw_figure(runs, folder / f"{STEM}.png")
 
