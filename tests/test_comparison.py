@@ -465,7 +465,26 @@ def test_every_epoch_visits_other_images_in_another_order_and_none_twice():
         assert len({number for batch in epoch for number in batch}) == 32
     assert recorder.batches[:2] != recorder.batches[2:4]
     assert recorder.momenta == pytest.approx([0.996 + 0.004 * step / 5 for step in range(5)])
-    assert 0 < found.seconds_per_step <= found.seconds
+    assert found.seconds > 0
+
+
+def test_steps_are_timed_side_by_side_and_families_are_left_as_they_are(monkeypatch):
+    now, order = [0.0], []
+    lengths = {1.0: iter([900.0, 900.0, 5.0, 7.0, 6.0]), 2.0: iter([900.0, 900.0, 1.0, 90.0, 2.0])}
+
+    def step(family, *_):
+        order.append(family.value)
+        now[0] += next(lengths[family.value])
+        family.number.data += 1
+
+    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(training, "clock", lambda device: now[0])
+    families = {"slow": Recorder(loss=1.0), "fast": Recorder(loss=2.0)}
+    pixels = torch.zeros(20, 3, 2, 2, dtype=torch.uint8)
+    found = training.step_times(families, pixels, torch.arange(20), compare.training_settings(), rounds=3)
+    assert found == {"slow": 6.0, "fast": 2.0}  # medians, without the two rounds of warming up
+    assert order == [1.0, 2.0] * 5
+    assert all(family.number.item() == 1 for family in families.values())
 
 
 def test_the_order_of_images_and_the_draws_of_a_step_are_those_of_the_seed():
@@ -539,13 +558,13 @@ def trained(few, monkeypatch):
         names.append(name)
         return {
             "num_steps": 1,
-            "seconds_per_step": 1.0,
             "seconds": 1.0,
             "peak_memory_bytes": 1,
             "scores": {"knn": 1.0},
         }
 
     monkeypatch.setattr(compare, "run", record)
+    monkeypatch.setattr(compare, "step_times", lambda families, *_: dict.fromkeys(families, 0.5) | {"jigsaw": 0.1})
     monkeypatch.setattr(compare, "draw_figure", lambda *_: None)
     return names
 
@@ -573,13 +592,15 @@ def test_the_command_writes_a_file_for_each_run_a_table_and_a_figure(few, tmp_pa
     compare.main([*FLAGS, "simclr", "ijepa", "untrained", "--output_dir", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {
         "digits-ijepa-seed0.json", "digits-simclr-seed0.json", "digits-untrained-seed0.json",
-        "digits.md", "digits.png",
+        "digits-step-times.json", "digits.md", "digits.png",
     }  # fmt: skip
     ijepa, simclr = (json.loads((tmp_path / f"digits-{name}-seed0.json").read_text()) for name in ("ijepa", "simclr"))
     assert ijepa["equal_epochs"]["num_steps"] == 120 // 16
     assert ijepa["equal_time"] == ijepa["equal_epochs"]
-    reference = 7 * ijepa["equal_epochs"]["seconds_per_step"]
-    assert simclr["equal_time"]["num_steps"] == max(1, round(reference / simclr["equal_epochs"]["seconds_per_step"]))
+    seconds = json.loads((tmp_path / "digits-step-times.json").read_text())["seconds"]
+    assert set(seconds) == set(compare.FAMILIES) - {"untrained"}
+    assert simclr["seconds_per_step"] == seconds["simclr"]
+    assert simclr["equal_time"]["num_steps"] == max(1, round(7 * seconds["ijepa"] / seconds["simclr"]))
     assert simclr["settings"]["constants"] == {"temperature": 0.5, "embedding_size": 64}
     assert simclr["equal_epochs"]["peak_memory_bytes"] > ijepa["equal_epochs"]["peak_memory_bytes"] > 1e6
     table = (tmp_path / "digits.md").read_text("utf-8")
@@ -607,21 +628,25 @@ def test_what_is_there_is_not_trained_again_unless_settings_differ(trained, tmp_
     assert trained == ["ijepa", "rotation"]
 
 
-def test_without_ijepa_there_is_no_equal_time(trained, tmp_path, capsys):
+def test_at_equal_wall_clock_a_family_five_times_as_fast_makes_five_times_the_steps(trained, tmp_path, monkeypatch):
+    steps = []
+
+    def record(*values):
+        steps.append(values[3])
+        return {"num_steps": values[3], "seconds": 1.0, "peak_memory_bytes": 1, "scores": {"knn": 1.0}}
+
+    monkeypatch.setattr(compare, "run", record)
     compare.main([*FLAGS, "jigsaw", "--output_dir", str(tmp_path)])
-    record = json.loads((tmp_path / "digits-jigsaw-seed0.json").read_text())
-    assert "equal_time" not in record
-    assert (
-        "jigsaw seed 0: no equal time, because I-JEPA has not been trained with this seed" in capsys.readouterr().out
-    )
-    assert "| jigsaw | 0 | missing |" in (tmp_path / "digits.md").read_text("utf-8")
+    assert steps == [7, 35]
 
 
-def test_steps_in_the_same_time_are_those_of_the_median_step():
-    reference = {"num_steps": 100, "seconds_per_step": 0.05}
-    assert compare.steps_in_time(reference, {"num_steps": 100, "seconds_per_step": 0.02}) == 250
-    assert compare.steps_in_time(reference, {"num_steps": 100, "seconds_per_step": 60.0}) == 1
-    assert compare.steps_in_time(reference, {"num_steps": 0, "seconds_per_step": 0.0}) == 0
+def test_steps_are_timed_once_for_all_seeds(trained, tmp_path, monkeypatch):
+    flags = [*FLAGS, "jigsaw", "--output_dir", str(tmp_path)]
+    compare.main(flags)
+    monkeypatch.setattr(compare, "step_times", lambda *_: pytest.fail("timed again"))
+    compare.main([*flags, "--seeds", "1"])
+    records = [json.loads((tmp_path / f"digits-jigsaw-seed{seed}.json").read_text()) for seed in (0, 1)]
+    assert [record["seconds_per_step"] for record in records] == [0.1, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -642,12 +667,13 @@ def test_wrong_flags_are_refused_with_their_rule(flags, message, capsys):
 
 
 def made_up(name, seed, knn, dataset_name="digits", epochs=40, time_knn=None):
-    run = {"num_steps": 100, "seconds": 20.0, "seconds_per_step": 0.2, "peak_memory_bytes": 12_000_000}
+    run = {"num_steps": 100, "seconds": 20.0, "peak_memory_bytes": 12_000_000}
     record = {
         "settings": {"family": name, "seed": seed, "dataset_name": dataset_name, "num_train_epochs": epochs},
         "equal_epochs": {**run, "scores": {"knn": knn, "rankme": 7.0}},
         "views_per_image": 2,
         "steps_per_epoch": 10,
+        "seconds_per_step": 0.2,
     }
     if time_knn is not None:
         record["equal_time"] = {**run, "num_steps": 50, "scores": {"knn": time_knn, "rankme": 6.0}}
@@ -659,12 +685,12 @@ def test_tables_hold_means_and_deviations_in_the_order_of_the_families():
     lines = results.render_tables(records).splitlines()
     assert lines[0] == "## digits, 40 epochs of each family"
     assert lines[2] == "| family | seeds | views an image | seconds an epoch | memory, MB | kNN-20 | RankMe |"
-    assert lines[6] == "| I-JEPA | 2 | 2 | 2.0 ± 0.0 | 12 ± 0 | 75.0 ± 7.1 | 7.0 ± 0.0 |"
+    assert lines[6] == "| I-JEPA | 2 | 2 | 2.0 | 12 | 75.0 ± 7.1 | 7.0 ± 0.0 |"
     assert lines[7] == "| MAE | 1 | 2 | 2.0 | 12 | 90.0 | 7.0 |"
     assert lines[8] == "| SimCLR | 0 | missing | missing | missing | missing | missing |"
     assert lines[15] == "## digits, the time that I-JEPA takes for 40 epochs"
-    assert lines[17] == "| family | seeds | epochs | seconds | kNN-20 | RankMe |"
-    assert lines[21] == "| I-JEPA | 1 | 5 | 20 | 60.0 | 6.0 |"
+    assert lines[17] == "| family | seeds | epochs | kNN-20 | RankMe |"
+    assert lines[21] == "| I-JEPA | 1 | 5 | 60.0 | 6.0 |"
 
 
 def test_results_of_different_settings_stand_in_no_table():

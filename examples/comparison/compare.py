@@ -25,7 +25,7 @@ from masked import IJepa, Mae
 from pretext import Jigsaw, Rotation
 from results import draw_figure, render_tables
 from self_distillation import Dino, IBot
-from training import TrainingSettings, peak_memory_bytes, train
+from training import TrainingSettings, peak_memory_bytes, step_times, train
 from views import ViewSettings
 
 from ijepa_hf import IJepaConfig
@@ -136,7 +136,7 @@ def run(name: str, dataset_name: str, seed: int, num_steps: int, images: ScoredI
     """
     place = torch.device(device)
     family = new_family(name, dataset_name, seed, int(images.train_labels.max()) + 1).to(place)
-    found: dict[str, Any] = {"num_steps": 0, "seconds": 0.0, "seconds_per_step": 0.0, "peak_memory_bytes": 0}
+    found: dict[str, Any] = {"num_steps": 0, "seconds": 0.0, "peak_memory_bytes": 0}
     if name != "untrained":
         settings = training_settings()
         pixels, labels = images.train_pixels.to(place), torch.from_numpy(images.train_labels).to(place)
@@ -204,8 +204,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     epochs = arguments.num_train_epochs or chosen["num_train_epochs"]
     steps_per_epoch = len(images.train_pixels) // training_settings().batch_size
     names = [name for name in FAMILIES if name in arguments.families]
-    # I-JEPA first: its time is the measure of the others'
-    names.sort(key=lambda name: name != "ijepa")
+    seconds = measured_step_times(dataset_name, images, output_dir, arguments.device)
     for budget in BUDGETS:
         for seed in seeds:
             for name in names:
@@ -215,21 +214,14 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 if budget in record:
                     continue
                 num_steps = epochs * steps_per_epoch
-                if budget == "equal_time":
-                    reference = read_record(
-                        path_of(output_dir, dataset_name, "ijepa", seed),
-                        settings_of("ijepa", dataset_name, seed, epochs, arguments.device),
-                    ).get("equal_epochs")
-                    if reference is None:
-                        print(f"{name} seed {seed}: no equal time, because I-JEPA has not been trained with this seed")
-                        continue
-                    num_steps = steps_in_time(reference, record["equal_epochs"])
-                if budget == "equal_time" and num_steps == record["equal_epochs"]["num_steps"]:
-                    record[budget] = record["equal_epochs"]
-                else:
-                    record[budget] = run(name, dataset_name, seed, num_steps, images, arguments.device)
+                if budget == "equal_time" and name != "untrained":
+                    num_steps = max(1, round(num_steps * seconds["ijepa"] / seconds[name]))
+                done = record.get("equal_epochs")
+                same = done is not None and num_steps == epochs * steps_per_epoch
+                record[budget] = done if same else run(name, dataset_name, seed, num_steps, images, arguments.device)
                 record["views_per_image"] = FAMILIES[name].views_per_image
                 record["steps_per_epoch"] = steps_per_epoch
+                record["seconds_per_step"] = seconds.get(name, 0.0)
                 record["environment"] = environment(arguments.device)
                 write_record(path, record)
                 report(budget, record)
@@ -238,19 +230,29 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [record for record in found if record["settings"] | {"seed": 0} in same]
 
 
-def steps_in_time(reference: dict[str, Any], own: dict[str, Any]) -> int:
-    """Steps that a family makes in the time that I-JEPA took, both by their median step.
+def measured_step_times(dataset_name: str, images: ScoredImages, output_dir: Path, device: str) -> dict[str, float]:
+    """Seconds of a step of each family that is trained, measured side by side, or read where that was done before.
 
     Args:
-        reference: I-JEPA's run for the given epochs.
-        own: The family's run for the same epochs.
+        dataset_name: One of `DATASETS`.
+        images: Of it.
+        output_dir: Where they are kept, so that all seeds of a comparison have the same budget.
+        device: For example `cpu`.
 
     Returns:
-        At least 1, or 0 for a family that is not trained.
+        By name of the family.
     """
-    if not own["num_steps"]:
-        return 0
-    return max(1, round(reference["num_steps"] * reference["seconds_per_step"] / own["seconds_per_step"]))
+    path = output_dir / f"{dataset_name}-step-times.json"
+    names = [name for name in FAMILIES if name != "untrained"]
+    settings = {"families": [settings_of(name, dataset_name, 0, 0, device) for name in names]}
+    record = read_record(path, settings)
+    if "seconds" not in record:
+        place, num_classes = torch.device(device), int(images.train_labels.max()) + 1
+        families = {name: new_family(name, dataset_name, 0, num_classes).to(place) for name in names}
+        pixels, labels = images.train_pixels.to(place), torch.from_numpy(images.train_labels).to(place)
+        record["seconds"] = step_times(families, pixels, labels, training_settings())
+        write_record(path, record)
+    return record["seconds"]
 
 
 def report(budget: str, record: dict[str, Any]) -> None:

@@ -91,8 +91,8 @@ def _epochs_table(records: Sequence[Record]) -> list[str]:
         if not runs:
             rows.append([TITLES[family], "0", *["missing"] * (len(head) - 2)])
             continue
-        seconds, memory = ([_value(run, "equal_epochs", name) for run in runs] for name in COSTS)
-        costs = [str(runs[0]["views_per_image"]), _spread(seconds, 1), _spread(memory, 0)]
+        seconds, memory = (_value(runs[0], "equal_epochs", name) for name in COSTS)
+        costs = [str(runs[0]["views_per_image"]), f"{seconds:.1f}", f"{memory:.0f}"]
         if not runs[0]["equal_epochs"]["num_steps"]:
             costs = ["0", "0", "0"]
         rows.append([TITLES[family], str(len(runs)), *costs, *_score_cells(runs, "equal_epochs", names)])
@@ -101,16 +101,21 @@ def _epochs_table(records: Sequence[Record]) -> list[str]:
 
 def _time_table(records: Sequence[Record]) -> list[str]:
     names = _scores_of(records)
-    head = ["family", "seeds", "epochs", "seconds", *(SCORES[name] for name in names)]
+    head = ["family", "seeds", "epochs", *(SCORES[name] for name in names)]
     rows = []
     for family, runs in _by_family(records, "equal_time"):
         if not runs:
             rows.append([TITLES[family], "0", *["missing"] * (len(head) - 2)])
             continue
         epochs = [run["equal_time"]["num_steps"] / run["steps_per_epoch"] for run in runs]
-        seconds = [run["equal_time"]["seconds"] for run in runs]
-        costs = [_spread(epochs, 0), _spread(seconds, 0)] if any(epochs) else ["0", "0"]
-        rows.append([TITLES[family], str(len(runs)), *costs, *_score_cells(runs, "equal_time", names)])
+        rows.append(
+            [
+                TITLES[family],
+                str(len(runs)),
+                f"{statistics.fmean(epochs):.0f}",
+                *_score_cells(runs, "equal_time", names),
+            ]
+        )
     return _table(head, rows)
 
 
@@ -126,7 +131,7 @@ def _value(run: Record, budget: str, name: str) -> float:
     """A score or a cost in the unit in which it is shown."""
     found = run[budget]
     if name == "seconds":
-        return found["seconds_per_step"] * run["steps_per_epoch"]
+        return run["seconds_per_step"] * run["steps_per_epoch"]
     if name == "memory":
         return found["peak_memory_bytes"] / 1e6
     return found["scores"][name] * (1 if name == "rankme" else 100)

@@ -4,7 +4,8 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +51,11 @@ class TrainingResult:
         num_steps: Steps made.
         loss: Mean over the last tenth of the steps.
         seconds: Of all steps, of `clock`.
-        seconds_per_step: Median.
     """
 
     num_steps: int
     loss: float
     seconds: float
-    seconds_per_step: float
 
 
 def train(
@@ -84,20 +83,49 @@ def train(
         raise ValueError(f"batch_size={settings.batch_size} must be at most {len(pixels)}, the training images.")
     order, draws = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
     optimizer = make_optimizer(family)
-    losses, seconds = [], []
+    losses = []
     family.train()
+    begun = clock(pixels.device)
     for step in range(1, num_steps + 1):
-        begun = clock(pixels.device)
         if (step - 1) % steps_per_epoch == 0:
             batches = iter(torch.randperm(len(pixels), generator=order).split(settings.batch_size))
         chosen = next(batches).to(pixels.device)
         values = step_values(step, num_steps, settings)
         losses.append(training_step(family, optimizer, pixels[chosen], labels[chosen], draws, *values))
-        seconds.append(clock(pixels.device) - begun)
         if not math.isfinite(losses[-1]):
             raise ArithmeticError(f"the loss of {type(family).__name__} is {losses[-1]} in step {step}.")
     tail = losses[-max(1, num_steps // 10) :]
-    return TrainingResult(num_steps, statistics.fmean(tail), math.fsum(seconds), statistics.median(seconds))
+    return TrainingResult(num_steps, statistics.fmean(tail), clock(pixels.device) - begun)
+
+
+def step_times(
+    families: Mapping[str, Family], pixels: Tensor, labels: Tensor, settings: TrainingSettings, rounds: int = 40
+) -> dict[str, float]:
+    """Seconds of a training step of each family, measured side by side: in each round every family makes one step.
+
+    Whatever slows the machine down for a while slows all families, so that the ratios hold.
+
+    Args:
+        families: By name; left as they are.
+        pixels: uint8 `[n, 3, size, size]`, at least a batch, on the families' device.
+        labels: int64 `[n]`, on the same device.
+        settings: The same for all families.
+        rounds: Steps of each family that count, at least 1; two more go before, to warm up.
+
+    Returns:
+        Medians over the rounds, of `clock`.
+    """
+    copies = {name: copy.deepcopy(family).train() for name, family in families.items()}
+    optimizers = {name: make_optimizer(family) for name, family in copies.items()}
+    pixels, labels = pixels[: settings.batch_size], labels[: settings.batch_size]
+    draws, seconds = torch.Generator().manual_seed(0), defaultdict(list)
+    for number in range(rounds + 2):
+        for name, family in copies.items():
+            begun = clock(pixels.device)
+            training_step(family, optimizers[name], pixels, labels, draws, settings.learning_rate, 0.0, 1.0)
+            if number >= 2:
+                seconds[name].append(clock(pixels.device) - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def make_optimizer(family: Family) -> torch.optim.AdamW:
