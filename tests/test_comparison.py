@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -588,7 +589,8 @@ def test_a_run_is_scored_on_the_mean_of_patches_of_the_moving_average(monkeypatc
         torch.testing.assert_close(torch.from_numpy(features), patches.mean(1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_writes_a_file_for_each_run_a_table_and_a_figure(few, tmp_path, capsys):
+def test_the_command_writes_a_file_for_each_run_a_table_and_a_figure(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "step_times", partial(training.step_times, rounds=1))
     compare.main([*FLAGS, "simclr", "ijepa", "untrained", "--output_dir", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {
         "digits-ijepa-seed0.json", "digits-simclr-seed0.json", "digits-untrained-seed0.json",
