@@ -165,16 +165,8 @@ def run_setting(
     """
     path = results_dir / f"{setting.folder}-seed-{seed}.json"
     told = {**load_recipe(base), **setting.flags, "seed": seed}
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        differing = sorted(
-            name for name in found["arguments"] | told if found["arguments"].get(name) != told.get(name)
-        )
-        if differing:
-            raise SweepError(
-                f"{path} is of a run with other values of {', '.join(differing)}; delete it and the run's folder, or "
-                "choose another --output_dir."
-            )
+    found = _read(path, told)
+    if found is not None:
         return found
     folder = output_dir / setting.folder / f"seed-{seed}"
     began = time.monotonic()
@@ -220,15 +212,19 @@ def score_untrained(base: str, seed: int, results_dir: Path, images: ScoredImage
 
     Returns:
         As `run_setting`, without what only training has.
+
+    Raises:
+        SweepError: If the JSON that is there is of other arguments.
     """
     path = results_dir / f"{UNTRAINED}-seed-{seed}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    told = {**load_recipe(base), "seed": seed}
+    found = _read(path, told)
+    if found is not None:
         return found
     model, data, _ = parse_arguments([base, "--output_dir=unused"])
     settings = {"image_mean": data.image_mean, "image_std": data.image_std}
     scores = _score_encoder(new_model(model.to_config(), seed).target_encoder, settings, images)
-    result = {"name": UNTRAINED, "arguments": {**load_recipe(base), "seed": seed}, "scores": scores}
+    result = {"name": UNTRAINED, "arguments": told, "scores": scores}
     _write(path, result)
     return result
 
@@ -273,6 +269,21 @@ def _collapse(folder: Path) -> dict[str, Any] | None:
     rows = read_rows(folder / DIAGNOSTICS_FILE)
     names = ("target_patch_normalized_std", "target_patch_effective_rank", "target_position_share", "cross_image_gap")
     return {name: rows[-1].get(name) for name in names} if rows else None
+
+
+def _read(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call wrote of a run with these arguments; `None` where there is nothing."""
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    kept = found["arguments"]
+    differing = sorted(name for name in kept | arguments if kept.get(name) != arguments.get(name))
+    if differing:
+        raise SweepError(
+            f"{path} is of a run with other values of {', '.join(differing)}; delete it and the run's folder, or "
+            "choose another --output_dir."
+        )
+    return found
 
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:
@@ -339,6 +350,24 @@ def order_of(sweep: Sweep, scores: Mapping[str, Sequence[float]]) -> dict[str, l
     return found
 
 
+def beside_the_first(sweep: Sweep, scores: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
+    """Which settings are better than the first one, which are worse, and of which it cannot be told.
+
+    Args:
+        sweep: Whose first setting is the reference.
+        scores: One of each seed, by the setting's name.
+
+    Returns:
+        `better`, `worse`, `undecided`: names of settings.
+    """
+    first, *others = (setting.name for setting in sweep.settings)
+    found: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    for name in others:
+        if name in scores and first in scores:
+            found[("undecided", "better", "worse")[compare(scores[name], scores[first])]].append(name)
+    return found
+
+
 def render_table(sweep: Sweep, base: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The table of a sweep, in markdown.
 
@@ -362,13 +391,14 @@ def render_table(sweep: Sweep, base: str, results: Mapping[str, Sequence[Mapping
         if rows:
             cells = [_cell(name, [row["scores"][name] for row in rows]) for name in names]
         lines.append("| " + " | ".join([setting.name, *cells, *paper]) + " |")
-    if has_paper:
-        lines += ["", "Pairs whose order is the paper's, is not, or is undecided because intervals overlap:", ""]
-        for name in names[:-1]:  # the last is RankMe, which is no score
-            scores = {each: [row["scores"][name] for row in rows] for each, rows in results.items()}
-            order = order_of(sweep, scores)
-            said = "; ".join(f"{how} {', '.join(pairs)}" for how, pairs in order.items() if pairs)
-            lines.append(f"- {name}: {said}")
+    lines += ["", "Pairs whose order is the paper's, is not, or is undecided because intervals overlap:", ""]
+    if not has_paper:
+        lines[-2] = f"Beside {sweep.settings[0].name}; undecided where intervals overlap:"
+    for name in names[:-1]:  # the last is RankMe, which is no score
+        scores = {each: [row["scores"][name] for row in rows] for each, rows in results.items()}
+        order = order_of(sweep, scores) if has_paper else beside_the_first(sweep, scores)
+        said = "; ".join(f"{how} {', '.join(settings)}" for how, settings in order.items() if settings)
+        lines.append(f"- {name}: {said}")
     return "\n".join(lines) + "\n"
 
 

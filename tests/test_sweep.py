@@ -172,3 +172,25 @@ def test_an_order_agrees_disagrees_or_is_undecided_where_intervals_overlap():
     scores["c"] = [0.1, 0.101, 0.102]
     assert sweeps.order_of(sweep, scores)["agrees"] == ["a > c", "b > c"]
     assert sweeps.order_of(sweep, {name: values[:1] for name, values in scores.items()})["agrees"] == []
+
+
+def test_without_figures_of_the_paper_settings_are_told_beside_the_first():
+    sweep = sweeps.Sweep("made up", "", "", [sweeps.Setting(name, {"x": name}, None) for name in "abcd"])
+    rows = {
+        "a": [0.5, 0.501, 0.502], "b": [0.7, 0.71, 0.72], "c": [0.1, 0.11, 0.12], "d": [0.2, 0.5, 0.8],
+    }  # fmt: skip
+    assert sweeps.beside_the_first(sweep, rows) == {"better": ["b"], "worse": ["c"], "undecided": ["d"]}
+    assert sweeps.beside_the_first(sweep, {"b": rows["b"]}) == {"better": [], "worse": [], "undecided": []}
+    results = {name: [{"scores": {"knn": value, "rankme": 1.0}} for value in values] for name, values in rows.items()}
+    lines = sweeps.render_table(sweep, "digits", results).splitlines()
+    assert lines[-3:] == [
+        "Beside a; undecided where intervals overlap:", "", "- knn: better b; worse c; undecided d",
+    ]  # fmt: skip
+
+
+def test_untrained_results_of_other_arguments_are_not_taken_for_these(files, capsys):
+    results = files / "out" / "results"
+    results.mkdir(parents=True)
+    (results / "untrained-seed-0.json").write_text('{"arguments": {"hidden_size": 64}, "scores": {}}')
+    assert sweeps.main(command(files, "--seeds", "0")) == 2
+    assert "untrained-seed-0.json is of a run with other values of" in capsys.readouterr().err
