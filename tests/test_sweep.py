@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from ijepa_hf.arguments import load_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import sweep as sweeps  # noqa: E402
@@ -30,6 +32,7 @@ max_train_steps: 3
 learning_rate: 1.0e-3
 num_cpu_threads: 1
 min_crop_scale: 1.0
+diagnostics_steps: 0
 """
 TINY_SWEEP = """
 title: Shares that are target
@@ -97,14 +100,12 @@ def test_a_flag_that_pretrain_refuses_is_found_before_any_run(files, capsys):
     assert not (files / "out").exists()
 
 
-def test_a_sweep_runs_each_setting_once_and_finishes_what_is_missing(files, capsys):
-    assert sweeps.main(command(files, "--seeds", "0", "1", "--jobs", "2")) == 0
+def test_a_sweep_trains_and_scores_each_setting_and_finishes_what_is_missing(files, capsys):
+    assert sweeps.main(command(files, "--seeds", "1", "--jobs", "2")) == 0
     first = capsys.readouterr().out
     results = files / "out" / "results"
     assert sorted(path.name for path in results.iterdir()) == sorted(
-        f"{name}-seed-{seed}.json"
-        for name in ("base", "mask_ratio=0.5", "loss_type=mse", "untrained")
-        for seed in (0, 1)
+        f"{name}-seed-1.json" for name in ("base", "mask_ratio=0.5", "loss_type=mse", "untrained")
     )
     row = json.loads((results / "mask_ratio=0.5-seed-1.json").read_text())
     assert row["arguments"]["mask_ratio"] == 0.5
@@ -117,38 +118,50 @@ def test_a_sweep_runs_each_setting_once_and_finishes_what_is_missing(files, caps
     times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     missing = results / "mask_ratio=0.5-seed-1.json"
     missing.unlink()
-    assert sweeps.main(command(files, "--seeds", "0", "1")) == 0
+    assert sweeps.main(command(files, "--seeds", "1")) == 0
     assert capsys.readouterr().out == first  # the run itself was finished: its scores are found again
     assert json.loads(missing.read_text())["scores"] == row["scores"]
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
 
 
-def test_results_of_another_place_are_taken_as_they_are_and_nothing_is_trained(files, capsys):
-    assert sweeps.main(command(files, "--seeds", "0")) == 0
-    table = capsys.readouterr().out
-    (files / "out" / "results").rename(files / "kept")
-    again = [*command(files, "--seeds", "0", "--results_dir", str(files / "kept"))]
-    again[again.index(str(files / "out"))] = str(files / "elsewhere")
-    assert sweeps.main(again) == 0
-    assert capsys.readouterr().out == table
-    assert [path.name for path in (files / "elsewhere").iterdir()] == ["shares.md"]
+def put_results(files, names=("base", "mask_ratio=0.5", "loss_type=mse", "untrained"), seeds=(0, 1)):
+    """Results as a sweep writes them; kNN is the seed's alone."""
+    flags = {"mask_ratio=0.5": {"mask_ratio": 0.5}, "loss_type=mse": {"loss_type": "mse"}}
+    (files / "kept").mkdir()
+    for name in names:
+        for seed in seeds:
+            told = {**load_recipe(str(files / "base.yaml")), **flags.get(name, {}), "seed": seed}
+            row = {"name": name, "arguments": told, "scores": {"knn": 0.25 + 0.5 * seed, "rankme": 3.0}}
+            (files / "kept" / f"{name}-seed-{seed}.json").write_text(json.dumps(row))
+    return ["--results_dir", str(files / "kept")]
+
+
+def test_results_that_are_there_are_taken_as_they_are_and_nothing_is_trained(files, capsys):
+    assert sweeps.main(command(files, "--seeds", "0", "1", *put_results(files))) == 0
+    printed = capsys.readouterr().out
+    _, half = sweeps.interval_of_mean([0.25, 0.75])
+    for name in ("most", "half", "squared", "untrained"):
+        assert f"| {name} | 50.0 ± {100 * half:.1f} | 3.00 ± 0.00 | " in printed
+    assert "- knn: undecided most > half" in printed
+    assert [path.name for path in (files / "out").iterdir()] == ["shares.md"]
 
 
 def test_results_of_other_arguments_are_not_taken_for_these(files, capsys):
-    assert sweeps.main(command(files, "--seeds", "0")) == 0
+    told = put_results(files)
     (files / "base.yaml").write_text(TINY_BASE.replace("hidden_size: 16", "hidden_size: 32"))
-    assert sweeps.main(command(files, "--seeds", "0")) == 2
+    assert sweeps.main(command(files, "--seeds", "0", *told)) == 2
     assert "hidden_size" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_said_and_keeps_no_other_from_running(files, capsys):
+def test_a_run_that_fails_is_said_and_keeps_no_other_from_its_place(files, capsys):
     (files / "out" / "mask_ratio=0.5").mkdir(parents=True)
     (files / "out" / "mask_ratio=0.5" / "seed-0").write_text("in the way")
-    assert sweeps.main(command(files, "--seeds", "0")) == 1
+    told = put_results(files, names=("base", "loss_type=mse", "untrained"))
+    assert sweeps.main(command(files, "--seeds", "0", *told)) == 1
     said = capsys.readouterr()
     assert "mask_ratio=0.5" in said.err
     assert "| half | not measured |" in said.out
-    assert (files / "out" / "results" / "loss_type=mse-seed-0.json").exists()
+    assert "| squared | 25.0 one seed |" in said.out
 
 
 def test_the_interval_is_students_and_of_one_seed_there_is_none():
