@@ -167,6 +167,10 @@ MISTAKES = [
     (["digits", "--new_predictor"], "new_predictor=True is about weights to start from.*--model_name_or_path"),
     (["digits", "--predictor_warmup_steps", "3"], "predictor_warmup_steps=3 is about weights to start from"),
     (["digits", "--predictor_warmup_steps", "-3"], "predictor_warmup_steps=-3 must be at least 0"),
+    (
+        ["digits", "--vicreg_weight", "0.001", "--per_device_train_batch_size", "1"],
+        "vicreg_weight=0.001 needs .* per_device_train_batch_size=1 has not; write 2 or more",
+    ),
 ]
 
 

@@ -207,3 +207,42 @@ def test_untrained_results_of_other_arguments_are_not_taken_for_these(files, cap
     (results / "untrained-seed-0.json").write_text('{"arguments": {"hidden_size": 64}, "scores": {}}')
     assert sweeps.main(command(files, "--seeds", "0")) == 2
     assert "untrained-seed-0.json is of a run with other values of" in capsys.readouterr().err
+
+
+KEPT_RESULTS = ROOT / "benchmarks" / "results" / "ablations"
+PAGE = (ROOT / "docs" / "ablations.md").read_text("utf-8")
+MEASURED = [
+    ("digits", ("masking", "targets", "num_targets", "moving_average", "beyond")),
+    ("shapes", ("masking", "targets", "num_targets", "moving_average")),
+]
+LEFT_OUT = {
+    "base": "base",
+    "surplus dropped at random": "context_surplus=random",
+    "SIGReg 0.01": "sigreg_weight=0.01",
+    "tanh of 0.5 times the targets": "normalize_targets=False,target_tanh_scale=0.5",
+    "StoP 0.25": "mask_position_noise=0.25",
+}
+
+
+@pytest.mark.parametrize(("base", "names"), MEASURED)
+def test_the_tables_of_the_page_are_what_the_committed_results_give(base, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "load_scored_images", lambda *_, **__: None)
+    monkeypatch.setattr(sweeps, "_train", lambda *_: pytest.fail("a result is missing"))
+    recipes = ROOT / "recipes" / "ablations"
+    told = ["--base", str(recipes / "bases" / f"{base}.yaml"), "--output_dir", str(tmp_path)]
+    told += ["--results_dir", str(KEPT_RESULTS / base)]
+    assert sweeps.main([*(str(recipes / f"{name}.yaml") for name in names), *told]) == 0
+    for name in names:
+        assert (tmp_path / f"{name}.md").read_text("utf-8") in PAGE
+
+
+def test_what_was_left_out_stands_on_the_page_as_it_was_measured():
+    sweep = sweeps.Sweep(
+        "left_out", "Measured, and left out of the package again", "each at one value, 3 seeds",
+        [sweeps.Setting(title, {"x": folder}, None) for title, folder in LEFT_OUT.items()],
+    )  # fmt: skip
+    results = {
+        title: [json.loads((KEPT_RESULTS / "digits" / f"{name}-seed-{seed}.json").read_text()) for seed in range(3)]
+        for title, name in [*LEFT_OUT.items(), (sweeps.UNTRAINED, sweeps.UNTRAINED)]
+    }
+    assert sweeps.render_table(sweep, "digits", results) in PAGE

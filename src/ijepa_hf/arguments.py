@@ -71,30 +71,15 @@ class ModelArguments:
     )
     allow_overlap: bool = _help("Let context patches lie inside target blocks.", _default("allow_overlap"))
     mask_ratio: float = _help("Share of the patches that is target (block, random).", _default("mask_ratio"))
-    context_surplus: str = _help(
-        "Context patches beyond the share are dropped from a side, or at random (multi_block).",
-        _default("context_surplus"),
-    )
     loss_type: str = _help("smooth_l1 (published code) or mse (paper).", _default("loss_type"))
     target_type: str = _help(
         "What is predicted: representation, or pixels of the target patches (table 7 of the paper).",
         _default("target_type"),
     )
     normalize_targets: bool = _help("Layer-normalise the targets.", _default("normalize_targets"))
-    target_tanh_scale: float = _help(
-        "Above 0: targets are tanh of this times the representations (DynTanh); needs normalize_targets False.",
-        _default("target_tanh_scale"),
-    )
     vicreg_weight: float = _help(
         "Weight of VICReg's variance and covariance terms on pooled context features (C-JEPA); 0 is off.",
         _default("vicreg_weight"),
-    )
-    sigreg_weight: float = _help(
-        "Weight of SIGReg on pooled context features (LeJEPA); 0 is off.", _default("sigreg_weight")
-    )
-    mask_position_noise: float = _help(
-        "Variance of the noise on the mask tokens' positions in training (StoP); 0 is off.",
-        _default("mask_position_noise"),
     )
     patch_init_std: float | None = _help(
         "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.", None
@@ -633,6 +618,11 @@ def parse_arguments(
         raise ValueError(
             f"eval_steps={run.eval_steps} needs labelled images to score with; name their split, for example "
             "--eval_split_name test."
+        )
+    if model.vicreg_weight and run.per_device_train_batch_size < 2:
+        raise ValueError(
+            f"vicreg_weight={model.vicreg_weight} needs a variance over images, which "
+            f"per_device_train_batch_size={run.per_device_train_batch_size} has not; write 2 or more."
         )
     return model, data, run
 

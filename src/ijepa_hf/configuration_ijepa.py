@@ -30,12 +30,12 @@ MASK_FIELDS = (
     "official_min_keep",
     "allow_overlap",
     "mask_ratio",
-    "context_surplus",
 )
 LOSS_TYPES = ("smooth_l1", "mse")
 TARGET_TYPES = ("representation", "pixels")
 
 _LARGEST_STD = 100  # of initial weights, far above any use
+_LARGEST_WEIGHT = 100  # of a term of the loss, likewise
 
 # What each added field that is a number or a truth value has to be. Stricter than Python: a config.json cannot hold
 # numpy's numbers, and True is no width. The stock class sees to its own fields.
@@ -47,8 +47,7 @@ _WHOLE_FIELDS = (
     "num_target_blocks",
     "official_min_keep",
 )
-_OPTIONAL_TERMS = ("target_tanh_scale", "vicreg_weight", "sigreg_weight", "mask_position_noise")
-_NUMBER_FIELDS = ("context_keep_ratio", "mask_ratio", "patch_init_std", *_OPTIONAL_TERMS)
+_NUMBER_FIELDS = ("context_keep_ratio", "mask_ratio", "patch_init_std", "vicreg_weight")
 _PAIR_FIELDS = ("context_scale", "target_scale", "target_aspect_ratio")
 _BOOL_FIELDS = ("allow_overlap", "normalize_targets")
 _OPTIONAL_FIELDS = ("predictor_num_attention_heads", "patch_init_std")
@@ -109,18 +108,8 @@ class IJepaConfig(StockIJepaConfig):
         patch_init_std (`float`, *optional*): Standard deviation of the initial patch embedding. `None` means
             1/sqrt(inputs of a patch), which keeps small patches from drowning under the position table; the published
             models used 0.02, right for 16x16x3 inputs.
-        context_surplus (`str`, defaults to `"side"`): `"multi_block"` only: what the context block has beyond its
-            share is dropped from a `"side"`, which leaves the context in one piece, or at `"random"`.
-        target_tanh_scale (`float`, defaults to 0): Above 0, targets are tanh of this times the representations and
-            not layer-normalised, so that strong patches stay stronger than others. Source: arXiv 2508.02829 (DynTanh),
-            where the scale is learned.
         vicreg_weight (`float`, defaults to 0): Weight of VICReg's variance and covariance terms on the context
             features of each image, averaged over its patches. Source: arXiv 2410.19560 (C-JEPA), which has 0.001.
-        sigreg_weight (`float`, defaults to 0): Weight of SIGReg on the same features, which pulls them towards an
-            isotropic Gaussian. Source: arXiv 2511.08544 (LeJEPA).
-        mask_position_noise (`float`, defaults to 0): Variance of the noise that training adds to the positions of
-            mask tokens, before the predictor's projection of the context turns it to the predictor's width. Source:
-            arXiv 2308.00566 (StoP), which has 0.25.
 
     Raises:
         ValueError: If a field has a bad value, is not used by the chosen masking strategy, is unknown, or if blocks
@@ -146,11 +135,7 @@ class IJepaConfig(StockIJepaConfig):
     normalize_targets: bool = True
     patch_init_std: float | None = None
     target_type: str = "representation"
-    context_surplus: str = "side"
-    target_tanh_scale: float | int = 0.0
     vicreg_weight: float | int = 0.0
-    sigreg_weight: float | int = 0.0
-    mask_position_noise: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
@@ -333,14 +318,8 @@ class IJepaConfig(StockIJepaConfig):
             raise ValueError(f"loss_type={self.loss_type!r} must be one of {', '.join(map(repr, LOSS_TYPES))}.")
         if self.target_type not in TARGET_TYPES:
             raise ValueError(f"target_type={self.target_type!r} must be one of {', '.join(map(repr, TARGET_TYPES))}.")
-        for name in _OPTIONAL_TERMS:
-            if not 0 <= getattr(self, name) <= _LARGEST_STD:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0, which is off, to {_LARGEST_STD}.")
-        if self.target_tanh_scale and self.normalize_targets:
-            raise ValueError(
-                f"target_tanh_scale={self.target_tanh_scale} takes the place of the layer norm of targets; write "
-                "normalize_targets=False beside it, or leave target_tanh_scale=0."
-            )
+        if not 0 <= self.vicreg_weight <= _LARGEST_WEIGHT:
+            raise ValueError(f"vicreg_weight={self.vicreg_weight} must be from 0, which is off, to {_LARGEST_WEIGHT}.")
         if self.patch_init_std is not None and not 0 < self.patch_init_std <= _LARGEST_STD:
             raise ValueError(
                 f"patch_init_std={self.patch_init_std} must be greater than 0 and at most {_LARGEST_STD}; write None "

@@ -39,7 +39,6 @@ STRATEGY_FIELDS = {
         "target_aspect_ratio",
         "context_keep_ratio",
         "allow_overlap",
-        "context_surplus",
     ),
     "multi_block_official": (
         "num_context_sets",
@@ -105,7 +104,6 @@ class MaskSettings:
         official_min_keep: every block must have more than this many patches, at least 0 (`multi_block_official` only).
         allow_overlap: leave target patches in the context.
         mask_ratio: share of the grid that is target, above 0 and below 1 (`block` and `random` only).
-        context_surplus: context patches beyond K are dropped from a `side`, or at `random` (`multi_block` only).
 
     Raises:
         ValueError: a value is out of range, a field that the strategy does not use is set, or the sizes that can be
@@ -123,7 +121,6 @@ class MaskSettings:
     official_min_keep: int = 10
     allow_overlap: bool = False
     mask_ratio: float = 0.6
-    context_surplus: str = "side"
 
     def __post_init__(self) -> None:
         self._check_pair("grid_size", whole=True)
@@ -155,10 +152,6 @@ class MaskSettings:
             raise ValueError(
                 f"context_keep_ratio={self.context_keep_ratio!r} must be a number above 0 and up to 1, "
                 "for example context_keep_ratio=0.25."
-            )
-        if self.context_surplus not in ("side", "random"):
-            raise ValueError(
-                f"context_surplus={self.context_surplus!r} must be 'side' or 'random'; use context_surplus='side'."
             )
         if not isinstance(self.allow_overlap, bool):
             raise ValueError(f"allow_overlap={self.allow_overlap!r} must be a bool; use allow_overlap=False.")
@@ -308,9 +301,6 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
     # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
     scans = generator.integers(NUM_SCANS, size=per_context)[slots]
     inside = _patches_inside(grid, context_size, _draw_corners(generator, grid, context_size, per_context)[slots])
-    ranks = None
-    if settings.context_surplus == "random":
-        ranks = generator.random((*per_context, settings.num_patches))[slots]
 
     corners = _draw_corners(generator, grid, target_size, per_target)[slots]
     target_blocks = _block_indices(grid, target_size, corners)
@@ -335,11 +325,7 @@ def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.ran
             failed = failed[_images_short_of(visible[failed], keep)]
         assert not failed.size, "MaskSettings accepted sizes that do not fit"
 
-    rows = visible.reshape(-1, settings.num_patches)
-    if ranks is None:
-        context_indices = _keep_from_a_side(grid, rows, keep, scans.ravel())
-    else:
-        context_indices = _keep_at_random(rows, keep, ranks.reshape(rows.shape))
+    context_indices = _keep_from_a_side(grid, visible.reshape(-1, settings.num_patches), keep, scans.ravel())
     return _as_masks(context_indices, target_blocks, num_redrawn, settings)
 
 
@@ -785,7 +771,8 @@ def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, sca
 
     `scans` numbers the scan of each row of `visible`. There are eight: along rows or along columns, from either side,
     each line in either direction. All are equally likely, so that no side is favoured; with one direction per side
-    only, the last, incomplete line would always begin at the same end.
+    only, the last, incomplete line would always begin at the same end. Dropping at random instead trained worse
+    (docs/digits.md).
     """
     patches = np.arange(visible.shape[1]).reshape(grid)
     from_top, from_left = patches, patches.T
@@ -795,12 +782,6 @@ def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, sca
     first = np.arange(0, visible.size, visible.shape[1])[:, None]
     kept = _first_patches(visible.take(order + first), keep)
     return np.sort(order.take(kept + first), axis=1)
-
-
-def _keep_at_random(visible: np.ndarray, keep: int, ranks: np.ndarray) -> np.ndarray:
-    """Keep the K visible patches of lowest rank, numbers in [0, 1) drawn for each patch."""
-    order = np.where(visible, ranks, 1.0).argsort(axis=1)
-    return np.sort(order[:, :keep], axis=1)
 
 
 # Checks of MaskSettings and of the arguments

@@ -15,7 +15,6 @@ patches that it may see. Without those it computes what the stock class computes
 """
 
 import copy
-import math
 import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -388,10 +387,6 @@ class IJepaPredictor(IJepaPreTrainedModel):
         position = self.position_embeddings.to(self.mask_token.dtype).expand(batch, -1, -1)
         visible = self.embed(context) + gather_patches(position, context_indices)  # [B, S, K, E]
         queries = self.mask_token + gather_patches(position, target_indices)  # [B, M, P, E]
-        if self.training and self.config.mask_position_noise:  # StoP, arXiv 2308.00566: A is the context's projection
-            noise = torch.randn(*queries.shape[:-1], context.shape[-1], dtype=queries.dtype, device=queries.device)
-            noise = nn.functional.linear(noise, self.embed.weight)
-            queries = queries + math.sqrt(self.config.mask_position_noise) * noise
         rows = torch.cat(
             [
                 visible[:, :, None].expand(-1, -1, blocks, -1, -1),
@@ -480,8 +475,6 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         return self._normalize(self.ijepa(pixel_values, output_indices=output_indices).last_hidden_state)
 
     def _normalize(self, targets: Tensor) -> Tensor:
-        if self.config.target_tanh_scale:
-            return torch.tanh(self.config.target_tanh_scale * targets)
         if not self.config.normalize_targets:
             return targets
         return nn.functional.layer_norm(targets, targets.shape[-1:], eps=TARGET_NORM_EPS)
@@ -560,8 +553,9 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         context = self.context_encoder(pixel_values, context_indices=context_indices, **kwargs)
         predictions = self.predict(context.last_hidden_state, context_indices, target_indices)
         loss = self.compute_loss(predictions, targets) if return_loss else None
-        if loss is not None:
-            loss = loss + self._regularizers(context.last_hidden_state)
+        if loss is not None and self.config.vicreg_weight:
+            pooled = context.last_hidden_state.float().mean(dim=1)
+            loss = loss + self.config.vicreg_weight * variance_and_covariance(pooled)
         return IJepaForPretrainingOutput(
             loss=cast(Any, loss),
             predictions=cast(Any, predictions),
@@ -571,18 +565,6 @@ class IJepaForPretraining(IJepaPreTrainedModel):
             hidden_states=context.hidden_states,
             attentions=context.attentions,
         )
-
-    def _regularizers(self, context: Tensor) -> Tensor | float:
-        """What the optional terms add to the loss, of context features `[B*S, K, D]`; 0 where all are off."""
-        added: Tensor | float = 0.0
-        if not (self.config.vicreg_weight or self.config.sigreg_weight):
-            return added
-        pooled = context.float().mean(dim=1)
-        if self.config.vicreg_weight:
-            added = added + self.config.vicreg_weight * variance_and_covariance(pooled)
-        if self.config.sigreg_weight:
-            added = added + self.config.sigreg_weight * sigreg(pooled)
-        return added
 
     def _draw_indices(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         seed = int(torch.randint(2**62, ()))
@@ -721,26 +703,6 @@ def variance_and_covariance(features: Tensor) -> Tensor:
     hinge = torch.relu(1 - torch.sqrt(covariance.diagonal() + 1e-4)).mean()
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
     return 25 * hinge + off_diagonal / features.shape[1]
-
-
-def sigreg(features: Tensor, num_directions: int = 64) -> Tensor:
-    """How far features are from an isotropic standard Gaussian: Epps and Pulley's statistic in random directions.
-
-    Args:
-        features: float `[B, D]`.
-        num_directions: Drawn from torch's global generator.
-
-    Returns:
-        A scalar: the mean over directions.
-
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, algorithm 1.
-    """
-    directions = nn.functional.normalize(torch.randn(features.shape[1], num_directions, device=features.device), dim=0)
-    points = torch.linspace(-5, 5, 17, device=features.device)
-    gaussian = torch.exp(-points.square() / 2)
-    angles = (features @ directions)[..., None] * points
-    difference = (angles.cos().mean(dim=0) - gaussian).square() + angles.sin().mean(dim=0).square()
-    return len(features) * torch.trapezoid(difference * gaussian, points, dim=-1).mean()
 
 
 def new_model(config: IJepaConfig, seed: int) -> IJepaForPretraining:

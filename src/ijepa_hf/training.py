@@ -512,14 +512,7 @@ def _to_device(batch: dict[str, Tensor], state: RunState) -> dict[str, Tensor]:
 
 def _seed_dropout(state: RunState, step: int) -> None:
     """Dropout draws from torch's global generator: make it a function of (seed, step, rank), as all else is."""
-    config = state.config
-    draws = (
-        config.hidden_dropout_prob,
-        config.attention_probs_dropout_prob,
-        config.sigreg_weight,
-        config.mask_position_noise,
-    )
-    if any(draws):
+    if state.config.hidden_dropout_prob or state.config.attention_probs_dropout_prob:
         rank = state.accelerator.process_index
         torch.manual_seed(int(keyed_generator(state.run.seed, _DRAW_DROPOUT, step, rank).integers(2**62)))
 
