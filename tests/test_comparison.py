@@ -734,6 +734,11 @@ def test_folders_are_collected_into_one_file_one_figure_and_the_tables(tmp_path)
     assert [run["equal_epochs"]["scores"]["knn"] for run in runs] == [0.9, 0.7]
     assert tables == results.render_tables(runs)
     assert written[1].exists()
+    again = tmp_path / "again.json"
+    assert compare.collect([written[0]], again, written[1]) == tables
+    assert again.read_text() == written[0].read_text()
+    with pytest.raises(FileNotFoundError):
+        compare.collect([tmp_path / "missing.json"], *written)
     with pytest.raises(ValueError, match="is another result of digits mae 0"):
         compare.collect([tmp_path / "0", tmp_path / "0"], *written)
     (tmp_path / "empty").mkdir()
@@ -744,3 +749,10 @@ def test_folders_are_collected_into_one_file_one_figure_and_the_tables(tmp_path)
 def test_the_table_has_a_name_for_each_family_in_the_order_of_the_command():
     assert list(results.TITLES) == list(compare.FAMILIES)
     assert tuple(results.BUDGETS) == compare.BUDGETS
+
+
+def test_the_tables_of_the_page_are_what_the_committed_results_give():
+    root = FOLDER.parent.parent
+    runs = json.loads((root / "benchmarks" / "results" / "comparison.json").read_text("utf-8"))["runs"]
+    tables = results.render_tables(runs).replace("## ", "### ").strip()
+    assert tables in (root / "docs" / "comparison.md").read_text("utf-8")

@@ -2,10 +2,12 @@
 
     python examples/comparison/compare.py --dataset_name digits --output_dir runs/comparison
     python examples/comparison/compare.py --collect runs/comparison
+    python examples/comparison/compare.py --collect benchmarks/results/comparison.json
 
-The first trains each family with each seed, first for the same epochs, then for the time that I-JEPA took, and writes
+The first trains each family with each seed, first for the same epochs, then for the time that I-JEPA takes, and writes
 one JSON file for each family and seed, a table and a figure; what is there already is not done again. The second
-gathers such folders into one file, table and figure. docs/comparison.md says what is equal and what cannot be.
+gathers such folders into one file, table and figure; the third does it with the numbers of docs/comparison.md, which
+says what is equal and what cannot be.
 """
 
 import argparse
@@ -276,11 +278,11 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def collect(folders: Sequence[Path], results: Path, figure: Path) -> str:
+def collect(sources: Sequence[Path], results: Path, figure: Path) -> str:
     """Gathers the files of some folders into one file and one figure.
 
     Args:
-        folders: Output folders of this command.
+        sources: Output folders of this command, or files that this function has written.
         results: JSON to write.
         figure: Picture to write.
 
@@ -288,22 +290,23 @@ def collect(folders: Sequence[Path], results: Path, figure: Path) -> str:
         The tables.
 
     Raises:
-        FileNotFoundError: If a folder holds no result.
+        FileNotFoundError: If a folder holds no result, or there is no such file.
         ValueError: If two files are of the same data set, family and seed.
     """
     records: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for folder in folders:
-        paths = sorted(folder.glob("*-seed*.json"))
+    for source in sources:
+        paths = sorted(source.glob("*-seed*.json")) if source.is_dir() else [source]
         if not paths:
-            raise FileNotFoundError(f"--collect {folder}: it holds no file like digits-ijepa-seed0.json.")
+            raise FileNotFoundError(f"--collect {source}: it holds no file like digits-ijepa-seed0.json.")
         for path in paths:
-            record = json.loads(path.read_text("utf-8"))
-            key = tuple(record["settings"][name] for name in ("dataset_name", "family", "seed"))
-            if key in records:
-                raise ValueError(
-                    f"--collect: {path} is another result of {' '.join(map(str, key))}; give one of them."
-                )
-            records[key] = record
+            found = json.loads(path.read_text("utf-8"))
+            for record in found.get("runs", [found]):
+                key = tuple(record["settings"][name] for name in ("dataset_name", "family", "seed"))
+                if key in records:
+                    raise ValueError(
+                        f"--collect: {path} is another result of {' '.join(map(str, key))}; give one of them."
+                    )
+                records[key] = record
     gathered = list(records.values())
     tables = render_tables(gathered)
     write_record(results, {"runs": gathered})
@@ -320,7 +323,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--num_train_epochs", type=int, help="of all families; 40 if not given")
     parser.add_argument("--device", default="cpu", help="for example cuda")
-    parser.add_argument("--collect", nargs="+", type=Path, metavar="FOLDER", help="train nothing; gather these")
+    parser.add_argument(
+        "--collect",
+        nargs="+",
+        type=Path,
+        metavar="PLACE",
+        help="train nothing; gather these: folders, or a file of gathered ones",
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/comparison.json"))
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/comparison.png"))
     arguments = parser.parse_args(argv)
