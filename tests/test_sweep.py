@@ -212,8 +212,9 @@ def test_untrained_results_of_other_arguments_are_not_taken_for_these(files, cap
 KEPT_RESULTS = ROOT / "benchmarks" / "results" / "ablations"
 PAGE = (ROOT / "docs" / "ablations.md").read_text("utf-8")
 MEASURED = [
-    ("digits", ("masking", "targets", "num_targets", "moving_average", "beyond")),
-    ("shapes", ("masking", "targets", "num_targets", "moving_average")),
+    ("digits", "0 1 2", ("masking", "targets", "num_targets", "moving_average", "beyond")),
+    ("digits", "0 1 2 3 4", ("vicreg",)),
+    ("shapes", "0 1 2", ("masking", "targets", "num_targets", "moving_average")),
 ]
 LEFT_OUT = {
     "base": "base",
@@ -224,13 +225,13 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize(("base", "names"), MEASURED)
-def test_the_tables_of_the_page_are_what_the_committed_results_give(base, names, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("base", "seeds", "names"), MEASURED)
+def test_the_tables_of_the_page_are_what_the_committed_results_give(base, seeds, names, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "load_scored_images", lambda *_, **__: None)
     monkeypatch.setattr(sweeps, "_train", lambda *_: pytest.fail("a result is missing"))
     recipes = ROOT / "recipes" / "ablations"
     told = ["--base", str(recipes / "bases" / f"{base}.yaml"), "--output_dir", str(tmp_path)]
-    told += ["--results_dir", str(KEPT_RESULTS / base)]
+    told += ["--results_dir", str(KEPT_RESULTS / base), "--seeds", *seeds.split()]
     assert sweeps.main([*(str(recipes / f"{name}.yaml") for name in names), *told]) == 0
     for name in names:
         assert (tmp_path / f"{name}.md").read_text("utf-8") in PAGE
