@@ -213,6 +213,7 @@ def test_the_batch_script_is_sound_and_asks_slurm_for_a_warning_and_for_being_qu
     assert SBATCH.read_text().rindex("#SBATCH") < first_command  # SLURM stops reading there
 
 
+@pytest.mark.slow
 def test_a_warned_job_saves_is_queued_again_and_goes_on_to_the_bits_of_an_uninterrupted_one(cluster, tmp_path):
     folder, log, calls = tmp_path / "run", tmp_path / "job.out", tmp_path / "calls"
     length = {"max_train_steps": 200, "checkpointing_steps": 200}

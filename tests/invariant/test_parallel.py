@@ -71,7 +71,7 @@ def assert_same_run(one, other, first_step=1):
     assert max(largest.values()) < TOLERANCE, largest
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_on_parts_of_the_batch_equal_one_rank_on_the_whole(whole, ranks, request):
     assert_same_run(request.getfixturevalue({2: "on_two", 4: "on_four"}[ranks]), whole)
 
