@@ -48,8 +48,8 @@ REFERENCE = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks
-from ijepa_hf.data import keyed_generator
 folder = Path(sys.argv[1])
 torch.manual_seed(0)
 config = IJepaConfig(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,

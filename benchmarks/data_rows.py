@@ -25,11 +25,12 @@ from PIL import Image
 from side_by_side import Row, ratios, render_table, scaled, take_turns
 
 from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD, DataArguments
-from ijepa_hf.data import DRAW_CROP, CropReader, ImageRows, PretrainingImages, SampleKey, keyed_generator
+from ijepa_hf.data import CropReader, ImageRows, PretrainingImages, SampleKey
 from ijepa_hf.image_transforms import draw_crop_box, normalize, stack_images
 from ijepa_hf.masking import MaskSettings
 from ijepa_hf.memory_images import MemoryCrops, decode_all
 from ijepa_hf.preparation import prepare
+from ijepa_hf.randomness import DRAW_CROP, keyed_generator
 from ijepa_hf.sources import find_image_column, load_split
 
 MIN_CROP_SCALE = 0.3

@@ -26,9 +26,9 @@ from published_step import PublishedStep, reference_name
 from side_by_side import Row, Spread
 
 from ijepa_hf.arguments import DataArguments, as_flags, load_recipe, parse_arguments
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.image_transforms import draw_crop_box
 from ijepa_hf.masking import MaskSettings, draw_masks
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.sources import find_image_column, load_split
 
 RECIPE = "cifar10-vit-micro"

@@ -30,11 +30,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from ijepa_hf.arguments import parse_arguments
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.step_cost import DRAWS, Sizes, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.step_timing import measure_step_time
 

@@ -23,11 +23,11 @@ from transformers import AutoModel
 
 from ijepa_hf.arguments import as_flags, load_recipe, parse_arguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, enable_gradient_checkpointing, new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
+from ijepa_hf.randomness import keyed_generator
 
 MIB = 2**20
 VALUES = StepValues(learning_rate=1e-4, weight_decay=0.04, ema_momentum=0.996, encoder_is_frozen=False)

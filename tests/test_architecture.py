@@ -19,6 +19,7 @@ PACKAGE = ROOT / "src" / "ijepa_hf"
 
 # The layer of every module; a module imports only from lower layers. docs/architecture.md holds the same table.
 LAYERS = {
+    "randomness": 0,
     "masking": 0,
     "image_transforms": 0,
     "keyed_crops": 1,

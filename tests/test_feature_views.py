@@ -9,7 +9,6 @@ from sklearn.metrics.pairwise import cosine_similarity
 from tiny import scrambled_model, tiny_batch, tiny_config
 from torch import nn
 
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.feature_views import (
     PatchMatches,
     box_to_patches,
@@ -26,6 +25,7 @@ from ijepa_hf.feature_views import (
     target_features,
 )
 from ijepa_hf.masking import draw_masks
+from ijepa_hf.randomness import keyed_generator
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_hf import step_timing
 from ijepa_hf.arguments import PretrainingArguments, as_flags, load_recipe, parse_arguments
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, enable_gradient_checkpointing
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.step_cost import (
     DRAWS,
     Parameters,

@@ -12,6 +12,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from ijepa_hf import cli, visualize
 from ijepa_hf.export import export_model
+from ijepa_hf.randomness import DRAW_GALLERY, keyed_generator
 from ijepa_hf.sources import load_digits
 
 MEAN, STD = [0.3, 0.3, 0.3], [0.4, 0.4, 0.4]
@@ -293,7 +294,7 @@ def test_a_data_set_of_one_image_has_no_gallery_and_regions_need_a_box(model, tm
 
 def _seed_that_takes_the_copy() -> int:
     for seed in range(100):
-        order = visualize.keyed_generator(seed, visualize._DRAW_GALLERY).permutation(3).tolist()
+        order = keyed_generator(seed, DRAW_GALLERY).permutation(3).tolist()
         if next(index for index in order if index != 1) == 2:
             return seed
     raise AssertionError

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training
 from ijepa_hf.arguments import parse_arguments
-from ijepa_hf.data import keyed_generator
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.training import pretrain
 
 NETWORKS = ("context_encoder", "ijepa", "predictor")

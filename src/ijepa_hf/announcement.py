@@ -7,12 +7,13 @@ from accelerate import Accelerator
 
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import Batch, keyed_generator
+from ijepa_hf.data import Batch
 from ijepa_hf.export import FIGURE_BYTES, saving
 from ijepa_hf.loading import TrainingImages
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.plan import Plan
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.visualization import draw_masks_figure
 
 MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like

@@ -13,9 +13,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from ijepa_hf.arguments import PretrainingArguments
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.ranks import Ranks
 from ijepa_hf.step_cost import DRAWS
 

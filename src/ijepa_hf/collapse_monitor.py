@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.diagnostics import (
     cross_image_gap,
     lidar,
@@ -26,12 +25,12 @@ from ijepa_hf.diagnostics import (
 from ijepa_hf.feature_views import evaluating, target_features
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, gather_patches
+from ijepa_hf.randomness import DRAW_VIEWS, keyed_generator
 
 MONITOR_IMAGES = 48  # with 8x8 patches 3,072 rows, and 48 images a position
 LIDAR_VIEWS = 4  # masks of an image; the paper takes 10, at 2.5 times the cost
 SPECTRUM_ROWS = 1024  # patches whose spectrum is taken
 
-_DRAW_VIEWS = 11  # beside the streams of `data`
 _SAMPLED_WEIGHTS = 65_536
 
 
@@ -77,7 +76,7 @@ def make_monitor_batch(
         views = tuple(sets.unbind(1))
     else:
         masks = [
-            draw_masks(config.mask_settings(), len(pixel_values), keyed_generator(_DRAW_VIEWS, view))
+            draw_masks(config.mask_settings(), len(pixel_values), keyed_generator(DRAW_VIEWS, view))
             for view in range(LIDAR_VIEWS)
         ]
         views = tuple(_first_set(drawn.context_indices) for drawn in masks)

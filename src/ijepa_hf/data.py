@@ -36,28 +36,15 @@ from ijepa_hf.image_transforms import (
 )
 from ijepa_hf.keyed_crops import keyed_draws
 from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
+from ijepa_hf.randomness import DRAW_CROP, DRAW_MASKS, DRAW_ORDER, DRAW_SUBSTITUTE, keyed_generator
 from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
 from ijepa_hf.workers import PlainLoader
 
-DRAW_ORDER, DRAW_CROP, _DRAW_MASKS, _DRAW_SUBSTITUTE = 1, 2, 3, 5  # keep the streams of one seed apart
 SUBSTITUTE_TRIES = 10
 _DRAWN_TOGETHER = 10  # images, for which arrays of numbers cost less than a generator each
 
 _Row = TypeVar("_Row")
 _Read = TypeVar("_Read")
-
-
-def keyed_generator(seed: int, *key: int) -> np.random.Generator:
-    """A counter-based generator (Philox) that depends on nothing but the numbers given.
-
-    Args:
-        seed: The run's seed, at least 0.
-        *key: What the draw is for and where it happens, each at least 0.
-
-    Returns:
-        A fresh generator.
-    """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key])))
 
 
 class SampleKey(NamedTuple):
@@ -319,7 +306,7 @@ def first_readable(
                 listed = "".join(f"\n  image {number}: {reason}" for number, reason in unreadable)
                 raise ValueError(f"{len(unreadable)} images one after the other cannot be read:{listed}") from error
         if substitutes is None:
-            substitutes = keyed_generator(seed, _DRAW_SUBSTITUTE, key.epoch, key.image)
+            substitutes = keyed_generator(seed, DRAW_SUBSTITUTE, key.epoch, key.image)
         image, row = another(int(substitutes.integers(2**32)))
 
 
@@ -572,7 +559,7 @@ class IJepaDataCollator:
             return masks_from_maps([row["target_regions"] for row in rows], self.settings)
         size = self.global_batch_size or len(keys)
         slots = slice(first.slot, first.slot + len(keys))
-        return draw_masks(self.settings, size, keyed_generator(self.seed, _DRAW_MASKS, first.step), slots)
+        return draw_masks(self.settings, size, keyed_generator(self.seed, DRAW_MASKS, first.step), slots)
 
     def _pixels_of(self, row: dict[str, Any], generator: np.random.Generator) -> Tensor:
         if "pixel_values" in row:

@@ -20,9 +20,10 @@ from torch.nn import functional
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ijepa_hf.data import DRAW_CROP, CropReader, ImageRows, SampleKey, first_readable
+from ijepa_hf.data import CropReader, ImageRows, SampleKey, first_readable
 from ijepa_hf.image_transforms import resize
 from ijepa_hf.keyed_crops import keyed_crop_boxes
+from ijepa_hf.randomness import DRAW_CROP
 
 AUTOMATIC_BYTES = 2**30  # what `auto` keeps at most, in each process; 300,000 images of 32 x 32 in colour
 _DECODED_AT_ONCE = 256

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.randomness import keyed_generator
 
 DRAWS = 16  # steps whose masks are drawn, as many as a run draws to announce what its masks are like
 

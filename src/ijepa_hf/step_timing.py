@@ -14,11 +14,11 @@ from accelerate import Accelerator
 
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import keyed_generator
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
+from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.step_cost import DRAWS, draw_sizes, model_work
 
 MEASURING_ROUNDS = 4

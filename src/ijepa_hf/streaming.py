@@ -32,13 +32,13 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from ijepa_hf.data import DRAW_ORDER, CropReader, SampleKey, global_batch_size, keyed_generator
+from ijepa_hf.data import CropReader, SampleKey, global_batch_size
+from ijepa_hf.randomness import DRAW_BLOCK, DRAW_ORDER, keyed_generator
 from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy, describe, is_shard_failure
 from ijepa_hf.sources import ImageStream
 from ijepa_hf.workers import PlainLoader
 
 ROWS_AT_ONCE = 64  # rows fetched from a shard together: bytes, not pixels
-_DRAW_BLOCK = 6  # beside the streams of `data`
 _FOOTERS_AT_ONCE = 16  # over a network their time is waiting
 _FOOTERS_WITHOUT_A_BAR = 100
 
@@ -350,7 +350,7 @@ class StreamOrder:
     ) -> np.ndarray:
         """In which order a reader gives the rows of one block: int64 `[length]`."""
         key = (epoch, layout.start_step, rank, reader, block)
-        return keyed_generator(self.seed, _DRAW_BLOCK, *key).permutation(length)
+        return keyed_generator(self.seed, DRAW_BLOCK, *key).permutation(length)
 
 
 def _micro_batches_of(reader: int, layout: StreamLayout, first_step: int, last_step: int) -> int:

@@ -39,7 +39,7 @@ from ijepa_hf.batch_fitting import (
 from ijepa_hf.checkpointing import collect_state, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import Batch, BatchMaker, CropReader, IJepaDataCollator, keyed_generator
+from ijepa_hf.data import Batch, BatchMaker, CropReader, IJepaDataCollator
 from ijepa_hf.expected_band import BandWatch, RunRows, band_notice, find_band
 from ijepa_hf.export import exported_step
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
@@ -57,6 +57,7 @@ from ijepa_hf.modeling_ijepa import IJepaForPretraining, enable_gradient_checkpo
 from ijepa_hf.non_finite import first_non_finite
 from ijepa_hf.optimization import NonFiniteLossError, StepResult, make_optimizer, set_attention, training_step
 from ijepa_hf.plan import Plan, StepValues, make_plan, values_at
+from ijepa_hf.randomness import DRAW_DROPOUT, keyed_generator
 from ijepa_hf.ranks import Ranks
 from ijepa_hf.report import (
     EvaluationSets,
@@ -94,8 +95,6 @@ SIGNALLED_UPLOAD_SECONDS = 15.0  # and one that was told to stop, with half a mi
 _SIGNAL_SECONDS = 0.5  # in which a signal that has ended a loading process too reaches this one
 
 logger = logging.getLogger(__name__)
-
-_DRAW_DROPOUT = 4  # beside the streams of data.py
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
@@ -514,7 +513,7 @@ def _seed_dropout(state: RunState, step: int) -> None:
     """Dropout draws from torch's global generator: make it a function of (seed, step, rank), as all else is."""
     if state.config.hidden_dropout_prob or state.config.attention_probs_dropout_prob:
         rank = state.accelerator.process_index
-        torch.manual_seed(int(keyed_generator(state.run.seed, _DRAW_DROPOUT, step, rank).integers(2**62)))
+        torch.manual_seed(int(keyed_generator(state.run.seed, DRAW_DROPOUT, step, rank).integers(2**62)))
 
 
 def _stop_message(step: int, error: NonFiniteLossError, place: str, values: StepValues, state: RunState) -> str:

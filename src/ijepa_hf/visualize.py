@@ -30,7 +30,7 @@ from ijepa_hf.arguments import (
     recipe_names,
 )
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
-from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, ImageRows, keyed_generator
+from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, ImageRows
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone
 from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, read_image_settings
 from ijepa_hf.feature_figures import (
@@ -59,6 +59,7 @@ from ijepa_hf.mask_audit import audit_masks, render_audit
 from ijepa_hf.masking import STRATEGY_FIELDS, draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.panels import to_pictures
+from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
 from ijepa_hf.sources import find_image_column, find_label_column, load_split
 from ijepa_hf.visualization import draw_audit_figure, draw_masks_figure
 from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
@@ -79,7 +80,6 @@ _NEIGHBOURS = 5
 _PATCHES_SHOWN = 3  # an image
 _BATCH = 64
 _MOST_PATCHES = 20_000  # in the spectrum of patches
-_DRAW_IMAGES, _DRAW_GALLERY, _DRAW_PATCHES, _DRAW_BLOCKS = 21, 22, 23, 24
 
 
 def visualize(argv: Sequence[str]) -> str:
@@ -411,7 +411,7 @@ def _choose_masks(
     if box is None:
         if config.masking_strategy == "regions":
             raise ValueError("this model's targets come with its images (regions): say what to predict with --box.")
-        generator = keyed_generator(named.seed, _DRAW_BLOCKS)
+        generator = keyed_generator(named.seed, DRAW_BLOCKS)
         masks = draw_masks(config.mask_settings(), len(shapes), generator)
         return masks.context_indices, masks.target_indices, ""
     positions, snapped = box_to_patches(box, shapes[0], config.grid_size)
@@ -463,12 +463,12 @@ class _Source:
         wanted = min(_IMAGES_SHOWN, count) if named.num_images is None else named.num_images
         if wanted > count:
             raise ValueError(f"num_images={wanted}, but the split {self.split!r} has {count} images.")
-        return keyed_generator(named.seed, _DRAW_IMAGES).permutation(count)[:wanted].tolist()
+        return keyed_generator(named.seed, DRAW_IMAGES).permutation(count)[:wanted].tolist()
 
     def gallery(self, named: argparse.Namespace, chosen: list[int], shown: Tensor, shape: tuple[int, int]) -> _Images:
         """Returns other images; such as look just like one that is shown are left out too."""
         left_out = set() if named.figure == "spectrum" else set(chosen)
-        order = keyed_generator(named.seed, _DRAW_GALLERY).permutation(len(self.dataset)).tolist()
+        order = keyed_generator(named.seed, DRAW_GALLERY).permutation(len(self.dataset)).tolist()
         others = [index for index in order if index not in left_out]
         wanted = min(_GALLERY_SIZE, len(others)) if named.gallery_size is None else named.gallery_size
         if named.figure == "spectrum" and len(others) < 2:
@@ -509,7 +509,7 @@ def _draw_features(request: _Request, backbone: Backbone, output: Path) -> list[
             draw_pca_figure(pictures, patch_colors(features), output)
             return []
         count = features.shape[1] * features.shape[2]
-        first = keyed_generator(named.seed, _DRAW_PATCHES).integers(count, size=len(features)).tolist()
+        first = keyed_generator(named.seed, DRAW_PATCHES).integers(count, size=len(features)).tolist()
         places = [
             differing_patches(own, min(_PATCHES_SHOWN, count), begin)
             for own, begin in zip(features, first, strict=True)

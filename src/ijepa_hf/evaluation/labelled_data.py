@@ -21,11 +21,11 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.data import DRAW_ORDER, ImageRows, keyed_generator
+from ijepa_hf.data import ImageRows
 from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
+from ijepa_hf.randomness import DRAW_LABELLED_CROP, DRAW_LABELS, DRAW_ORDER, keyed_generator
 from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split
 
-_DRAW_CROP, _DRAW_LABELS = 7, 8  # beside the streams of `data`
 _STRINGS = ("string", "large_string")
 _MAP_MODES = ("1", "L", "P", "I", "I;16")  # of pictures whose pixels are whole numbers
 _NUMBERS = ("int", "uint", "float")
@@ -118,7 +118,7 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
         if epoch is None:
             pixels = resize(image, self.shape)
         else:
-            generator = keyed_generator(self.seed, _DRAW_CROP, epoch, index)
+            generator = keyed_generator(self.seed, DRAW_LABELLED_CROP, epoch, index)
             pixels = random_resized_crop(image, self.shape, self.min_crop_scale, generator)
             if self.horizontal_flip and generator.random() < 0.5:
                 pixels = pixels.flip(-1)
@@ -254,7 +254,7 @@ def choose_labelled(
     chosen = []
     for label, count in zip(classes, counts, strict=True):
         wanted = samples_per_class or math.ceil(cast(float, label_fraction) * int(count))
-        order = keyed_generator(seed, _DRAW_LABELS, int(label)).permutation(np.flatnonzero(labels == label))
+        order = keyed_generator(seed, DRAW_LABELS, int(label)).permutation(np.flatnonzero(labels == label))
         chosen.append(order[:wanted])
     return np.sort(np.concatenate(chosen))
 
