@@ -35,6 +35,7 @@ from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.feature_store import store_features
 from ijepa_hf.evaluation.features import iterate_features
+from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.export import image_processor_fields
 from ijepa_hf.shapes import draw_shape_scene
 
@@ -87,8 +88,8 @@ def ours(folder: Path, images: datasets.Dataset, batch_size: int, side: int) -> 
     """What the command does, into a folder of its own each time."""
     backbone, rows = load_backbone(str(folder), (side, side)), ImageRows(images, "image", 3)
     compute = functools.partial(
-        iterate_features, rows, encode=functools.partial(backbone.pooled, pooling="mean"), shape=(side, side),
-        mean=MEAN, std=STD, batch_size=batch_size,
+        iterate_features, rows, encode=functools.partial(backbone.pooled, pooling="mean"),
+        settings=ImageSettings((side, side), MEAN, STD), batch_size=batch_size,
     )  # fmt: skip
 
     def extract() -> np.ndarray:

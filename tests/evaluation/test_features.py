@@ -12,6 +12,7 @@ from transformers import IJepaConfig, IJepaModel, ResNetConfig, ResNetModel
 
 from ijepa_hf.evaluation import extract_features
 from ijepa_hf.evaluation.features import iterate_features
+from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import normalize, resize
 
 
@@ -129,11 +130,11 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+SETTINGS = ImageSettings((8, 6), MEAN, STD)
 
 
 def iterated(images, parts, batch_size=3, encode=lambda pixels: pixels.flatten(1)):
-    options = {"shape": (8, 6), "mean": MEAN, "std": STD, "batch_size": batch_size}
-    return list(iterate_features(images, parts, encode, **options))
+    return list(iterate_features(images, parts, encode, SETTINGS, batch_size=batch_size))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits as load_scans
 
 from ijepa_hf import sources
 from ijepa_hf.data import ImageRows
+from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.evaluation.labelled_data import (
     EpochOrder,
     LabelledDataFlags,
@@ -24,7 +25,8 @@ from ijepa_hf.image_transforms import decode_image, normalize, resize
 from ijepa_hf.shapes import draw_shape_scene
 from ijepa_hf.sources import load_digits
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SETTINGS = ImageSettings((32, 32), MEAN, STD)
 
 
 def tell(**changes):
@@ -103,9 +105,9 @@ def test_a_label_that_training_has_never_seen_is_refused(tmp_path):
 def test_a_crop_depends_on_seed_epoch_and_image_alone_and_an_evaluation_takes_the_whole_image():
     rows = ImageRows(load_digits("train").select(range(8)), "image", 3)
     labels = np.arange(8)
-    crops = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=1)
-    again = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=1)
-    other = LabelledImages(rows, labels, (32, 32), MEAN, STD, min_crop_scale=0.3, horizontal_flip=True, seed=2)
+    crops = LabelledImages(rows, labels, SETTINGS, min_crop_scale=0.3, horizontal_flip=True, seed=1)
+    again = LabelledImages(rows, labels, SETTINGS, min_crop_scale=0.3, horizontal_flip=True, seed=1)
+    other = LabelledImages(rows, labels, SETTINGS, min_crop_scale=0.3, horizontal_flip=True, seed=2)
     first = crops[0, 3]["pixel_values"]
     assert first.shape == (3, 32, 32)
     for _ in range(3):
@@ -123,8 +125,8 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone_and_an_evaluation_takes_th
 def test_half_of_the_images_are_mirrored_only_where_asked():
     rows = ImageRows(load_digits("train").select(range(60)), "image", 3)
     labels = np.zeros(60, np.int64)
-    flipped = LabelledImages(rows, labels, (32, 32), MEAN, STD, horizontal_flip=True)
-    plain = LabelledImages(rows, labels, (32, 32), MEAN, STD)
+    flipped = LabelledImages(rows, labels, SETTINGS, horizontal_flip=True)
+    plain = LabelledImages(rows, labels, SETTINGS)
     count = 0
     for index in range(60):
         whole, drawn = plain[0, index]["pixel_values"], flipped[0, index]["pixel_values"]
@@ -152,7 +154,7 @@ def test_every_kind_of_picture_reaches_the_model_as_the_package_decodes_it(tmp_p
         path.unlink()
     splits = load_labelled_splits(tell(dataset_name=str(tmp_path / "zoo"), max_train_samples=None), 3)
     assert len(splits.train) == 2 * len(readable)
-    images = LabelledImages(splits.train, splits.train_labels, (32, 32), MEAN, STD)
+    images = LabelledImages(splits.train, splits.train_labels, SETTINGS)
     for index, name in enumerate(readable):  # the first class
         decoded = decode_image((tmp_path / "zoo" / "train" / "a" / name).read_bytes(), 3)
         assert torch.equal(images[index]["pixel_values"], normalize(resize(decoded, (32, 32)), MEAN, STD)), name

@@ -398,9 +398,8 @@ class _Features:
     def _both(
         self, kind: str, encode: Callable[[Tensor], Tensor], depends_on: Mapping[str, Any]
     ) -> tuple[np.ndarray, np.ndarray]:
-        shape, mean, std = self.subject.settings
-        device = _device(self.arguments)
-        trial = encode(torch.zeros(1, len(mean), *shape, device=device))
+        settings, device = self.subject.settings, _device(self.arguments)
+        trial = encode(torch.zeros(1, len(settings.mean), *settings.shape, device=device))
         found = []
         for split, images in (("train", self.data.train), ("test", self.data.test)):
             identity = {
@@ -408,13 +407,13 @@ class _Features:
                 "kind": kind,
                 **depends_on,
                 "images": {"sha256": self.data.fingerprints[split], "column": images.images.column},
-                "transform": _transform(self.subject.settings),
+                "transform": _transform(settings),
                 "dtype": "float32",
                 "device": device.type,
                 "versions": _versions(),
             }
             compute = functools.partial(
-                iterate_features, images, encode=encode, shape=shape, mean=mean, std=std,
+                iterate_features, images, encode=encode, settings=settings,
                 batch_size=self.arguments.batch_size, device=device, description=f"{self.row}, {split}",
             )  # fmt: skip
             root = self.arguments.folder() / FEATURES_FOLDER

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.feature_views import evaluating
 from ijepa_hf.image_transforms import normalize, resize, stack_images
 
@@ -37,10 +38,8 @@ def iterate_features(
     images: Images,
     parts: Sequence[range],
     encode: Callable[[torch.Tensor], torch.Tensor],
+    settings: ImageSettings,
     *,
-    shape: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
     batch_size: int,
     device: torch.device | str = "cpu",
     description: str = "",
@@ -54,9 +53,7 @@ def iterate_features(
         images: The images.
         parts: Ranges of them.
         encode: Takes float32 `[B, C, height, width]`, normalised, on `device`, and returns `[B, ...]`.
-        shape: Height and width that each whole image is resized to.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Likewise.
+        settings: The size that each whole image is resized to, and the mean and deviation of its channels.
         batch_size: Images a forward pass, 1 or more.
         device: Where pixels are normalised and `encode` works.
         description: Of the progress bar.
@@ -75,7 +72,7 @@ def iterate_features(
 
     def read_one(index: int) -> torch.Tensor:
         try:
-            return resize(images[index], shape)
+            return resize(images[index], settings.shape)
         except ValueError as error:
             raise ValueError(
                 f"{error} No image is skipped: mend or remove it, or let `ijepa-hf prepare` write the set without "
@@ -101,7 +98,7 @@ def iterate_features(
                     stretches = [following[1][start : start + step] for start in range(0, len(following[1]), step)]
                     waiting.append([pool.submit(read, stretch) for stretch in stretches])
                 pixels = stack_images([image for future in waiting.popleft() for image in future.result()])
-                done.append(encode(normalize(pixels.to(device), mean, std)).float().cpu().numpy())
+                done.append(encode(normalize(pixels.to(device), settings.mean, settings.std)).float().cpu().numpy())
                 bar.update(len(batch))
                 if batch.stop == parts[number].stop:
                     yield np.concatenate(done)

@@ -471,7 +471,7 @@ def _build_trainer(
     train = LabelledImages(
         splits.train,
         splits.train_labels,
-        *settings,
+        settings,
         min_crop_scale=arguments.min_crop_scale,
         horizontal_flip=arguments.horizontal_flip,
         seed=arguments.seed,
@@ -482,7 +482,7 @@ def _build_trainer(
         args=training,
         data_collator=collate,
         train_dataset=train,
-        eval_dataset=LabelledImages(splits.test, splits.test_labels, *settings),
+        eval_dataset=LabelledImages(splits.test, splits.test_labels, settings),
         compute_metrics=_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
         compute_loss_func=SmoothedCrossEntropy(arguments.label_smoothing),

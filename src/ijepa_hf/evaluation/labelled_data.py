@@ -22,6 +22,7 @@ from torch.utils.data import Sampler
 
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import ImageRows
+from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
 from ijepa_hf.randomness import DRAW_LABELLED_CROP, DRAW_LABELS, DRAW_ORDER, keyed_generator
 from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split
@@ -68,9 +69,7 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
     Args:
         images: n images.
         labels: int64 `[n]`.
-        shape: Height and width of the model's images.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Likewise.
+        settings: What the model's images are like.
         min_crop_scale: Of the random crop.
         horizontal_flip: Whether to mirror half of the images.
         seed: Of crops and flips.
@@ -80,15 +79,13 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
         self,
         images: ImageRows,
         labels: np.ndarray,
-        shape: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
+        settings: ImageSettings,
         *,
         min_crop_scale: float = 1.0,
         horizontal_flip: bool = False,
         seed: int = 0,
     ) -> None:
-        self.images, self.labels, self.shape, self.mean, self.std = images, labels, shape, mean, std
+        self.images, self.labels, self.settings = images, labels, settings
         self.min_crop_scale, self.horizontal_flip, self.seed = min_crop_scale, horizontal_flip, seed
 
     def __len__(self) -> int:
@@ -116,13 +113,14 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
                 "without those that cannot be read."
             ) from error
         if epoch is None:
-            pixels = resize(image, self.shape)
+            pixels = resize(image, self.settings.shape)
         else:
             generator = keyed_generator(self.seed, DRAW_LABELLED_CROP, epoch, index)
-            pixels = random_resized_crop(image, self.shape, self.min_crop_scale, generator)
+            pixels = random_resized_crop(image, self.settings.shape, self.min_crop_scale, generator)
             if self.horizontal_flip and generator.random() < 0.5:
                 pixels = pixels.flip(-1)
-        return {"pixel_values": normalize(pixels, self.mean, self.std), "labels": torch.tensor(self.labels[index])}
+        pixels = normalize(pixels, self.settings.mean, self.settings.std)
+        return {"pixel_values": pixels, "labels": torch.tensor(self.labels[index])}
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
