@@ -142,10 +142,9 @@ def test_a_lock_file_that_its_holder_removes_in_between_is_not_mistaken_for_the_
     real, calls = fcntl.flock, []
 
     def flock(descriptor, operation):
-        if not calls:  # the holder lets go between our opening the file and our locking it, and another one comes
-            (tmp_path / ".lock").unlink()
-            (tmp_path / ".lock").touch()
         calls.append(descriptor)
+        if len(calls) == 1:  # the holder lets go between our opening the file and our locking it
+            (tmp_path / ".lock").unlink()
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -154,20 +153,6 @@ def test_a_lock_file_that_its_holder_removes_in_between_is_not_mistaken_for_the_
         assert record_of(tmp_path)["pid"] == os.getpid()
         with pytest.raises(OutputDirInUseError):
             lock_output_dir(tmp_path)
-
-
-def test_a_holder_whose_file_is_gone_when_it_is_read_is_tried_again(tmp_path, monkeypatch):
-    calls = []
-
-    def flock(descriptor, operation):
-        calls.append(descriptor)
-        if len(calls) == 1:
-            (tmp_path / ".lock").unlink()
-            raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    lock_output_dir(tmp_path).release()
-    assert len(calls) == 3  # refused, taken, let go
 
 
 # -- on a disk that machines share -----------------------------------------------------------------------------------
@@ -196,7 +181,6 @@ def test_the_heartbeat_goes_on_while_the_lock_is_held_and_ends_with_it(tmp_path,
     lock.release()
     lock.release()
     assert not threads_since("heartbeat")
-    assert not run_lock._held_here
 
 
 def test_a_holder_that_was_taken_for_dead_is_told_when_it_saves(tmp_path, caplog):
@@ -283,7 +267,6 @@ def test_a_lock_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"cannot be written to \(No space left on device\)"):
         lock_output_dir(tmp_path / "run")
     assert not list(tmp_path.iterdir())
-    assert not run_lock._held_here
 
 
 def test_the_lock_is_not_pushed_to_the_hub(tmp_path):

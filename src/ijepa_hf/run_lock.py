@@ -1,14 +1,17 @@
-"""One run in one folder: a lock that dies with its process, on this machine and on a shared disk.
+"""Keeps a run's folder to one run at a time, on this machine and on a disk that machines share.
 
-`.lock` in the folder is held with `flock`, which the kernel lets go when the process ends, however it ends. Where that
-does not reach, because another machine uses the same disk, a heartbeat decides: the file says who holds it, and is
-written anew every few seconds while its process lives.
+`.lock` in the folder is held with `flock` (filelock's `FileLock`), which the kernel releases when the process ends,
+also by `kill -9`. Another machine on the same disk may not see that, so the file also names its holder, and the holder
+writes a new heartbeat into it every few seconds. A lock whose file stays as it is for three heartbeats is abandoned.
+
+filelock has a lock with a heartbeat too, `SoftFileLease`; as tried with 4.2.12 it does not serve here. It takes over
+an abandoned lock only where the file system can exchange two names, which NFS and SMB cannot; it takes a living
+process of another machine of the same host name for a dead one of this machine; and it does not say since when.
 """
 
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -17,18 +20,17 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 5.0
-_HEARTBEATS_TO_WATCH = 3  # without one, another machine's process has ended
-_SETTLE_SECONDS = 1.0  # until the last one of those who write at the same moment without `flock` is known
+_HEARTBEATS_TO_WATCH = 3
+_SETTLE_SECONDS = 1.0  # after which two that wrote at the same moment without `flock` know who wrote last
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 logger = logging.getLogger(__name__)
-
-_held_here: set[int] = set()  # descriptors
 
 
 class OutputDirInUseError(ValueError):
@@ -36,54 +38,57 @@ class OutputDirInUseError(ValueError):
 
 
 class RunLock:
-    """The lock on a run's folder, until `release` or the end of the `with` block.
+    """Holds the lock on a run's folder until `release`, or to the end of the `with` block.
 
     Args:
-        path: The lock file.
-        descriptor: Of the file, open and locked.
-        made: Folders that were made for it, innermost first; removed with it where they are still empty.
+        path: The lock file, which exists.
+        flock: The kernel's lock on it; `None` where the file system has none.
+        made: Folders that were made for it, innermost first; removed at the end where they are still empty.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
 
-    def __init__(self, path: Path, descriptor: int, made: list[Path]) -> None:
+    def __init__(self, path: Path, flock: FileLock | None, made: list[Path]) -> None:
         self.path = path
-        self._descriptor, self._made, self._process = descriptor, made, os.getpid()
-        now = _now()
+        self._flock, self._made, self._process = flock, made, os.getpid()
         self._record = {
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
-            "since": now,
-            "heartbeat": now,
+            "since": _now(),
+            "heartbeat": _now(),
             "token": uuid.uuid4().hex,
         }
         self._other: dict[str, Any] | None = None  # who has taken the lock over
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="output_dir heartbeat", daemon=True)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _as_bytes(self._record), 0)
+        self._write()
 
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def check(self) -> None:
-        """Makes sure that nobody has taken the lock over, as may happen to a process that stood still for a while.
+        """Makes sure that nobody has taken the lock over, as may happen to a process that was stopped for a while.
 
         Raises:
             OutputDirInUseError: If somebody has; the folder is theirs now.
         """
         other = self._other
-        with contextlib.suppress(OSError):  # of a folder that has gone, which is what saving says
+        with contextlib.suppress(OSError):  # a folder that has gone is an error of the save that follows
             other = self._taken_by()
         if other is not None:
             raise OutputDirInUseError(_in_use(self.path.parent, other))
 
+    def start_heartbeat(self) -> None:
+        """Starts the thread that writes the heartbeat."""
+        self._thread.start()
+
     def release(self) -> None:
-        """Lets the folder go. In a process forked from the one that took the lock, and the second time, nothing."""
+        """Releases the lock; does nothing the second time, and in a process that was forked from the holder."""
         if self._ended.is_set() or os.getpid() != self._process:
             return
         self._ended.set()
@@ -92,36 +97,34 @@ class RunLock:
         try:
             found = _read(self.path)
             if found is not None and found.get("token") == self._record["token"]:
-                self.path.unlink()  # while it is held: who opened it before finds it gone, see `_take`
-        except FileNotFoundError:  # gone with its folder
+                self.path.unlink()  # while it is held: `FileLock` opens it anew where it finds the file removed
+        except FileNotFoundError:
             pass
         except OSError as error:
             logger.warning("%s could not be removed: %s", self.path, error)
-        with contextlib.suppress(OSError):  # where there is no such lock
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        _held_here.discard(self._descriptor)
-        os.close(self._descriptor)
+        if self._flock is not None:
+            self._flock.release()
         _remove_empty(self._made)
-
-    def _start_beating(self) -> None:
-        self._thread.start()
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            try:
+            with contextlib.suppress(OSError):  # of a folder that has gone and may come back
                 other = self._taken_by()
                 if other is not None:
                     logger.error("%s", _in_use(self.path.parent, other))
                     return
                 self._record["heartbeat"] = _now()
-                # by its path: when a disk was mounted again, the descriptor leads nowhere; a missing file is not made
-                descriptor = os.open(self.path, os.O_RDWR)
-                try:
-                    os.pwrite(descriptor, _as_bytes(self._record), 0)  # of the same length each time
-                finally:
-                    os.close(descriptor)
-            except OSError:  # a folder that has gone is what saving says; it may come back
-                continue
+                self._write()
+
+    def _write(self) -> None:
+        # by its path, since after a disk was mounted again the old descriptor leads nowhere; makes no missing file
+        descriptor = os.open(self.path, os.O_RDWR)
+        try:
+            content = (json.dumps(self._record, indent=2) + "\n").encode("utf-8")
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
+        finally:
+            os.close(descriptor)
 
     def _taken_by(self) -> dict[str, Any] | None:
         if self._other is None:
@@ -132,10 +135,10 @@ class RunLock:
 
 
 def lock_output_dir(output_dir: Path) -> RunLock:
-    """Takes the lock on a run's folder, and makes the folder where there is none.
+    """Locks a run's folder, and makes the folder where there is none.
 
-    A lock whose process has ended is taken over, which is said in the log. On the same machine the kernel knows; of
-    another machine's, its heartbeat is waited for, at most `HEARTBEAT_SECONDS` three times.
+    A lock whose process has ended is taken over, with a warning. The kernel knows of processes of this machine; for
+    one of another machine, its heartbeat is watched for up to three times `HEARTBEAT_SECONDS`.
 
     Args:
         output_dir: The run's folder.
@@ -148,9 +151,16 @@ def lock_output_dir(output_dir: Path) -> RunLock:
         ValueError: If the folder cannot be made or written to.
     """
     made = [folder for folder in (output_dir, *output_dir.absolute().parents) if not folder.exists()]
+    path = output_dir / LOCK_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        return _take(output_dir / LOCK_FILE, made)
+        flock = _take_flock(path)
+        try:
+            return _take(path, flock, made)
+        except BaseException:
+            if flock is not None:
+                flock.release()
+            raise
     except OSError as error:
         _remove_empty(made)
         raise ValueError(
@@ -159,60 +169,46 @@ def lock_output_dir(output_dir: Path) -> RunLock:
         ) from error
 
 
-def _take(path: Path, made: list[Path]) -> RunLock:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        _held_here.add(descriptor)
+def _take_flock(path: Path) -> FileLock | None:
+    flock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    for last in (False, True):  # a file that its holder removes meanwhile looks held, so it is tried twice
         try:
-            lock = _take_open(path, descriptor, made)
-        except BaseException:
-            _held_here.discard(descriptor)
-            os.close(descriptor)
-            raise
-        if lock is not None:
-            return lock
-        _held_here.discard(descriptor)
-        os.close(descriptor)
+            flock.acquire()
+            return flock
+        except Timeout:
+            record = None
+            with contextlib.suppress(FileNotFoundError):
+                record = _read(path)
+            if record is not None or last:
+                raise OutputDirInUseError(_in_use(path.parent, record)) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            break
+    path.touch()
+    return None
 
 
-def _take_open(path: Path, descriptor: int, made: list[Path]) -> RunLock | None:
-    """The lock, or `None` where the file was removed by its holder between opening and locking it."""
-    has_flock = True
+def _take(path: Path, flock: FileLock | None, made: list[Path]) -> RunLock:
+    """Takes the lock from a holder that has ended, where there was one; `OutputDirInUseError` if it lives."""
+    found = _read(path)
+    if found is not None:
+        _refuse_living(path, found, has_flock=flock is not None)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with contextlib.suppress(FileNotFoundError):
-            raise OutputDirInUseError(_in_use(path.parent, _read(path))) from None
-        return None
-    except OSError as error:
-        if error.errno not in _NO_FLOCK:
-            raise
-        has_flock = False
-    try:
-        if not os.path.samestat(os.fstat(descriptor), path.stat()):
-            return None
-        _refuse_living(path, has_flock=has_flock)
-    except FileNotFoundError:
-        return None
-    try:
-        lock = RunLock(path, descriptor, made)
+        lock = RunLock(path, flock, made)
     except OSError:  # such as a full disk
         path.unlink()
         raise
-    if not has_flock:
+    if flock is None:
         time.sleep(_SETTLE_SECONDS)
         lock.check()
-    lock._start_beating()
+    lock.start_heartbeat()
     return lock
 
 
-def _refuse_living(path: Path, *, has_flock: bool) -> None:
-    """Looks at who was there before: none, one that has ended, or one that lives."""
-    found = _read(path)
-    if found is None:
-        return
+def _refuse_living(path: Path, found: dict[str, Any], *, has_flock: bool) -> None:
     here = found.get("machine") == _machine()
-    # with the kernel's lock, a process of this machine has ended; without it, one that is no longer there has
+    # with the kernel's lock, its holder on this machine has ended; without it, a process that is not there has
     if not (here and (has_flock or not _is_alive(found.get("pid")))):
         deadline = time.monotonic() + _HEARTBEATS_TO_WATCH * HEARTBEAT_SECONDS
         while time.monotonic() < deadline:
@@ -246,7 +242,7 @@ def _in_use(output_dir: Path, record: dict[str, Any] | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock file says; `None` where it says nothing yet."""
+    """Returns the record of a lock file; `None` where it has none."""
     try:
         record = json.loads(path.read_bytes())
     except ValueError:
@@ -254,16 +250,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _as_bytes(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=2) + "\n").encode("utf-8")
-
-
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _machine() -> str:
-    """Where a process's number means the same: a start of Linux, and a container in it, whatever their names are."""
+    """Names where a process's number means the same: one start of Linux, and one container in it."""
     try:
         start = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{start} {Path('/proc/self/ns/pid').stat().st_ino}"
@@ -277,14 +269,3 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
         except OSError:  # it is used, or has gone
             return
-
-
-def _close_in_child() -> None:
-    """A loading worker is a fork: it would hold the lock for as long as it outlives its parent."""
-    for descriptor in _held_here:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held_here.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
