@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from ijepa_hf.arguments import ModelArguments, PretrainingArguments, parse_arguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
-from ijepa_hf.export import flush_to_disk, write_atomically
+from ijepa_hf.files import flush_to_disk, write_text_atomically
 from ijepa_hf.plan import make_plan
 from ijepa_hf.preparation import parse_size
 from ijepa_hf.step_cost import (
@@ -568,12 +568,12 @@ def main() -> None:
     assumed = Assumed(**named)
     save = measure_save() if measure else json.loads(OUTPUT.read_text("utf-8"))["save"]
     if measure:
-        write_atomically(OUTPUT, lambda path: path.write_text(json.dumps({"save": save}) + "\n", "utf-8"))
+        write_text_atomically(OUTPUT, json.dumps({"save": save}) + "\n")
     found = {"save": save, **make_plan_of_all(read_measured(), assumed)}
     text = json.dumps(found, indent=1) + "\n"
     if measure or target not in (None, "-"):
         path = OUTPUT if measure else Path(target)
-        write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+        write_text_atomically(path, text)
     if target == "-":
         print(text, end="")
         return

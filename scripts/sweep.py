@@ -23,7 +23,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from tqdm.auto import tqdm
 
 from ijepa_hf.arguments import as_flags, load_recipe, parse_arguments
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features, score_features
-from ijepa_hf.export import write_atomically
+from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.modeling_ijepa import IJepaModel, new_model
 from ijepa_hf.plain_yaml import read_yaml
@@ -287,9 +286,8 @@ def _read(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:
-    text = json.dumps(result, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda written: written.write_text(text, "utf-8"))
+    write_json_atomically(path, result)
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -456,7 +454,7 @@ def _main(arguments: argparse.Namespace) -> int:
             for setting in sweep.settings
         }
         table = render_table(sweep, arguments.base, {**{k: v for k, v in results.items() if v}, UNTRAINED: untrained})
-        write_atomically(output_dir / f"{sweep.name}.md", partial(Path.write_text, data=table, encoding="utf-8"))
+        write_text_atomically(output_dir / f"{sweep.name}.md", table)
         print(table)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

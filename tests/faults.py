@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from ijepa_hf import export
+from ijepa_hf import files
 
 _CHANGING_EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.chmod", "os.link"}
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -117,7 +117,7 @@ def _die_before_change(moment: int, folder: Path) -> None:
 
     os.fsync = fsync
     Path.write_text, Path.write_bytes = by_halves(Path.write_text), by_halves(Path.write_bytes)
-    export.save_file, shutil.copyfile = save_by_halves, copy_by_halves
+    files.save_file, shutil.copyfile = save_by_halves, copy_by_halves
     sys.addaudithook(audit)
 
 

@@ -92,6 +92,7 @@ LAYERS = {
     "retrying": 0,
     "workers": 0,
     "escaping": 0,
+    "files": 0,
     "plain_yaml": 0,
     "sharding": 3,
     "run_lock": 4,

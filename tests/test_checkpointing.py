@@ -16,7 +16,7 @@ from tiny import scrambled_model, tiny_batch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ijepa_hf import checkpointing, export
+from ijepa_hf import checkpointing, files
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.checkpointing import (
     DamagedCheckpointError,
@@ -30,7 +30,7 @@ from ijepa_hf.checkpointing import (
     restore,
     save_checkpoint,
 )
-from ijepa_hf.export import SaveError
+from ijepa_hf.files import SaveError
 from ijepa_hf.training import make_optimizer
 
 RUN = PretrainingArguments(learning_rate=1e-3)
@@ -420,7 +420,7 @@ def test_whatever_the_disk_refuses_is_one_clear_error_and_leaves_nothing(run, on
             arguments[1].write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 
-    owner = {"save_file": export, "write_text": type(run)}.get(place, os)
+    owner = {"save_file": files, "write_text": type(run)}.get(place, os)
     monkeypatch.setattr(owner, place, refuse)
     with pytest.raises(SaveError, match=f"checkpoint-2 could not be written: {os.strerror(number)}") as caught:
         save(run, 2, pair)

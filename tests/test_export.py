@@ -8,21 +8,13 @@ import pytest
 import torch
 import transformers
 from faults import every_moment, in_fork, limit_file_size
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import scrambled_model
 
 from ijepa_hf import IJepaForPretraining, export
-from ijepa_hf.export import (
-    SaveError,
-    export_model,
-    exported_step,
-    file_bytes,
-    free_bytes,
-    image_processor_fields,
-    saving,
-    write_atomically,
-)
+from ijepa_hf.export import export_model, exported_step, image_processor_fields
+from ijepa_hf.files import SaveError, file_bytes
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
@@ -104,23 +96,6 @@ def test_a_missing_damaged_or_older_half_means_no_complete_export(model, folder,
     assert exported_step(folder) is None
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(partial):
-        partial.write_text("ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-    write_atomically(path, lambda partial: partial.write_text("new"))
-    assert path.read_text() == "new"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
 def bits(path):
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
@@ -184,26 +159,6 @@ def test_a_folder_that_has_gone_is_not_made_anew_where_that_was_asked_for(model,
     with pytest.raises(SaveError, match="gone could not be written: No such file or directory"):
         export_model(model, tmp_path / "gone", step=8, image_mean=MEAN, image_std=STD, must_exist=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_an_error_that_is_no_fault_of_the_disk_stays_what_it_is(tmp_path):
-    with pytest.raises(SafetensorError, match="no tensor of mine"), saving(tmp_path, 1):
-        raise SafetensorError("no tensor of mine")
-    with pytest.raises(SaveError, match="could not be written: something else"), saving(tmp_path, 1):
-        raise OSError("something else")  # an OSError without a number
-    with pytest.raises(SaveError, match="^once$"), saving(tmp_path, 1):
-        raise SaveError("once")
-
-
-def test_free_space_is_that_of_the_nearest_folder_that_exists_or_unknown(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or shutil._ntuple_diskusage(9, 4, 5))
-    assert free_bytes(tmp_path / "a" / "b") == 5
-    assert asked == [tmp_path]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
-    assert free_bytes(tmp_path) is None
-    with saving(tmp_path, 10**15):  # a file system that does not say is not refused
-        pass
 
 
 def test_the_bytes_of_a_file_are_foretold(model, folder):

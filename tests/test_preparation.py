@@ -499,7 +499,7 @@ def test_a_command_that_dies_anywhere_goes_on_to_the_same_bytes(whole, tmp_path,
 
     with monkeypatch.context() as patch:
         # each a place between two states of the disk; the writer's tidying up is what a killed process lacks
-        patch.setattr(preparation, "write_atomically", die_at(preparation.write_atomically))
+        patch.setattr(preparation, "write_json_atomically", die_at(preparation.write_json_atomically))
         patch.setattr(preparation.os, "replace", die_at(os.replace))
         patch.setattr(preparation._ShardWriter, "close", lambda self: None)
         with pytest.raises(Death):

@@ -20,7 +20,8 @@ from ijepa_hf.checkpointing import (
     read_checkpoint,
     save_checkpoint,
 )
-from ijepa_hf.export import SaveError, export_model
+from ijepa_hf.export import export_model
+from ijepa_hf.files import SaveError
 from ijepa_hf.run_folder import (
     append_rows,
     bytes_to_come,

@@ -12,7 +12,7 @@ from tiny import scrambled_model
 from ijepa_hf import run_state
 from ijepa_hf.arguments import DataArguments, PretrainingArguments
 from ijepa_hf.checkpointing import find_latest
-from ijepa_hf.export import SaveError
+from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
 from ijepa_hf.loading import UnreadableLog
 from ijepa_hf.optimization import NonFiniteLossError, make_optimizer

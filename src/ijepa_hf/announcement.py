@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch
-from ijepa_hf.export import FIGURE_BYTES, saving
+from ijepa_hf.files import FIGURE_BYTES, saving
 from ijepa_hf.loading import TrainingImages
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining

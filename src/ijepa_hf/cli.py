@@ -72,7 +72,7 @@ def _log_handler() -> logging.Handler:
 def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.arguments import parse_arguments
     from ijepa_hf.batch_fitting import DoesNotFitError
-    from ijepa_hf.export import SaveError
+    from ijepa_hf.files import SaveError
     from ijepa_hf.hub import UploadIncompleteError
     from ijepa_hf.optimization import NonFiniteLossError
     from ijepa_hf.ranks import LostRankError

@@ -35,7 +35,8 @@ from ijepa_hf.checkpointing import (
 )
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.escaping import code_span, python_string
-from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step, flush_to_disk, write_atomically
+from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step
+from ijepa_hf.files import flush_to_disk, read_json, write_text_atomically
 from ijepa_hf.model_card import TAGS, shell_word
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name, to_file_name
 from ijepa_hf.official_checkpoint import (
@@ -176,8 +177,8 @@ def _write_folder(
     for path, tensors in written.items():
         _check_written(folder / path, tensors)
     report["bit_equal"] = {path: {"tensors": len(tensors)} for path, tensors in written.items()}
-    _write_text(folder / REPORT_FILE, _report_text(report))
-    _write_text(folder / "README.md", _card(model.config, report, name))
+    write_text_atomically(folder / REPORT_FILE, _report_text(report))
+    write_text_atomically(folder / "README.md", _card(model.config, report, name))
 
 
 def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: OptimizerState) -> Path:
@@ -224,10 +225,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype or one.dtype != torch.float32:
         return False
     return torch.equal(one.detach().reshape(-1).view(torch.int32), other.detach().reshape(-1).view(torch.int32))
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 # -- what is said about it -------------------------------------------------------------------------------------------
@@ -492,10 +489,10 @@ def _join(tensors: Mapping[str, Tensor], part: str, name: str, slot: str = "") -
 
 def _entries_of(folder: Path, checkpoint: Checkpoint | None) -> dict[str, int | float | None]:
     """The numbers beside the networks: those of the file that a folder came from, or of the run; else `None`."""
-    report = _read_json(folder / REPORT_FILE)
+    report = read_json(folder / REPORT_FILE)
     if report is not None:
         return {name: report.get("entries", {}).get(name) for name in SCALARS}
-    run = _read_json(folder / "run.json") or {}
+    run = read_json(folder / "run.json") or {}
     arguments = run.get("arguments", {}) if checkpoint is None else checkpoint.arguments
     step = exported_step(folder) if checkpoint is None else checkpoint.step
     entries: dict[str, int | float | None] = dict.fromkeys(SCALARS)
@@ -521,15 +518,6 @@ def _learning_rate(arguments: Mapping[str, Any]) -> float | None:
     if rate is not None:
         return float(rate)
     return None if base is None or batch is None else base * batch / 256
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 # -- the optimiser, ours -> published --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ijepa_hf.arguments import (
     parse_flags,
 )
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.export import write_atomically
+from ijepa_hf.files import write_text_atomically
 from ijepa_hf.optimization import eager_is_faster
 from ijepa_hf.plan import make_plan
 from ijepa_hf.step_cost import (
@@ -113,7 +113,7 @@ def estimate(argv: Sequence[str]) -> str:
     if named.json == "-":
         return text.rstrip("\n")
     if named.json is not None:
-        write_atomically(Path(named.json), lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text_atomically(Path(named.json), text)
     return render_estimate(found)
 
 

@@ -5,7 +5,6 @@ addresses, and the page tells browsers to take nothing else. A run that is not f
 """
 
 import base64
-import functools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.evaluation.knn import NEIGHBOURS
-from ijepa_hf.export import write_atomically
+from ijepa_hf.files import read_json, write_text_atomically
 from ijepa_hf.model_card import verdict
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_rows, read_run
 from ijepa_hf.visualization import draw_curves_figure
@@ -92,8 +91,7 @@ def write_html_report(run: Path, output: Path) -> None:
         FileNotFoundError: If the folder holds no run.
         ValueError: If a file of the run is damaged.
     """
-    text = render_html_report(run)
-    write_atomically(output, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text_atomically(output, render_html_report(run))
 
 
 def render_html_report(run: Path) -> str:
@@ -114,7 +112,7 @@ def render_html_report(run: Path) -> str:
         raise FileNotFoundError(
             f"html={str(run)!r}: there is no run (no run.json) in it; give the --output_dir of a pretraining."
         )
-    report = _read_json(run / REPORT_FILE)
+    report = read_json(run / REPORT_FILE)
     measured = read_rows(run / DIAGNOSTICS_FILE)
     rows = read_rows(run / METRICS_FILE)
     arguments = record["arguments"]
@@ -135,18 +133,6 @@ def render_html_report(run: Path) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_ALLOWED}">\n'
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or let the run write it again.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} holds no object; delete it, or let the run write it again.")
-    return record
 
 
 def _state(report: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> str:

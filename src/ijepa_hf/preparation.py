@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 
 from ijepa_hf.arguments import DataArguments
 from ijepa_hf.escaping import on_one_line
-from ijepa_hf.export import flush_to_disk, write_atomically
+from ijepa_hf.files import flush_to_disk, write_json_atomically
 from ijepa_hf.image_transforms import decode_image, read_image_file, resize
 from ijepa_hf.sources import find_image_column, load_split
 
@@ -673,8 +673,7 @@ class _ManifestFile:
 
     def write(self) -> None:
         splits = dict(sorted({**self.others, self.split: asdict(self.manifest)}.items()))
-        text = json.dumps({"version": _MANIFEST_VERSION, "splits": splits}, indent=1) + "\n"
-        write_atomically(self.folder / MANIFEST_FILE, lambda path: path.write_text(text, "utf-8"))
+        write_json_atomically(self.folder / MANIFEST_FILE, {"version": _MANIFEST_VERSION, "splits": splits})
 
 
 def _take_up(folder: Path, split: str, new: Manifest, *, overwrite: bool) -> tuple[dict[str, Any], Manifest]:

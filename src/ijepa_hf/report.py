@@ -6,7 +6,6 @@ the data have labels and a held-out split (`eval_split_name`); the linear probe'
 the training split.
 """
 
-import functools
 import json
 import logging
 import math
@@ -34,7 +33,7 @@ from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy
 from ijepa_hf.expected_band import BandWatch, RunRows, find_band
-from ijepa_hf.export import FIGURE_BYTES, saving, write_atomically
+from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model_card import (
     STARTING_WEIGHTS,
     loading_lines,
@@ -179,7 +178,7 @@ def write_report(
         "hub_base_model": _on_the_hub(arguments["model_name_or_path"]),
         "arguments": dict(arguments),
     }
-    text, card = json.dumps(report, indent=2) + "\n", render_card(report, model.config)
+    card = render_card(report, model.config)
     with saving(output_dir, FIGURE_BYTES):
         (output_dir / "figures").mkdir(exist_ok=True)
         if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
@@ -187,10 +186,9 @@ def write_report(
         for name, entries in render_eval_results(report).items():
             path = output_dir / EVAL_RESULTS_FOLDER / name
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, functools.partial(Path.write_text, data=entries, encoding="utf-8"))
-        write_atomically(output_dir / "README.md", lambda path: path.write_text(card, "utf-8"))
-        # last: it says "finished"
-        write_atomically(output_dir / REPORT_FILE, lambda path: path.write_text(text, "utf-8"))
+            write_text_atomically(path, entries)
+        write_text_atomically(output_dir / "README.md", card)
+        write_json_atomically(output_dir / REPORT_FILE, report)  # last: it says "finished"
 
 
 def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:

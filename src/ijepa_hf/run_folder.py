@@ -24,16 +24,15 @@ from ijepa_hf.checkpointing import (
     find_latest,
     remove_leftovers,
 )
-from ijepa_hf.export import (
-    CODE_FILES,
-    WEIGHTS_FILE,
+from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
+from ijepa_hf.files import (
     SaveError,
-    exported_step,
     file_bytes,
     free_bytes,
     remove_entry,
     saving,
-    write_atomically,
+    write_json_atomically,
+    write_text_atomically,
 )
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.run_lock import LOCK_FILE
@@ -260,8 +259,8 @@ def prepare_output_dir(
         if run.overwrite_output_dir:
             _delete_run(output_dir)
         _remove_partial_files(output_dir)
-        _write_text(output_dir / RUN_FILE, json.dumps({"arguments": arguments, "config": config}, indent=2) + "\n")
-        _write_text(output_dir / RECIPE_FILE, as_recipe(arguments))
+        write_json_atomically(output_dir / RUN_FILE, {"arguments": arguments, "config": config})
+        write_text_atomically(output_dir / RECIPE_FILE, as_recipe(arguments))
         if checkpoint is not None and checkpoint.path.resolve().parent != output_dir.resolve():
             adopt_checkpoint(checkpoint, output_dir)  # first, so that at no moment there is none
         delete_checkpoints_after(output_dir, start_step)
@@ -269,7 +268,7 @@ def prepare_output_dir(
             _move_damaged_lines(output_dir / name, lines)
         for name, text in logs.items():
             if text or name == METRICS_FILE:
-                _write_text(output_dir / name, text)
+                write_text_atomically(output_dir / name, text)
             else:
                 (output_dir / name).unlink(missing_ok=True)
 
@@ -441,10 +440,6 @@ def check_space(output_dir: Path, num_bytes: int) -> None:
             f"{free:,} are free. Free some, choose an --output_dir on another disk, or keep fewer checkpoints "
             "(--checkpoints_total_limit)."
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def _delete_run(output_dir: Path) -> None:

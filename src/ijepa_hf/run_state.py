@@ -22,7 +22,8 @@ from ijepa_hf.arguments import DataArguments, PretrainingArguments
 from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.expected_band import BandWatch
-from ijepa_hf.export import SaveError, export_model, exported_step
+from ijepa_hf.export import export_model, exported_step
+from ijepa_hf.files import SaveError
 from ijepa_hf.hub import HubUploader
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
 from ijepa_hf.loading import UnreadableLog

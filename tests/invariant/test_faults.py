@@ -16,7 +16,7 @@ from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
 from ijepa_hf import checkpointing, report, run_folder, run_state, training
 from ijepa_hf.checkpointing import find_latest
-from ijepa_hf.export import SaveError
+from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.optimization import NonFiniteLossError
 from ijepa_hf.retrying import DataSourceError

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ijepa_hf.data import ImageRows
-from ijepa_hf.export import write_atomically
+from ijepa_hf.files import write_atomically, write_json_atomically
 
 MANIFEST_FILE = "manifest.json"
 
@@ -290,8 +290,7 @@ def _write_shard(path: Path, features: np.ndarray) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_atomically(folder / MANIFEST_FILE, lambda partial: partial.write_text(text, "utf-8"))
+    write_json_atomically(folder / MANIFEST_FILE, manifest)
 
 
 def _map_shard(path: Path) -> np.ndarray:

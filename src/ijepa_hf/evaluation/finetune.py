@@ -49,7 +49,8 @@ from ijepa_hf.evaluation.finetune_report import (
 )
 from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.evaluation.labelled_data import EpochOrder, LabelledImages, LabelledSplits, load_labelled_splits
-from ijepa_hf.export import image_processor_fields, write_atomically
+from ijepa_hf.export import image_processor_fields
+from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.model_card import read_license
 from ijepa_hf.modeling_ijepa import IJepaModel
 
@@ -378,7 +379,7 @@ def finetune(arguments: FinetuningArguments) -> str:
     if arguments.overwrite_output_dir:
         _delete_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(output_dir / ARGUMENTS_FILE, values)
+    write_json_atomically(output_dir / ARGUMENTS_FILE, values)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - start
@@ -386,15 +387,15 @@ def finetune(arguments: FinetuningArguments) -> str:
     wrong = np.flatnonzero(scored.predictions != scored.label_ids)
     vars(model.config).pop("auto_map", None)  # it names the code of the full model, which is not in this folder
     model.eval().save_pretrained(output_dir)
-    _write_json(output_dir / "preprocessor_config.json", image_processor_fields(*settings))
+    write_json_atomically(output_dir / "preprocessor_config.json", image_processor_fields(*settings))
     result = source | finetuning_result(
         trainer.state, splits, values, wrong, seconds=seconds, resumed_from=checkpoint
     )  # fmt: skip
     (output_dir / "figures").mkdir(exist_ok=True)
     draw_finetuning_curves(result, output_dir / "figures" / "curves.png")
     card = render_finetuning_card(result)
-    write_atomically(output_dir / "README.md", lambda path: path.write_text(card, "utf-8"))
-    _write_json(output_dir / RESULT_FILE, result)  # last: it says "finished"
+    write_text_atomically(output_dir / "README.md", card)
+    write_json_atomically(output_dir / RESULT_FILE, result)  # last: it says "finished"
     for folder in output_dir.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return render_finetuning(output_dir)
@@ -595,8 +596,3 @@ def _delete_run(output_dir: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))

@@ -18,7 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.feature_store import differences
-from ijepa_hf.export import write_atomically
+from ijepa_hf.files import write_atomically, write_json_atomically
 
 EVALUATION_FILE = "evaluation.json"
 MODEL, UNTRAINED, RAW_PIXELS = "model", "untrained", "raw pixels"
@@ -131,8 +131,7 @@ def write_scores(
     """
     rows = [dataclasses.asdict(score) for score in scores]
     values = {"model": dict(model), "data": dict(data), "versions": dict(versions), "scores": rows}
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_json_atomically(path, values)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
