@@ -26,7 +26,7 @@ def limited(model, most, monkeypatch, error=None):
 def test_the_largest_divisor_that_fits_is_found(most, fitting, monkeypatch):
     model = scrambled_model().train()
     tried = limited(model, most, monkeypatch)
-    assert largest_micro_batch(model, 48, tiny_batch(model.config, 2)) == fitting
+    assert largest_micro_batch(model, 48) == fitting
     assert all(48 % size == 0 for size in tried)
     assert tried == sorted(tried, reverse=True)
 
@@ -35,7 +35,7 @@ def test_weights_stay_and_gradients_go(monkeypatch):
     model = scrambled_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     limited(model, 3, monkeypatch)
-    assert largest_micro_batch(model, 8, tiny_batch(model.config, 2)) == 2
+    assert largest_micro_batch(model, 8) == 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -44,19 +44,15 @@ def test_another_error_is_not_taken_for_want_of_memory(monkeypatch):
     model = scrambled_model().train()
     limited(model, 3, monkeypatch, error=RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        largest_micro_batch(model, 8, tiny_batch(model.config, 2))
+        largest_micro_batch(model, 8)
 
 
-def test_masks_are_the_largest_that_the_first_steps_draw_and_regions_are_the_images_own():
+def test_masks_are_the_largest_that_the_first_steps_draw():
     model = scrambled_model()
-    inputs = batch_fitting._inputs(model, 5, tiny_batch(model.config, 2))
+    inputs = batch_fitting._inputs(model, 5)
     sizes = [tiny_batch(model.config, 5, seed)["target_indices"][0].numel() for seed in range(batch_fitting.DRAWS)]
     assert inputs["target_indices"][0].numel() == max(sizes)
     assert inputs["pixel_values"].shape == (5, 3, 32, 32)
-    own = scrambled_model(masking_strategy="regions")
-    example = {"context_indices": torch.arange(6).view(2, 3), "target_indices": torch.arange(8).view(2, 2, 2)}
-    inputs = batch_fitting._inputs(own, 3, example)
-    assert inputs["context_indices"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
 
 
 def test_errors_of_every_allocator_count():

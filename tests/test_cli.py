@@ -13,7 +13,6 @@ from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub import UploadIncompleteError
 from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.optimization import NonFiniteLossError
-from ijepa_hf.sources import load_digits
 
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):
@@ -139,11 +138,6 @@ def test_masks_are_drawn_over_training_images(tmp_path, capsys):
     for flags in (["digits"], ["digits", "--masking_strategy", "random"]):
         assert cli.main(["visualize", "--masks", *flags, "--output", str(figure)]) == 0
         assert size_of(figure)[0] > 500
-    boxes = load_digits("train").select(range(8)).add_column("boxes", [[[0.0, 0.0, 16.0, 8.0]]] * 8)
-    boxes.to_parquet(str(tmp_path / "boxes.parquet"))
-    flags = ["--dataset_name", str(tmp_path / "boxes.parquet"), "--masking_strategy", "regions"]
-    flags += ["--regions_column_name", "boxes", "--output", str(figure)]
-    assert cli.main(["visualize", "--masks", "digits", *flags]) == 0
 
 
 def test_mistakes_of_visualize_are_one_line(tmp_path, capsys):
@@ -152,8 +146,6 @@ def test_mistakes_of_visualize_are_one_line(tmp_path, capsys):
         (["--masks", "digits", "--output", "masks.jpg"], "must end in .png"),
         (["--masks", "digits", "--output", str(tmp_path / "nowhere" / "masks.png")], "there is no folder"),
         (["--masks", "digits", "--auditt"], "--audit"),
-        (["--masks", "digits", "--masking_strategy", "regions"], "--regions_column_name"),
-        (["--masks", "digits", "--masking_strategy", "regions", "--audit"], "regions"),
     ):
         assert cli.main(["visualize", *argv]) == 2
         error = capsys.readouterr().err.strip()

@@ -157,17 +157,6 @@ def test_a_row_says_which_images_it_is_of():
     assert other["batch"] != monitored(model)["batch"]
 
 
-def test_regions_bring_their_own_masks():
-    config = tiny_config()
-    drawn = tiny_batch(config, 8)
-    batch = make_monitor_batch(
-        config, images(), context_indices=drawn["context_indices"], target_indices=drawn["target_indices"]
-    )
-    assert torch.equal(batch.views[0], drawn["context_indices"])
-    row = CollapseMonitor(batch).measure(tiny_model())
-    assert row["context_lidar"] is None  # one view only
-
-
 def test_an_encoder_alone_gives_its_own_numbers():
     row = measure_features({"target": torch.randn(6, 16, 8)}, torch.empty(6, 0, 0, dtype=torch.int64))
     assert "target_position_share" in row

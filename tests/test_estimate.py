@@ -147,10 +147,6 @@ def test_weights_to_start_from_give_the_model_where_they_are_on_this_disk(tmp_pa
         (["digits", "--json", "digits"], "must end in .json"),
         (["digits", "--json", "nowhere/x.json"], "there is no folder 'nowhere'"),
         (["digits", "--hidden_size", "65"], "hidden_size=65"),
-        (
-            ["digits", "--masking_strategy", "regions", "--regions_column_name", "x", "--context_keep_ratio", "0.25"],
-            "--masking_strategy multi_block",
-        ),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):

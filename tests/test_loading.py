@@ -16,10 +16,9 @@ from ijepa_hf.streaming import StreamLayout
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """60 digits in four uneven shards, with a column of regions."""
+    """60 digits in four uneven shards."""
     folder = tmp_path_factory.mktemp("shards")
     digits = load_digits("train").select(range(60))
-    digits = digits.add_column("boxes", [[[0.0, 0.0, 16.0, 8.0]]] * 60)
     bounds = (0, 7, 30, 31, 60)
     for number in range(4):
         part = digits.select(range(bounds[number], bounds[number + 1]))
@@ -33,9 +32,7 @@ def arguments(shards, **changes):
 
 def readers(images, config=None, **changes):
     config = config or tiny_config()
-    crops = CropReader(
-        images.column, config.image_shape, 1.0, 0, regions_column=images.regions_column, grid_size=config.grid_size
-    )
+    crops = CropReader(images.column, config.image_shape, 1.0, 0)
     return crops, BatchMaker(IJepaDataCollator(config, normalize=False, global_batch_size=8))
 
 
@@ -85,18 +82,6 @@ def test_a_first_batch_is_there_to_look_at_before_anything_is_trained(shards):
         batch = images.first_batch(*readers(images), size=3, seed=0)
         assert batch.inputs["pixel_values"].shape == (3, 3, 32, 32)
         assert batch.unreadable == []
-
-
-def test_regions_of_the_data_become_the_targets_of_either_way_of_reading(shards):
-    config = tiny_config(masking_strategy="regions")
-    expected = [[row * 8 + column for row in range(2) for column in range(4)]]
-    for streaming in (False, True):
-        data = arguments(shards, streaming=streaming, regions_column_name="boxes")
-        images = open_training_images(data, config, num_ranks=1)
-        batch = images.first_batch(*readers(images, config), size=3, seed=0)
-        assert batch.inputs["target_indices"].tolist() == [expected] * 3
-    with pytest.raises(ValueError, match="regions_column_name='areas' is no column .*'boxes'"):
-        open_training_images(arguments(shards, regions_column_name="areas"), config, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -543,10 +543,3 @@ def test_numbers_that_cannot_be_audited_are_refused_with_one_that_works(bad):
     assert proposed == name
     quick = {"batch_size": 2, "num_steps": 1, "batch_sizes": (1,)}
     audit_masks(MaskSettings((4, 4)), **{**quick, name: eval(works)})
-
-
-def test_regions_cannot_be_audited_and_another_strategy_is_named():
-    with pytest.raises(
-        ValueError, match=r"masking_strategy='regions' draws no masks .*masking_strategy='multi_block'"
-    ):
-        audit_masks(MaskSettings((4, 4), "regions"))

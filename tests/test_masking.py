@@ -11,18 +11,15 @@ import re
 import time
 from collections import Counter
 from dataclasses import fields, replace
-from fractions import Fraction
 from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.numpy import load_file
 from scipy import stats
 
@@ -32,8 +29,6 @@ from ijepa_hf.masking import (
     STRATEGY_FIELDS,
     MaskSettings,
     draw_masks,
-    masks_from_maps,
-    region_to_maps,
 )
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -676,6 +671,7 @@ REFUSED = {
     # fields that the strategy does not use
     "official_min_keep=4": {"official_min_keep": 4},
     "context_keep_ratio=0.3": {"context_keep_ratio": 0.3, "masking_strategy": "multi_block_official"},
+    "masking_strategy='regions'": {"masking_strategy": "regions"},
     "masking_strategy=['block']": {"masking_strategy": ["block"]},
     "mask_ratio=0.0": {"mask_ratio": 0.0, "masking_strategy": "random"},
     "mask_ratio=1": {"mask_ratio": 1, "masking_strategy": "block"},
@@ -845,8 +841,6 @@ def test_a_field_changes_the_masks_or_is_refused_for_the_strategy(strategy):
         if strategy == "multi_block_official":  # with so small a context official_min_keep comes into play
             changes = {"context_scale": (0.5, 0.55), **changes}
         mask_settings = MaskSettings((14, 14), strategy, **changes)
-        if strategy == "regions":
-            return [masks_from_maps([np.eye(2, 196, dtype=bool)], mask_settings)]
         return [draw_masks(mask_settings, 64, generator(40, step)) for step in range(64)]
 
     unchanged = masks_with()
@@ -886,8 +880,8 @@ def test_numbers_from_a_json_file_are_accepted_and_kept_as_tuples():
     assert hash(from_json) == hash(replace(from_json))
 
 
-@pytest.mark.parametrize("strategy", ["multi_block_official", "block", "regions"])
-def test_context_length_that_depends_on_draws_or_data_is_not_told_beforehand(strategy):
+@pytest.mark.parametrize("strategy", ["multi_block_official", "block"])
+def test_context_length_that_depends_on_draws_is_not_told_beforehand(strategy):
     message = (
         f"masking_strategy='{strategy}' does not have the same number .* "
         "only 'multi_block', 'random' and 'rasterized' have a fixed num_context_patches"
@@ -897,11 +891,6 @@ def test_context_length_that_depends_on_draws_or_data_is_not_told_beforehand(str
     for fixed in ("multi_block", "random", "rasterized"):
         length = MaskSettings((14, 14), fixed).num_context_patches
         assert draw_masks(MaskSettings((14, 14), fixed), 2, generator(41)).context_indices.shape == (2, length)
-
-
-def test_number_of_targets_of_regions_is_not_told_beforehand():
-    with pytest.raises(ValueError, match=r"masking_strategy='regions' has as many .* read target_indices.shape\[1\]"):
-        _ = MaskSettings((14, 14), "regions").num_targets
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0])
@@ -914,253 +903,3 @@ def test_bad_batch_size_is_refused(batch_size):
 def test_slots_outside_the_global_batch_are_refused(slots):
     with pytest.raises(ValueError, match=re.escape(f"slots={slots!r} must be a slice of at least one place")):
         draw_masks(MaskSettings((8, 8)), 8, generator(0), slots=slots)
-
-
-# Regions that come with the images
-
-
-def slow_maps(region_map, image_size, grid):
-    """Patches of which at least half lies in the map, by exact areas of every patch in every pixel."""
-
-    def length(patch, patches, pixel, pixels):
-        edges = Fraction(patch * pixels, patches), Fraction((patch + 1) * pixels, patches)
-        return max(Fraction(0), min(edges[1], pixel + 1) - max(edges[0], pixel))
-
-    (height, width), (rows, columns) = image_size, grid
-    found = np.zeros(grid, dtype=bool)
-    for row, column in product(range(rows), range(columns)):
-        covered = sum(
-            length(row, rows, y, height) * length(column, columns, x, width)
-            for y, x in product(range(height), range(width))
-            if region_map[y][x]
-        )
-        found[row, column] = 2 * covered >= Fraction(height, rows) * Fraction(width, columns)
-    return found.ravel()
-
-
-def slow_boxes(box, image_size, grid):
-    """Patches whose centre is inside the box or on its left or upper edge."""
-    (height, width), (rows, columns) = image_size, grid
-    left, top, right, bottom = map(Fraction, box)
-    found = np.zeros(grid, dtype=bool)
-    for row, column in product(range(rows), range(columns)):
-        y, x = Fraction((2 * row + 1) * height, 2 * rows), Fraction((2 * column + 1) * width, 2 * columns)
-        found[row, column] = left <= x < right and top <= y < bottom
-    return found.ravel()
-
-
-def check_against(reference, region, image_size, grid):
-    """The maps equal the reference, or the first region that has no patch there is refused."""
-    expected = np.array([reference(part, image_size, grid) for part in region])
-    empty = np.flatnonzero(~expected.any(axis=1))
-    if empty.size:
-        with pytest.raises(ValueError, match=f"region {empty[0]} covers no patch of the {grid[0]}x{grid[1]} grid"):
-            region_to_maps(region, image_size, grid)
-    else:
-        found = region_to_maps(region, image_size, grid)
-        assert found.dtype == bool
-        np.testing.assert_array_equal(found, expected)
-
-
-SIDES = st.integers(1, 13)
-
-
-@hypothesis_settings(deadline=None, max_examples=80, derandomize=True)
-@given(SIDES, SIDES, st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32))
-def test_maps_of_pixels_give_the_patches_of_which_half_is_covered(height, width, rows, columns, num_maps, seed):
-    assume((height, width) != (rows, columns))  # those are patches, not pixels
-    maps = np.random.default_rng(seed).random((num_maps, height, width)) < 0.6
-    check_against(slow_maps, maps, (height, width), (rows, columns))
-
-
-@hypothesis_settings(deadline=None, max_examples=80, derandomize=True)
-@given(SIDES, SIDES, st.integers(1, 7), st.integers(1, 7), st.data())
-def test_boxes_give_the_patches_whose_centre_they_hold(height, width, rows, columns, data):
-    def edges(pixels):  # in quarters of a pixel, so that they often lie on a centre
-        pairs = st.tuples(st.integers(0, 4 * pixels), st.integers(0, 4 * pixels))
-        low, high = sorted(data.draw(pairs.filter(lambda pair: pair[0] != pair[1])))
-        return low / 4, high / 4
-
-    boxes = []
-    for _ in range(data.draw(st.integers(1, 3))):
-        (left, right), (top, bottom) = edges(width), edges(height)
-        boxes.append((left, top, right, bottom))
-    check_against(slow_boxes, boxes, (height, width), (rows, columns))
-
-
-def test_half_a_patch_is_enough_for_a_map_and_a_pixel_less_is_not():
-    maps = np.zeros((2, 8, 12), dtype=bool)  # patches of 4x4
-    maps[:, 0:4, 4:6] = True
-    maps[:, 4:8, 0:4] = True
-    maps[1, 0, 4] = False
-    np.testing.assert_array_equal(np.argwhere(region_to_maps(maps, (8, 12), (2, 3))), [[0, 1], [0, 3], [1, 3]])
-
-
-def test_a_box_owns_its_left_and_upper_edge_and_may_fill_the_image():
-    def patches(*box):
-        return np.flatnonzero(region_to_maps([box], (8, 16), (2, 4))).tolist()
-
-    # centres at 2, 6, 10 and 14 across, 2 and 6 down
-    assert patches(2, 2, 6, 6) == [0]
-    assert patches(2, 2, 6.5, 6) == [0, 1]
-    assert patches(2, 2, 6, 6.5) == [0, 4]
-    assert patches(2.5, 2, 6.5, 6.5) == [1, 5]
-    assert patches(0, 0, 16, 8) == list(range(8))
-    assert patches(12, 4, 16, 8) == [7]
-
-
-def test_a_map_of_the_grids_own_size_is_taken_as_it_is():
-    region_map = np.random.default_rng(0).random((3, 4, 6)) < 0.5
-    for image_size in ((4, 6), (40, 61), (2, 3)):
-        np.testing.assert_array_equal(region_to_maps(region_map, image_size, (4, 6)), region_map.reshape(3, 24))
-
-
-def test_lists_arrays_images_and_rows_of_a_data_set_are_the_same_regions():
-    maps = np.random.default_rng(1).random((2, 10, 14)) < 0.5
-    gray = [Image.fromarray(one.astype(np.uint8) * value) for one, value in zip(maps, (255, 1), strict=True)]
-    two_level = [Image.fromarray(one) for one in maps]
-    assert [image.mode for image in (*gray, *two_level)] == ["L", "L", "1", "1"]
-    boxes = [[0, 0, 5, 9], [3, 2, 14, 10]]
-    row = Dataset.from_dict({"maps": [maps.tolist()], "boxes": [boxes], "images": [gray]})[0]
-    expected = region_to_maps(maps, (10, 14), (5, 6))
-    kinds = [maps.tolist(), list(maps), tuple(gray), gray, two_level, maps.astype(np.uint8) * 255, row["maps"]]
-    for kind in [*kinds, row["images"]]:
-        np.testing.assert_array_equal(region_to_maps(kind, (10, 14), (5, 6)), expected)
-    for one in (maps[0], maps[0].tolist(), gray[0], two_level[0], maps[:1], maps[0].astype(np.uint8) * 255):
-        np.testing.assert_array_equal(region_to_maps(one, (10, 14), (5, 6)), expected[:1])
-    expected = region_to_maps(boxes, (10, 14), (5, 6))
-    for kind in (np.array(boxes), np.array(boxes, dtype=np.uint8), np.array(boxes, dtype=np.float32), row["boxes"]):
-        np.testing.assert_array_equal(region_to_maps(kind, (10, 14), (5, 6)), expected)
-
-
-UNCLEAR = np.array([[0, 255, 0, 255]], dtype=np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("region", "message", "works"),
-    [
-        (np.ones((5, 4), bool), r"maps of 5x4 .* of the image, 8x12, or of the grid, 2x3", np.ones((8, 12), bool)),
-        (np.ones((12, 8), bool), r"maps of 12x8 .* of the image, 8x12, or of the grid, 2x3", np.ones((2, 3), bool)),
-        (np.zeros((8, 12), bool), " 0 covers no patch of the 2x3 grid .patches of 4x4 pixels", None),
-        ([[0, 0, 12, 8], [0, 0, 1, 1]], " 1 covers no patch", [[0, 0, 12, 8], [0, 0, 4, 4]]),
-        ([[0, 0, 13, 8]], r"box 0 .* = \(0, 0, 13, 8\).* <= 12 .*at the image's edges it is \(0, 0, 12, 8\)", "read"),
-        ([[-1, 0, 12, 8]], r"\(-1, 0, 12, 8\).* at the image's edges it is \(0, 0, 12, 8\)", "read"),
-        ([[0, 0, 4, 4], [6, 4, 5, 3]], r"box 1 .*top, width, height\), write \(6, 4, 11, 7\)", "read"),
-        ([[4, 0, 4, 8]], r"\(4, 0, 4, 8\).* \(left, top, width, height\), write \(4, 0, 8, 8\)", "read"),
-        ([[9, 0, 4, 8]], r"\(9, 0, 4, 8\).* must satisfy 0 <= left < right <= 12 and 0 <= top .* pixels\.$", None),
-        ([[0, 0, math.nan, 8]], r"\(0, 0, nan, 8\)", None),
-        ([0, 0, 12, 8], r"int64, shape \(4,\)\. A single box is a list of one: \[\[", [[0, 0, 12, 8]]),
-        (np.ones((8, 12), int), r"int64, shape \(8, 12\)\. Numbers become a map by `array > 0`", np.ones((8, 12)) > 0),
-        (np.full((8, 12), 7, np.uint8), r"uint8, shape \(8, 12\)\. Numbers become a map by", np.ones((8, 12)) > 0),
-        (np.zeros((1, 4), complex), r"complex128, shape \(1, 4\)", None),
-        (UNCLEAR, r"uint8 array of shape \(1, 4\) .* a map or boxes", None),
-        ([[True, False], [True]], " has rows of unequal length", None),
-        ([], r" is empty, an array of shape \(0,\)\. Write a boolean map", None),
-        (None, r"array of object, shape \(\)", None),
-        (
-            Image.new("RGB", (12, 8)),
-            "mode 'RGB'; .* image.convert\\('L'\\)",
-            Image.new("RGB", (12, 8), 9).convert("L"),
-        ),
-        (
-            [Image.new("L", (12, 8), 1), Image.new("L", (3, 2), 1)],
-            r"sizes \(8, 12\), \(2, 3\) .* in one size, for example \(8, 12\)",
-            [Image.new("L", (12, 8), 1)] * 2,
-        ),
-    ],
-)
-def test_bad_regions_are_refused_with_what_they_are_and_what_would_do(region, message, works):
-    with pytest.raises(ValueError, match=f"region.*{message}") as caught:
-        region_to_maps(region, (8, 12), (2, 3))
-    if isinstance(works, str):  # the last box of the message
-        works = [eval(re.findall(r"\([-\d., ]+\)", str(caught.value))[-1])]
-    if works is not None:
-        assert region_to_maps(works, (8, 12), (2, 3)).any()
-
-
-def test_a_uint8_array_that_can_be_map_or_boxes_is_accepted_as_either_when_that_is_said():
-    # A map of 1 x 4 pixels, or a box from (0, 255) to (0, 255), which no image has.
-    np.testing.assert_array_equal(region_to_maps(UNCLEAR > 0, (1, 4), (1, 2)), [[True, True]])
-    box = np.array([[0, 0, 255, 255]], dtype=np.uint8)
-    with pytest.raises(ValueError, match=r"array > 0.*array.astype\(float\)"):
-        region_to_maps(box, (300, 300), (2, 2))
-    np.testing.assert_array_equal(region_to_maps(box.astype(float), (300, 300), (2, 2)), [[True] * 4])
-
-
-def regions_settings(grid, **changes):
-    return MaskSettings(grid, "regions", **changes)
-
-
-@hypothesis_settings(deadline=None, max_examples=100, derandomize=True)
-@given(SIDES, SIDES, st.integers(1, 4), st.integers(1, 6), st.booleans(), st.integers(0, 2**32))
-def test_masks_from_maps_are_the_patches_of_the_regions_and_the_rest(rows, columns, num, batch, allow_overlap, seed):
-    random, cells = np.random.default_rng(seed), rows * columns
-    assume(cells > 1)
-    size = int(random.integers(1, cells))
-    pattern = np.zeros((num, cells), dtype=bool)
-    for region in pattern:
-        region[random.permutation(cells)[:size]] = True
-    assume(allow_overlap or not pattern.any(axis=0).all())
-    # The same pattern with its patches elsewhere and its regions in another order has the same counts.
-    maps = [pattern[random.permutation(num)][:, random.permutation(cells)] for _ in range(batch)]
-    masks = masks_from_maps(maps, regions_settings((rows, columns), allow_overlap=allow_overlap))
-    assert masks.redraw_rate == 0
-    assert masks.context_indices.dtype == masks.target_indices.dtype == torch.int64
-    assert masks.target_indices.tolist() == [
-        [[patch for patch in range(cells) if region[patch]] for region in of_image] for of_image in maps
-    ]
-    assert masks.context_indices.tolist() == [
-        [patch for patch in range(cells) if allow_overlap or not any(region[patch] for region in of_image)]
-        for of_image in maps
-    ]
-
-
-def patches_as_maps(*regions, cells=6):
-    found = np.zeros((len(regions), cells), dtype=bool)
-    for number, region in enumerate(regions):
-        found[number, list(region)] = True
-    return found
-
-
-@pytest.mark.parametrize(
-    ("maps", "message"),
-    [
-        ([], "maps must hold the regions of at least one image"),
-        (
-            [patches_as_maps([0]), patches_as_maps([0], [1])],
-            "number of regions must be the same throughout a batch; image 0 begins with 1, but image 1 has 2: give",
-        ),
-        (
-            [patches_as_maps([0], [1]), patches_as_maps([0], [1, 2])],
-            r"number of patches of each region .* image 0 begins with 1, but image 1 has \[1, 2\]: give every image",
-        ),
-        ([patches_as_maps([0], [1, 2])], r"of each region .* image 0 begins with 1, but image 0 has \[1, 2\]"),
-        (
-            [patches_as_maps([0, 1], [1, 2]), *[patches_as_maps([0, 1], [2, 3])] * 7],
-            r"outside all regions .* image 0 begins with 3, but image 1 has 2, .* image 5 has 2, and so have 2 more: "
-            ".*allow_overlap=True",
-        ),
-        (
-            [patches_as_maps([0, 1, 2], [3, 4, 5])],
-            "cover all 6 patches, .* smaller regions, or set allow_overlap=True",
-        ),
-        ([patches_as_maps([0]), patches_as_maps([])], r"a region of maps\[1\] has no patch"),
-        ([patches_as_maps([0]).astype(int)], r"maps\[0\] is int64 of shape \(1, 6\); it must be bool \[M, 6\]"),
-        ([patches_as_maps([0])[0]], r"maps\[0\] is bool of shape \(6,\); it must be bool \[M, 6\].*region_to_maps"),
-        ([patches_as_maps([0], cells=7)], r"maps\[0\] is bool of shape \(1, 7\); .* grid_size=\(2, 3\)"),
-        ([np.zeros((0, 6), bool)], r"maps\[0\] is bool of shape \(0, 6\)"),
-    ],
-)
-def test_regions_that_do_not_make_a_batch_are_refused_with_images_and_numbers(maps, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        masks_from_maps(maps, regions_settings((2, 3)))
-    if "allow_overlap=True" in str(caught.value):
-        masks = masks_from_maps(maps, regions_settings((2, 3), allow_overlap=True))
-        assert masks.context_indices.tolist() == [list(range(6))] * len(maps)
-
-
-def test_drawn_and_given_masks_are_not_mixed_up():
-    with pytest.raises(ValueError, match="masking_strategy='block' draws its own masks; .*masking_strategy='regions'"):
-        masks_from_maps([patches_as_maps([0])], MaskSettings((2, 3), "block", mask_ratio=0.3))
-    with pytest.raises(ValueError, match=r"masking_strategy='regions' draws nothing: .*regions_column_name"):
-        draw_masks(regions_settings((2, 3)), 2, generator(0))

@@ -250,13 +250,12 @@ def test_auto_keeps_what_fits_and_is_read_at_least_once(monkeypatch):
     assert keep_in_memory(rows, crops, "yes", num_reads=5) is not None
 
 
-def test_regions_and_crops_of_one_pixel_are_read_one_by_one():
+def test_crops_of_one_pixel_are_read_one_by_one():
     rows = image_rows(noise(2, 8, 8, 3))
-    regions = CropReader(rows.images, (8, 8), 1.0, 0, regions_column="boxes", grid_size=(2, 2))
-    for crops in (regions, reader(rows, (1, 8))):
-        assert keep_in_memory(rows, crops, "auto", num_reads=9) is None
-        with pytest.raises(ValueError, match="keep_images_in_memory='yes', but images with regions"):
-            keep_in_memory(rows, crops, "yes", num_reads=9)
+    crops = reader(rows, (1, 8))
+    assert keep_in_memory(rows, crops, "auto", num_reads=9) is None
+    with pytest.raises(ValueError, match="keep_images_in_memory='yes', but crops of one pixel"):
+        keep_in_memory(rows, crops, "yes", num_reads=9)
 
 
 # -- a run's images --------------------------------------------------------------------------------------------------

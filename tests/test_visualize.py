@@ -270,7 +270,7 @@ def test_features_that_are_no_numbers_are_said_and_not_drawn(figure, dinov2, tmp
     assert not picture.exists()
 
 
-def test_a_data_set_of_one_image_has_no_gallery_and_regions_need_a_box(model, tmp_path, drawn):
+def test_a_data_set_of_one_image_has_no_gallery(model, tmp_path, drawn):
     load_digits("test").select([0]).to_parquet(str(tmp_path / "one.parquet"))
     flags = ["--dataset_name", tmp_path / "one.parquet", "--split_name", "train"]
     with pytest.raises(ValueError, match="has 0 images beside those that are looked at"):
@@ -283,13 +283,6 @@ def test_a_data_set_of_one_image_has_no_gallery_and_regions_need_a_box(model, tm
     run(model, "--figure", "retrieval", *flags)
     with pytest.raises(ValueError, match="look just like"):
         run(model, "--figure", "retrieval", *flags, "--gallery_size", 1, "--seed", _seed_that_takes_the_copy())
-    export_model(
-        scrambled_model(masking_strategy="regions"), tmp_path / "regions", step=1, image_mean=MEAN, image_std=STD
-    )
-    with pytest.raises(ValueError, match="say what to predict with --box"):
-        run(tmp_path / "regions", "--figure", "error", "--dataset_name", "digits")
-    run(tmp_path / "regions", "--figure", "error", "--dataset_name", "digits", "--image", 2, "--box", "4,4,8,8")
-    assert drawn["draw_errors_figure"][2].shape == (1, 1, 4)
 
 
 def _seed_that_takes_the_copy() -> int:

@@ -67,9 +67,6 @@ def announce(
 def _announce_masks(config: IJepaConfig) -> None:
     """Says what the masks of this run are like, and warns where they are hard to fit."""
     settings = config.mask_settings()
-    if settings.masking_strategy == "regions":
-        print("  masks                   targets are the regions that come with the images")
-        return
     trials = [draw_masks(settings, MASK_TRIAL_IMAGES, keyed_generator(step)) for step in range(MASK_TRIALS)]
     redraw_rate = sum(masks.redraw_rate for masks in trials) / MASK_TRIALS
     context = round(sum(masks.context_indices.shape[-1] for masks in trials) / MASK_TRIALS)

@@ -54,8 +54,7 @@ class ModelArguments:
     predictor_num_hidden_layers: int = _help("Depth of the predictor.", _default("predictor_num_hidden_layers"))
     predictor_num_attention_heads: int | None = _help("Heads of the predictor; the encoder's if not given.", None)
     masking_strategy: str = _help(
-        "multi_block, multi_block_official (published), block, rasterized, random (table 6 of the paper), or regions "
-        "(targets come with the images).",
+        "multi_block, multi_block_official (published), or block, rasterized, random (table 6 of the paper).",
         _default("masking_strategy"),
     )
     num_context_sets: int = _help("Context sets S drawn per image.", _default("num_context_sets"))
@@ -155,9 +154,6 @@ class DataArguments:
     )
     image_column_name: str | None = _help("Column of the images; found by itself if there is only one.", None)
     label_column_name: str | None = _help("Column of the labels, for the scores only; `label` if there is one.", None)
-    regions_column_name: str | None = _help(
-        "Column of each image's own target regions, boolean maps or boxes (masking_strategy regions).", None
-    )
     streaming: bool = _help(
         "Read .parquet or .tar shards from front to end, without a copy on disk; local or from the Hub.", False
     )
@@ -222,41 +218,19 @@ class DataArguments:
             raise ValueError(
                 f"max_broken_share={self.max_broken_share} must be from 0 to 1; 0 stops at the first one."
             )
-        self._check_regions(model)
         if self.keep_images_in_memory not in ("auto", "yes", "no"):
             raise ValueError(f"keep_images_in_memory={self.keep_images_in_memory!r} must be 'auto', 'yes' or 'no'.")
-        if self.keep_images_in_memory == "yes":
-            for name, given in (("streaming", self.streaming), ("regions_column_name", self.regions_column_name)):
-                if given:
-                    raise ValueError(
-                        f"keep_images_in_memory='yes' cannot be done with {name}={given!r}, where rows are read one "
-                        "by one; leave one of them out."
-                    )
+        if self.keep_images_in_memory == "yes" and self.streaming:
+            raise ValueError(
+                "keep_images_in_memory='yes' cannot be done with streaming=True, where rows are read one by one; "
+                "leave one of them out."
+            )
         _check_at_least(self, 0, "dataloader_num_workers", "data_retry_seconds", "data_timeout_seconds")
         _check_at_least(self, 1, "max_train_samples", "max_eval_samples", "shuffle_buffer_size")
         if self.streaming and self.eval_split_name is not None and self.max_eval_samples is None:
             raise ValueError(
                 f"eval_split_name={self.eval_split_name!r} with streaming would keep both splits in memory; say how "
                 "many images of each to score with, for example --max_eval_samples 5000."
-            )
-
-    def _check_regions(self, model: ModelArguments) -> None:
-        if model.masking_strategy != "regions":
-            if self.regions_column_name is not None:
-                raise ValueError(
-                    f"regions_column_name={self.regions_column_name!r} is only read with masking_strategy='regions', "
-                    f"but masking_strategy={model.masking_strategy!r}."
-                )
-            return
-        if self.regions_column_name is None:
-            raise ValueError(
-                "masking_strategy='regions' takes the targets from the data: name their column with "
-                "--regions_column_name."
-            )
-        if self.min_crop_scale != 1.0:
-            raise ValueError(
-                f"min_crop_scale={self.min_crop_scale}: a random crop would cut the regions of the images unevenly; "
-                "with masking_strategy='regions' use --min_crop_scale 1."
             )
 
 
@@ -484,6 +458,11 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         )
     known = argument_names()
     for key in values:
+        if key == "regions_column_name":  # of recipes written before the strategy was taken out
+            raise ValueError(
+                f"recipe {recipe!r} has the key {key!r}, which is gone; take it out, write masking_strategy: "
+                "multi_block, and pass the patches of your own regions to the model (docs/masks.md shows how)."
+            )
         if key not in known:
             raise ValueError(
                 f"recipe {recipe!r} has the key {key!r}, which is no argument{nearest_name(str(key), known)}"

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def largest_micro_batch(
     model: IJepaForPretraining,
     batch_size: int,
-    example: Mapping[str, Tensor],
     *,
     num_ranks: int = 1,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -50,7 +49,6 @@ def largest_micro_batch(
     Args:
         model: On its device, not sharded; in training mode, with its checkpointing set.
         batch_size: Images asked for.
-        example: Some images of the run with their masks, at least one, as the collator gives them.
         num_ranks: Processes of the run.
         autocast: Makes the context of the forward pass.
 
@@ -58,7 +56,7 @@ def largest_micro_batch(
         `batch_size` itself or a divisor of it; `None` where not even one image fits.
     """
     for size in (size for size in range(batch_size, 0, -1) if batch_size % size == 0):
-        if _fits(model, _inputs(model, size, example), num_ranks, autocast):
+        if _fits(model, _inputs(model, size), num_ranks, autocast):
             return size
     return None
 
@@ -66,7 +64,6 @@ def largest_micro_batch(
 def fit_batch(
     model: IJepaForPretraining,
     run: PretrainingArguments,
-    example: Mapping[str, Tensor],
     accelerator: Accelerator,
     ranks: Ranks,
 ) -> PretrainingArguments:
@@ -75,7 +72,6 @@ def fit_batch(
     Args:
         model: On its device, not sharded.
         run: The run; says the batch that was asked for.
-        example: Some images of the run with their masks, as the collator gives them.
         accelerator: Says device, precision and way of sharding.
         ranks: The processes, which all call this.
 
@@ -97,7 +93,7 @@ def fit_batch(
             "it out, and choose --per_device_train_batch_size with `ijepa-hf estimate`."
         )
     asked = run.per_device_train_batch_size
-    fitting = largest_micro_batch(model.train(), asked, example, num_ranks=ranks.number, autocast=accelerator.autocast)
+    fitting = largest_micro_batch(model.train(), asked, num_ranks=ranks.number, autocast=accelerator.autocast)
     parts = ranks.highest(asked // fitting if fitting else asked + 1)  # all take the same
     if parts > asked:
         raise DoesNotFitError(does_not_fit_message(asked, None, run.gradient_accumulation_steps, accelerator.device))
@@ -139,23 +135,20 @@ def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_step
     return f"{message} --selective_checkpointing, --gradient_checkpointing, or --mixed_precision bf16."
 
 
-def _inputs(model: IJepaForPretraining, size: int, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A micro-batch as large as any; masks that come with the images are repeated, others drawn."""
+def _inputs(model: IJepaForPretraining, size: int) -> dict[str, Tensor]:
+    """A micro-batch with the largest masks of some steps."""
     config, device = model.config, model.device
-    context, target = example["context_indices"], example["target_indices"]
-    if config.masking_strategy != "regions":
-        settings = config.mask_settings()
-        drawn = [draw_masks(settings, size, keyed_generator(step)) for step in range(DRAWS)]
-        largest = max(drawn, key=lambda masks: masks.context_indices.shape[-1] + masks.target_indices[0].numel())
-        context, target = largest.context_indices, largest.target_indices
+    settings = config.mask_settings()
+    drawn = [draw_masks(settings, size, keyed_generator(step)) for step in range(DRAWS)]
+    largest = max(drawn, key=lambda masks: masks.context_indices.shape[-1] + masks.target_indices[0].numel())
     pixels = torch.zeros(size, config.num_channels, *config.image_shape, device=device)
-    rows = [value[torch.arange(size) % len(value)].to(device) for value in (context, target)]
-    return {"pixel_values": pixels, "context_indices": rows[0], "target_indices": rows[1]}
+    indices = {name: getattr(largest, name).to(device) for name in ("context_indices", "target_indices")}
+    return {"pixel_values": pixels, **indices}
 
 
 def _fits(
     model: IJepaForPretraining,
-    inputs: Mapping[str, Tensor],
+    inputs: dict[str, Tensor],
     num_ranks: int,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> bool:

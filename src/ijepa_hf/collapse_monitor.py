@@ -49,17 +49,12 @@ class MonitorBatch:
     target_indices: Tensor
 
 
-def make_monitor_batch(
-    config: IJepaConfig, pixel_values: Tensor, *, context_indices: Tensor | None = None,
-    target_indices: Tensor | None = None,
-) -> MonitorBatch:  # fmt: skip
+def make_monitor_batch(config: IJepaConfig, pixel_values: Tensor) -> MonitorBatch:
     """Puts masks to images.
 
     Args:
         config: Says which masks; they are always the same, whatever a run's seed.
         pixel_values: Floating `[B, C, height, width]`, normalised.
-        context_indices: int64 `[B, K]` or `[B, S, K]`, where masks come with the images (`regions`).
-        target_indices: int64 `[B, M, P]`, likewise.
 
     Returns:
         The batch, on the device of the images.
@@ -71,18 +66,13 @@ def make_monitor_batch(
         raise ValueError(
             f"{len(pixel_values)} image is too few to tell a collapse; give at least 2, better {MONITOR_IMAGES}."
         )
-    if context_indices is not None and target_indices is not None:
-        sets = context_indices[:, None] if context_indices.ndim == 2 else context_indices
-        views = tuple(sets.unbind(1))
-    else:
-        masks = [
-            draw_masks(config.mask_settings(), len(pixel_values), keyed_generator(DRAW_VIEWS, view))
-            for view in range(LIDAR_VIEWS)
-        ]
-        views = tuple(_first_set(drawn.context_indices) for drawn in masks)
-        target_indices = masks[0].target_indices
+    masks = [
+        draw_masks(config.mask_settings(), len(pixel_values), keyed_generator(DRAW_VIEWS, view))
+        for view in range(LIDAR_VIEWS)
+    ]
     device = pixel_values.device
-    return MonitorBatch(pixel_values, tuple(view.to(device) for view in views), target_indices.to(device))
+    views = tuple(_first_set(drawn.context_indices).to(device) for drawn in masks)
+    return MonitorBatch(pixel_values, views, masks[0].target_indices.to(device))
 
 
 def _first_set(context_indices: Tensor) -> Tensor:

@@ -86,9 +86,8 @@ class IJepaConfig(StockIJepaConfig):
         predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; `None` takes the encoder's number,
             as the published code does.
         masking_strategy (`str`, defaults to `"multi_block"`): How masks are drawn, see `ijepa_hf.masking`:
-            `"multi_block"` (this package's unbiased version), `"multi_block_official"` (as the published code), what
-            the paper compares with in table 6, `"block"`, `"rasterized"` or `"random"`, or `"regions"` (targets come
-            with the images, in a column of the data).
+            `"multi_block"` (this package's unbiased version), `"multi_block_official"` (as the published code), or
+            what the paper compares with in table 6, `"block"`, `"rasterized"` or `"random"`.
         num_context_sets (`int`, defaults to 1): Context sets S drawn per image.
         num_target_blocks (`int`, defaults to 4): Target blocks M drawn per image, by the multi-block strategies.
         context_scale (`(float, float)`, defaults to (0.85, 1.0)): Range of the context block's share of the grid.

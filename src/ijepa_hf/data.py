@@ -35,7 +35,7 @@ from ijepa_hf.image_transforms import (
     stack_images,
 )
 from ijepa_hf.keyed_crops import keyed_draws
-from ijepa_hf.masking import Masks, draw_masks, masks_from_maps, region_to_maps
+from ijepa_hf.masking import Masks, draw_masks
 from ijepa_hf.randomness import DRAW_CROP, DRAW_MASKS, DRAW_ORDER, DRAW_SUBSTITUTE, keyed_generator
 from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
 from ijepa_hf.workers import PlainLoader
@@ -138,7 +138,6 @@ class ImageRows:
         dataset: A map-style data set.
         column: Its image column.
         num_channels: Channels of the model.
-        others: More columns that rows keep.
         retries: As `ImageColumn` takes it.
     """
 
@@ -147,11 +146,10 @@ class ImageRows:
         dataset: datasets.Dataset,
         column: str,
         num_channels: int,
-        others: Sequence[str] = (),
         retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         self.images = ImageColumn(dataset, column, num_channels, retries)
-        self.rows = self.images.undecoded(dataset, *others)
+        self.rows = self.images.undecoded(dataset)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -318,8 +316,6 @@ class CropReader:
         size: Height and width of a crop.
         min_crop_scale: Least share of the image that a crop covers; 1 means no cropping.
         seed: The run's seed.
-        regions_column: Column with the image's own target regions, where masks come from the data.
-        grid_size: Rows and columns of patches; needed with `regions_column`.
 
     Raises:
         ValueError: If size or scale are none to crop with.
@@ -331,13 +327,9 @@ class CropReader:
         size: tuple[int, int],
         min_crop_scale: float,
         seed: int,
-        *,
-        regions_column: str | None = None,
-        grid_size: tuple[int, int] | None = None,
     ) -> None:
         check_crop(size, min_crop_scale)
         self.images, self.size, self.min_crop_scale, self.seed = images, size, min_crop_scale, seed
-        self.regions_column, self.grid_size = regions_column, grid_size
 
     def read_all(
         self,
@@ -380,11 +372,11 @@ class CropReader:
             draws: What its crop is drawn from, where that was made already.
 
         Returns:
-            `pixel_values` uint8 or float32 `[num_channels, height, width]`, the `sample_key`, the images that were
-            `unreadable`, and `target_regions` bool `[M, N]` where the data have them.
+            `pixel_values` uint8 or float32 `[num_channels, height, width]`, the `sample_key`, and the images that
+            were `unreadable`.
 
         Raises:
-            ValueError: If `SUBSTITUTE_TRIES` images in a row cannot be read; lists them. If a region is bad.
+            ValueError: If `SUBSTITUTE_TRIES` images in a row cannot be read; lists them.
         """
         image, row, decoded, unreadable = first_readable(
             key, self.seed, row, another, lambda _, row: self.images.decode(row)
@@ -392,21 +384,7 @@ class CropReader:
         if draws is None or image != key.image:
             draws = keyed_generator(self.seed, DRAW_CROP, key.epoch, image)
         crop = random_resized_crop(decoded, self.size, self.min_crop_scale, draws)
-        sample = {"pixel_values": crop, "sample_key": key, "unreadable": unreadable}
-        if self.regions_column is not None:
-            assert self.grid_size is not None
-            sample["target_regions"] = _regions_of(row, self.regions_column, decoded, self.grid_size, image)
-        return sample
-
-
-def _regions_of(
-    row: Mapping[str, Any], column: str, decoded: Any, grid_size: tuple[int, int], image: int | None = None
-) -> np.ndarray:
-    height_and_width = decoded.shape[1:] if isinstance(decoded, np.ndarray) else (decoded.height, decoded.width)
-    try:
-        return region_to_maps(row[column], height_and_width, grid_size)
-    except ValueError as error:
-        raise ValueError(f"column {column!r}{'' if image is None else f' of image {image}'}: {error}") from error
+        return {"pixel_values": crop, "sample_key": key, "unreadable": unreadable}
 
 
 class PretrainingImages(TorchDataset[dict[str, Any]]):
@@ -454,13 +432,11 @@ class IJepaDataCollator:
         image_std: Likewise.
         min_crop_scale: For rows with images: least share of the image that a random crop covers; 1 means no cropping.
         image_column_name: For rows with images: their column; `image` or `img` if not given.
-        regions_column_name: With `masking_strategy="regions"`: the rows' column of target regions, boolean maps or
-            boxes (see `ijepa_hf.masking.region_to_maps`).
         seed: For rows with a `SampleKey`: the run's seed.
         global_batch_size: For rows with a `SampleKey`: images in an optimiser step, over all ranks and micro-batches.
 
     Raises:
-        ValueError: If mean or std do not fit the number of channels, or regions are to be cropped.
+        ValueError: If mean or std do not fit the number of channels.
     """
 
     def __init__(
@@ -472,7 +448,6 @@ class IJepaDataCollator:
         image_std: Sequence[float] | None = None,
         min_crop_scale: float = 0.3,
         image_column_name: str | None = None,
-        regions_column_name: str | None = None,
         seed: int = 0,
         global_batch_size: int | None = None,
     ) -> None:
@@ -483,7 +458,6 @@ class IJepaDataCollator:
         self.image_std = tuple(IMAGENET_STD if image_std is None else image_std)
         self.min_crop_scale = min_crop_scale
         self.image_column_name = image_column_name
-        self.regions_column_name = regions_column_name
         self.seed = seed
         self.global_batch_size = global_batch_size
         for name in ("image_mean", "image_std"):
@@ -492,11 +466,6 @@ class IJepaDataCollator:
                     f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; give one "
                     "for each channel."
                 )
-        if self.has_own_regions and min_crop_scale != 1.0 and regions_column_name is not None:
-            raise ValueError(
-                f"min_crop_scale={min_crop_scale}: a random crop would cut the regions of the images unevenly; with "
-                "masking_strategy='regions' use min_crop_scale=1."
-            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Makes a batch.
@@ -509,18 +478,15 @@ class IJepaDataCollator:
             `normalize=False`), `context_indices` int64 `[B, K]` or `[B, S, K]`, `target_indices` int64 `[B, M, P]`.
 
         Raises:
-            ValueError: If a row has neither `pixel_values` nor an image column, or regions of unequal size.
+            ValueError: If a row has neither `pixel_values` nor an image column.
         """
         keys = [row["sample_key"] for row in rows if "sample_key" in row]
         if keys:
-            masks = self._masks_of_step(keys, rows)
+            masks = self._masks_of_step(keys)
             pixels = stack_images([row["pixel_values"] for row in rows])
         else:
             generator = np.random.Generator(np.random.Philox(int(torch.randint(2**62, ()))))
-            regions = [self._own_regions(row) for row in rows] if self.has_own_regions else []
-            masks = (
-                masks_from_maps(regions, self.settings) if regions else draw_masks(self.settings, len(rows), generator)
-            )
+            masks = draw_masks(self.settings, len(rows), generator)
             pixels = stack_images([self._pixels_of(row, generator) for row in rows])
         if self.normalize:
             pixels = normalize(pixels, self.image_mean, self.image_std)
@@ -530,33 +496,13 @@ class IJepaDataCollator:
             "target_indices": masks.target_indices,
         }
 
-    @property
-    def has_own_regions(self) -> bool:
-        """Whether the target regions come with the rows."""
-        return self.settings.masking_strategy == "regions"
-
-    def _own_regions(self, row: dict[str, Any]) -> np.ndarray:
-        column = self.regions_column_name
-        if column is None or column not in row:
-            raise ValueError(
-                f"masking_strategy='regions' takes the targets from the rows, whose columns are "
-                f"{', '.join(map(repr, row))}; name theirs with regions_column_name."
-            )
-        if "pixel_values" in row:
-            height, width = torch.as_tensor(row["pixel_values"]).shape[-2:]
-            return region_to_maps(row[column], (height, width), self.config.grid_size)
-        image = decode_image(row[self._image_column(row)], self.config.num_channels)
-        return _regions_of(row, column, image, self.config.grid_size)
-
-    def _masks_of_step(self, keys: list[SampleKey], rows: Sequence[dict[str, Any]]) -> Masks:
+    def _masks_of_step(self, keys: list[SampleKey]) -> Masks:
         """Draws the masks of the whole optimiser step and takes this micro-batch's slots."""
         first = keys[0]
         if [(key.step, key.slot) for key in keys] != [(first.step, first.slot + i) for i in range(len(keys))]:
             raise ValueError(
                 "rows of a batch must have consecutive slots of one step, as StepBatchSampler gives them."
             )
-        if self.has_own_regions:
-            return masks_from_maps([row["target_regions"] for row in rows], self.settings)
         size = self.global_batch_size or len(keys)
         slots = slice(first.slot, first.slot + len(keys))
         return draw_masks(self.settings, size, keyed_generator(self.seed, DRAW_MASKS, first.step), slots)

@@ -58,7 +58,6 @@ class TrainingImages:
     Args:
         num_images: How many there are.
         column: Says how to decode one.
-        regions_column: Column of their own target regions, where masks come from the data.
         rows: For a map-style set: its rows.
         stream: For a streamed set: the stream.
         shard_lengths: For a streamed set: rows of each shard.
@@ -67,7 +66,6 @@ class TrainingImages:
 
     num_images: int
     column: ImageColumn
-    regions_column: str | None
     rows: ImageRows | None = None
     stream: ImageStream | None = None
     shard_lengths: tuple[int, ...] = ()
@@ -241,27 +239,20 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
     stream = open_stream(data, data.train_split_name) if data.streaming else None
     dataset = load_split(data, data.train_split_name) if stream is None else stream.rows
     column = find_image_column(dataset, data.image_column_name)
-    regions = data.regions_column_name
-    if regions is not None and regions not in dataset.features:
-        raise ValueError(
-            f"regions_column_name={regions!r} is no column of the data set; it has "
-            f"{', '.join(map(repr, dataset.features))}."
-        )
-    others = [] if regions is None else [regions]
     if stream is None:
         if data.max_train_samples is not None:
             dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
-        rows = ImageRows(dataset, column, config.num_channels, others, retries)
+        rows = ImageRows(dataset, column, config.num_channels, retries)
         keep = data.keep_images_in_memory
-        return TrainingImages(len(rows), rows.images, regions, rows=rows, keep_in_memory=keep)
+        return TrainingImages(len(rows), rows.images, rows=rows, keep_in_memory=keep)
     image_column = ImageColumn(stream.rows, column, config.num_channels, retries)
     lengths = shard_lengths(stream, column, retries)
     if data.max_train_samples is not None:
         lengths = cut_lengths(lengths, data.max_train_samples)
     warn_of_one_shard(stream)
     check_readers(sum(length > 0 for length in lengths), num_ranks, data.dataloader_num_workers)
-    stream = stream._replace(rows=image_column.undecoded(stream.rows, *others))
-    return TrainingImages(sum(lengths), image_column, regions, stream=stream, shard_lengths=tuple(lengths))
+    stream = stream._replace(rows=image_column.undecoded(stream.rows))
+    return TrainingImages(sum(lengths), image_column, stream=stream, shard_lengths=tuple(lengths))
 
 
 class UnreadableLog:

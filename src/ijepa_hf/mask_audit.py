@@ -96,7 +96,7 @@ def audit_masks(
     """Measure the masks that `draw_masks` gives with these settings.
 
     Args:
-        settings: of any strategy but `regions`, which has nothing to draw.
+        settings: of any strategy.
         batch_size: images in a step, at least 1. With `multi_block_official` this is the batch of one device.
         num_steps: steps to draw, at least 1; block sizes are drawn once a step.
         seed: the draws are a function of (seed, step); at least 0.
@@ -106,8 +106,7 @@ def audit_masks(
         The audit.
 
     Raises:
-        ValueError: a number is no whole number or below its least, `batch_sizes` is empty, or the strategy is
-            `regions`.
+        ValueError: a number is no whole number or below its least, or `batch_sizes` is empty.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
         if not _is_whole(value, least):
@@ -118,11 +117,6 @@ def audit_masks(
         raise ValueError(
             f"batch_sizes={batch_sizes!r} must be one or more whole numbers of at least 1, "
             "for example batch_sizes=(64,)."
-        )
-    if settings.masking_strategy == "regions":
-        raise ValueError(
-            "masking_strategy='regions' draws no masks that could be measured: they come with the images; audit "
-            "another strategy, for example masking_strategy='multi_block'."
         )
 
     context_counts, target_counts = np.zeros((2, settings.num_patches))

@@ -10,8 +10,8 @@ is reached, and the context keeps the same number of patches K at any batch size
 distribution of the published code: there the last row and column are never used, scale and aspect ratio of the
 targets move together, and the context gets smaller as the batch grows. `block`, `rasterized` and `random` are what the
 paper compares itself with (table 6): one large block, three quadrants, or scattered patches are the target, and the
-context is all the rest. With `regions` nothing is drawn: an image's own regions (objects, say) are its targets;
-`region_to_maps` reads them and `masks_from_maps` makes the masks.
+context is all the rest. Own targets (objects, say) need none of this: their patches are passed to the model, as
+docs/masks.md shows.
 
 Letters in shapes: B images, N patches of an image, K context patches kept, M target blocks, P patches in a target
 block, S context sets per image. Patch positions are row-major int64.
@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 # The fields of MaskSettings that each strategy uses, besides the grid; the others must stay as they are preset.
 STRATEGY_FIELDS = {
@@ -52,7 +50,6 @@ STRATEGY_FIELDS = {
     "block": ("mask_ratio", "target_aspect_ratio"),
     "rasterized": (),
     "random": ("mask_ratio",),
-    "regions": ("allow_overlap",),
 }
 
 # Far above what a transformer attends to. Beyond, a number is a slip of the pen, and checks and draws would take many
@@ -75,8 +72,7 @@ class Masks(NamedTuple):
 
     Attributes:
         context_indices: int64 `[B, K]`, or `[B, S, K]` when more than one context set was asked for; ascending.
-        target_indices: int64 `[B, M, P]`, ascending; each row is a whole rectangle of patches, except with `random`
-            and `regions`.
+        target_indices: int64 `[B, M, P]`, ascending; each row is a whole rectangle of patches, except with `random`.
         redraw_rate: share of these images, 0 to 1, that had to be redrawn at least once because too little context was
             left: targets in `multi_block`, context in `multi_block_official`; 0 with any other strategy.
     """
@@ -92,8 +88,8 @@ class MaskSettings:
 
     Args:
         grid_size: rows and columns of patches, each at least 1, together at most `MAX_PATCHES` patches.
-        masking_strategy: "multi_block", "multi_block_official", "block", "rasterized", "random" or "regions". Which of
-            the fields below it uses is in `STRATEGY_FIELDS`.
+        masking_strategy: "multi_block", "multi_block_official", "block", "rasterized" or "random". Which of the fields
+            below it uses is in `STRATEGY_FIELDS`.
         num_context_sets: S, context sets per image, 1 to `MAX_BLOCKS`.
         num_target_blocks: M of the multi-block strategies, target blocks per image, 1 to `MAX_BLOCKS`; the product of
             S, M and the patches is at most `MAX_PATCHES_TRIED`.
@@ -159,6 +155,11 @@ class MaskSettings:
             raise ValueError(
                 f"mask_ratio={self.mask_ratio!r} must be a number above 0 and below 1, for example mask_ratio=0.6."
             )
+        if self.masking_strategy == "regions":
+            raise ValueError(
+                "masking_strategy='regions' is gone: write masking_strategy='multi_block', and pass the patches of "
+                "your own regions to the model as context_indices and target_indices (docs/masks.md shows how)."
+            )
         if not isinstance(self.masking_strategy, str) or self.masking_strategy not in STRATEGY_FIELDS:
             raise ValueError(
                 f"masking_strategy={self.masking_strategy!r} must be one of "
@@ -178,16 +179,7 @@ class MaskSettings:
 
     @property
     def num_targets(self) -> int:
-        """M as it comes out: `num_target_blocks`, but 1 with `block` and `random` and 3 with `rasterized`.
-
-        Raises:
-            ValueError: with `regions`, where it depends on the data.
-        """
-        if self.masking_strategy == "regions":
-            raise ValueError(
-                "masking_strategy='regions' has as many targets as each row of the data has regions, which the "
-                "settings do not know; read target_indices.shape[1] of a batch."
-            )
+        """M as it comes out: `num_target_blocks`, but 1 with `block` and `random` and 3 with `rasterized`."""
         return {"block": 1, "random": 1, "rasterized": 3}.get(self.masking_strategy, self.num_target_blocks)
 
     @property
@@ -198,7 +190,7 @@ class MaskSettings:
         rounded, leaves; `rasterized`: a quarter of the grid.
 
         Raises:
-            ValueError: with the other strategies, where it depends on the draws or on the data.
+            ValueError: with the other strategies, where it depends on the draws.
         """
         if self.masking_strategy == "multi_block":
             return max(1, _round(self.context_keep_ratio * self.num_patches))
@@ -273,8 +265,7 @@ def draw_masks(
         `allow_overlap` is set or, in `multi_block_official`, target blocks had to be given up.
 
     Raises:
-        ValueError: `batch_size` is below 1, `slots` is empty or reaches outside the batch, or the strategy is
-            `regions`, whose masks come with the images.
+        ValueError: `batch_size` is below 1, or `slots` is empty or reaches outside the batch.
 
     Source: section 3 and appendix A.1 of arXiv 2301.08243 (sizes and numbers of blocks), table 6 there (`block`,
     `rasterized`, `random`).
@@ -282,12 +273,6 @@ def draw_masks(
     if not _is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, for example batch_size=1.")
     slots = slice(0, batch_size) if slots is None else _check_slots(slots, batch_size)
-    if settings.masking_strategy == "regions":
-        raise ValueError(
-            "masking_strategy='regions' draws nothing: the targets are regions that come with the images. Name their "
-            "column (--regions_column_name, or regions_column_name of IJepaDataCollator), pass context_indices and "
-            "target_indices from masks_from_maps, or use masking_strategy='multi_block'."
-        )
     return _DRAWS[settings.masking_strategy](settings, batch_size, generator, slots)
 
 
@@ -411,233 +396,6 @@ def _as_masks(
     if settings.num_context_sets > 1:
         context_indices = context_indices.reshape(num_images, settings.num_context_sets, -1)
     return Masks(torch.from_numpy(context_indices), torch.from_numpy(target_blocks), num_redrawn / num_images)
-
-
-# Regions that come with an image
-
-
-def region_to_maps(region: Any, image_size: tuple[int, int], grid_size: tuple[int, int]) -> np.ndarray:
-    """Which patches belong to the regions of one image, from maps or from boxes.
-
-    Args:
-        region: One of the following; lists (as rows of a data set hold) and numpy arrays are the same.
-
-            - A boolean map `[h, w]`, or M of them `[M, h, w]`; h and w are those of the grid or of the image in
-              pixels. From pixels, a patch belongs to a region when at least half of its area does.
-            - A PIL image of mode "1" or "L", or a uint8 array of nothing but 0 and 255: one map, of what is not 0; a
-              list of such images: M maps.
-            - Boxes: numbers `[M, 4]`, each left, top, right, bottom in pixels, 0 being the image's left or upper edge.
-              A patch belongs to a box when its centre lies inside (or on the left or upper edge).
-        image_size: height and width in pixels of the image as it is stored, which the grid is laid over; they need not
-            be multiples of the grid.
-        grid_size: rows and columns of patches.
-
-    Returns:
-        bool `[M, rows * columns]`, row-major; M regions, each with at least one patch.
-
-    Raises:
-        ValueError: `region` is none of these or could be two of them, a map has another size, a box is not inside the
-            image or has no width or height, or a region has no patch.
-    """
-    numbers_or_map = _region_array(region)
-    if numbers_or_map.dtype == bool:
-        maps = _maps_on_grid(numbers_or_map, image_size, grid_size)
-    else:
-        maps = _boxes_on_grid(numbers_or_map, image_size, grid_size)
-    empty = np.flatnonzero(~maps.any(axis=(1, 2)))
-    if empty.size:
-        patch = f"{image_size[0] / grid_size[0]:.4g}x{image_size[1] / grid_size[1]:.4g}"
-        raise ValueError(
-            f"region {empty[0]} covers no patch of the {grid_size[0]}x{grid_size[1]} grid (patches of {patch} pixels, "
-            "height x width, of which a map must cover half and a box the centre); leave it out or make it larger."
-        )
-    return maps.reshape(len(maps), -1)
-
-
-def masks_from_maps(maps: Sequence[np.ndarray], settings: MaskSettings) -> Masks:
-    """The masks of a batch whose targets are given: the regions of each image; the context is everything else.
-
-    Args:
-        maps: for each of the B images its regions, bool `[M, N]` as `region_to_maps` gives them. They need not be
-            rectangles and may overlap each other.
-        settings: of strategy `regions`; with `allow_overlap` the context is the whole image.
-
-    Returns:
-        The masks, M regions being the targets; redraw_rate is 0.
-
-    Raises:
-        ValueError: the strategy is another, there are no images, a map is no bool `[M, N]`, a region has no patch, no
-            context is left, or the images differ in the number of regions M, of patches in a region P or of context
-            patches K, which a batch has in common. The message names the images, counted from 0, and the numbers.
-    """
-    if settings.masking_strategy != "regions":
-        raise ValueError(
-            f"masking_strategy={settings.masking_strategy!r} draws its own masks; to give the targets use "
-            "masking_strategy='regions'."
-        )
-    regions = [np.asarray(regions_of_image) for regions_of_image in maps]
-    if not regions:
-        raise ValueError("maps must hold the regions of at least one image.")
-    for image, found in enumerate(regions):
-        if found.dtype != bool or found.ndim != 2 or len(found) < 1 or found.shape[1] != settings.num_patches:
-            raise ValueError(
-                f"maps[{image}] is {found.dtype} of shape {found.shape}; it must be bool [M, {settings.num_patches}], "
-                f"one row a region, for grid_size={settings.grid_size}: use region_to_maps."
-            )
-        if not found.any(axis=1).all():
-            raise ValueError(
-                f"a region of maps[{image}] has no patch; leave it out or give it at least one, in every image the "
-                "same number."
-            )
-    _check_equal(
-        "the number of regions",
-        np.array([len(found) for found in regions]),
-        "give every image the same number of them",
-    )
-    targets = np.stack(regions)
-    _check_equal(
-        "the number of patches of each region",
-        targets.sum(axis=2),
-        "give every image regions of the same number of patches",
-    )
-    covered = np.logical_or.reduce(targets, axis=1)
-    visible = np.ones_like(covered) if settings.allow_overlap else ~covered
-    _check_equal(
-        "the number of patches outside all regions",
-        visible.sum(axis=1),
-        "give every image regions that overlap each other by the same number of patches, or set allow_overlap=True",
-    )
-    if not visible.any():
-        raise ValueError(
-            f"the regions of an image together cover all {settings.num_patches} patches, so that none is left to see; "
-            "give smaller regions, or set allow_overlap=True."
-        )
-    context_indices = _first_patches(visible, int(visible[0].sum()))
-    region_indices = _first_patches(targets.reshape(-1, settings.num_patches), int(targets[0, 0].sum()))
-    return _as_masks(context_indices, region_indices.reshape(*targets.shape[:2], -1), 0, settings)
-
-
-def _region_array(region: Any) -> np.ndarray:
-    """Bool maps `[M, h, w]`, or float64 boxes `[M, 4]`."""
-    if isinstance(region, Image.Image):
-        return _image_map(region)[None]
-    if isinstance(region, list | tuple) and region and all(isinstance(part, Image.Image) for part in region):
-        images = [_image_map(part) for part in region]
-        if len({image.shape for image in images}) > 1:
-            raise ValueError(
-                f"region holds maps of the sizes {', '.join(str(image.shape) for image in images)} (height, width); "
-                f"give all of them in one size, for example {images[0].shape}."
-            )
-        return np.stack(images)
-    try:
-        array = np.asarray(region)
-    except ValueError as error:  # lists of unequal length
-        raise ValueError(f"region has rows of unequal length ({error}). {_REGION_KINDS}") from error
-    if array.size == 0:
-        raise ValueError(f"region is empty, an array of shape {array.shape}. {_REGION_KINDS}")
-    if array.dtype == np.uint8 and array.ndim in (2, 3) and np.isin(array, (0, 255)).all():
-        if array.ndim == 2 and array.shape[1] == 4:
-            raise ValueError(
-                f"region is a uint8 array of shape {array.shape} with nothing but 0 and 255, which can be a map or "
-                "boxes; write `array > 0` for a map, `array.astype(float)` for boxes."
-            )
-        array = array > 0
-    if array.dtype == bool and array.ndim in (2, 3):
-        return array if array.ndim == 3 else array[None]
-    if array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == 4:
-        return array.astype(np.float64)
-    hint = ""
-    if array.dtype.kind in "iuf" and array.shape == (4,):
-        hint = "A single box is a list of one: [[left, top, right, bottom]]. "
-    elif array.dtype.kind in "iuf" and array.ndim in (2, 3):
-        hint = "Numbers become a map by `array > 0`. "
-    raise ValueError(f"region is an array of {array.dtype}, shape {array.shape}. {hint}{_REGION_KINDS}")
-
-
-_REGION_KINDS = (
-    "Write a boolean map [height, width], maps [M, height, width], an image of mode '1' or 'L', or boxes [M, 4] of "
-    "numbers (left, top, right, bottom)."
-)
-
-
-def _image_map(image: Image.Image) -> np.ndarray:
-    if image.mode not in ("1", "L"):
-        raise ValueError(
-            f"region is an image of mode {image.mode!r}; it must be of mode '1' or 'L', of which all but 0 is the "
-            "region, for example image.convert('L')."
-        )
-    return np.asarray(image) != 0
-
-
-def _maps_on_grid(maps: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """Maps `[M, h, w]` of the image or of the grid as bool `[M, rows, columns]`."""
-    size = maps.shape[1:]
-    if size == tuple(grid):
-        return maps
-    if size != tuple(image_size):
-        raise ValueError(
-            f"region has maps of {size[0]}x{size[1]} (height x width) values; they must be of the size of the image, "
-            f"{image_size[0]}x{image_size[1]}, or of the grid, {grid[0]}x{grid[1]}."
-        )
-    down, across = _overlaps(image_size[0], grid[0]), _overlaps(image_size[1], grid[1])
-    # In units in which a patch has area height * width, all areas are whole numbers and "half" is exact; in floating
-    # point, too, as they are far below 2**53, and numpy multiplies floats several times faster than integers.
-    areas = np.stack([down @ one_map.astype(np.float64) @ across.T for one_map in maps])
-    return 2 * areas >= image_size[0] * image_size[1]
-
-
-def _overlaps(pixels: int, patches: int) -> np.ndarray:
-    """How much of each patch lies in each pixel along one side, whole numbers in float64 `[patches, pixels]`.
-
-    The unit is 1 / patches of a pixel, in which all edges are whole numbers and each patch is `pixels` long.
-    """
-    patch = np.arange(patches)[:, None] * pixels
-    pixel = np.arange(pixels) * patches
-    lengths = np.minimum(patch + pixels, pixel + patches) - np.maximum(patch, pixel)
-    return np.clip(lengths, 0, None).astype(np.float64)
-
-
-def _boxes_on_grid(boxes: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """Boxes `[M, 4]` as bool `[M, rows, columns]`."""
-    height, width = image_size
-    for number, (left, top, right, bottom) in enumerate(boxes.tolist()):
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise ValueError(
-                f"region has box {number} (left, top, right, bottom) = ({left:g}, {top:g}, {right:g}, {bottom:g}); it "
-                f"must satisfy 0 <= left < right <= {width} and 0 <= top < bottom <= {height}, the image's width and "
-                f"height in pixels{_box_hint(left, top, right, bottom, height, width)}."
-            )
-    left, top, right, bottom = boxes.T[:, :, None]
-    down = (np.arange(grid[0]) + 0.5) * height / grid[0]
-    across = (np.arange(grid[1]) + 0.5) * width / grid[1]
-    in_rows = (top <= down) & (down < bottom)
-    in_columns = (left <= across) & (across < right)
-    return in_rows[:, :, None] & in_columns[:, None, :]
-
-
-def _box_hint(left: float, top: float, right: float, bottom: float, height: int, width: int) -> str:
-    """What may have been meant by a box that does not fit, with the words that introduce it; "" if unclear."""
-    if 0 <= left < left + right <= width and 0 <= top < top + bottom <= height:
-        return (
-            f"; if it is (left, top, width, height), write ({left:g}, {top:g}, {left + right:g}, {top + bottom:g}) "
-            "for it"
-        )
-    cut = max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)
-    if cut[0] < cut[2] and cut[1] < cut[3]:
-        return f"; cut at the image's edges it is ({cut[0]:g}, {cut[1]:g}, {cut[2]:g}, {cut[3]:g})"
-    return ""
-
-
-def _check_equal(what: str, counts: np.ndarray, remedy: str) -> None:
-    """Refuse counts `[B]` or `[B, M]` that are not all the same: they are sides of the batch's tensors."""
-    expected = counts.flat[0]
-    different = np.flatnonzero((counts != expected).reshape(len(counts), -1).any(axis=1))
-    if different.size:
-        shown = ", ".join(f"image {image} has {counts[image].tolist()}" for image in different[:5])
-        more = f", and so have {different.size - 5} more" if different.size > 5 else ""
-        raise ValueError(
-            f"{what} must be the same throughout a batch; image 0 begins with {expected}, but {shown}{more}: {remedy}."
-        )
 
 
 # Sizes of blocks

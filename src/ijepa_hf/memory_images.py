@@ -118,7 +118,7 @@ class MemoryCrops(TorchDataset[dict[str, Any]]):
 
     Args:
         images: The decoded images; with `min_crop_scale` 1 already of the crops' size.
-        crops: Says the size and how crops are drawn; has no regions.
+        crops: Says the size and how crops are drawn.
     """
 
     def __init__(self, images: DecodedImages, crops: CropReader) -> None:
@@ -297,8 +297,8 @@ def keep_in_memory(images: ImageRows, crops: CropReader, wish: str, *, num_reads
     if wish == "no" or (wish == "auto" and num_reads < len(images)):
         return None
     try:
-        if crops.regions_column is not None or min(crops.size) < 2:
-            raise CannotKeepError("images with regions, and crops of one pixel, are read one by one")
+        if min(crops.size) < 2:
+            raise CannotKeepError("crops of one pixel are read one by one")
         limit = AUTOMATIC_BYTES if wish == "auto" else None
         decoded = decode_all(images, crops.size if crops.min_crop_scale == 1.0 else None, limit=limit)
     except CannotKeepError as error:

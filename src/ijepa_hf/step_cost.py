@@ -52,15 +52,7 @@ def draw_sizes(config: IJepaConfig, batch_size: int) -> list[Sizes]:
 
     Returns:
         The sizes of `DRAWS` steps.
-
-    Raises:
-        ValueError: With masking_strategy `regions`, whose sizes are the data's.
     """
-    if config.masking_strategy == "regions":
-        raise ValueError(
-            "masking_strategy='regions' takes the sizes of its masks from the data, which are not read here; estimate "
-            "with --masking_strategy multi_block, and --num_target_blocks as many as an image has regions."
-        )
     settings = config.mask_settings()
     found = []
     for step in range(DRAWS):

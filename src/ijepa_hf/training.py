@@ -178,7 +178,7 @@ def _pretrain(
     size = min(MASK_FIGURE_IMAGES, run.per_device_train_batch_size)
     first_batch = images.first_batch(crops, make_batch, size=size, seed=run.seed)
     if run.fit_batch_to_memory:
-        run = fit_batch(model.to(accelerator.device), run, first_batch.inputs, accelerator, ranks)
+        run = fit_batch(model.to(accelerator.device), run, accelerator, ranks)
         arguments = describe_arguments(start.model_arguments, data, run, plan, images.num_images)
     layout = StreamLayout(
         start_step,
@@ -386,7 +386,7 @@ def _take_step(state: RunState, step: int, micro_batches: list[Batch], values: S
         return None
     except Exception as error:
         if is_out_of_memory(error):
-            raise DoesNotFitError(_what_fits(state, error, micro_batches[0].inputs)) from error
+            raise DoesNotFitError(_what_fits(state, error)) from error
         raise
     state.skipped_in_a_row = 0
     return result
@@ -529,7 +529,7 @@ def _going_on(output_dir: Path) -> str:
     return f"Of {output_dir} the last checkpoint is whole; {GOES_ON}."
 
 
-def _what_fits(state: RunState, error: Exception, example: dict[str, Tensor]) -> str:
+def _what_fits(state: RunState, error: Exception) -> str:
     """What to do about a step that ran out of memory."""
     run, device = state.run, state.accelerator.device
     state.optimizer.state.clear()  # tried beside as much memory as it would take
@@ -539,7 +539,6 @@ def _what_fits(state: RunState, error: Exception, example: dict[str, Tensor]) ->
         fitting = largest_micro_batch(
             state.model,
             run.per_device_train_batch_size,
-            example,
             num_ranks=state.ranks.number,
             autocast=state.accelerator.autocast,
         )
@@ -644,14 +643,7 @@ def _make_readers(
     images: TrainingImages, config: IJepaConfig, data: DataArguments, run: PretrainingArguments, plan: Plan
 ) -> tuple[CropReader, BatchMaker]:
     """What turns a row into a crop, and rows into a batch."""
-    crops = CropReader(
-        images.column,
-        config.image_shape,
-        data.min_crop_scale,
-        run.seed,
-        regions_column=images.regions_column,
-        grid_size=config.grid_size,
-    )
+    crops = CropReader(images.column, config.image_shape, data.min_crop_scale, run.seed)
     # pixels travel as bytes where the images are bytes, and are normalised on the device
     collator = IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=plan.global_batch_size)
     return crops, BatchMaker(collator)
@@ -679,20 +671,17 @@ def _make_diagnostics(
     """The images that are measured: held-out ones where a split was named, else some that are trained on."""
     if run.diagnostics_steps == 0 or not accelerator.is_main_process:
         return None
-    masks: dict[str, Tensor] = {}
-    if evaluation is not None and config.masking_strategy != "regions":
+    if evaluation is not None:
         pixels = first_readable_pixels(evaluation.test, config, data.image_mean, data.image_std, MONITOR_IMAGES)
     else:
         size = min(MONITOR_IMAGES, images.num_images)
         make_batch = BatchMaker(IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=size))
         inputs = images.first_batch(crops, make_batch, size=size, seed=run.seed).inputs
         pixels = normalize(inputs["pixel_values"], data.image_mean, data.image_std)
-        if config.masking_strategy == "regions":  # masks come with the images
-            masks = {name: inputs[name].to(accelerator.device) for name in ("context_indices", "target_indices")}
     if len(pixels) < 2:
         logger.warning("there is no monitor for signs of collapse: it needs at least 2 images that can be read.")
         return None
-    batch = make_monitor_batch(config, pixels.to(accelerator.device), **masks)
+    batch = make_monitor_batch(config, pixels.to(accelerator.device))
     return RunDiagnostics(
         CollapseMonitor(batch, chunk_size=min(MONITOR_IMAGES, CHUNK_OF_BATCHES * run.per_device_train_batch_size)),
         Path(str(run.output_dir)),

@@ -138,9 +138,7 @@ def _draw_masks(argv: Sequence[str]) -> str:
 def _draw_first_masks(config: IJepaConfig, data: DataArguments, batch_size: int, seed: int, output: Path) -> None:
     """Draws some training images, whole, with masks as a run might draw them."""
     images = open_training_images(data, config, num_ranks=1)
-    crops = CropReader(
-        images.column, config.image_shape, 1.0, seed, regions_column=images.regions_column, grid_size=config.grid_size
-    )
+    crops = CropReader(images.column, config.image_shape, 1.0, seed)
     make_batch = BatchMaker(IJepaDataCollator(config, normalize=False, seed=seed, global_batch_size=batch_size))
     size = min(_IMAGES_SHOWN, batch_size, images.num_images)
     batch = images.first_batch(crops, make_batch, size=size, seed=seed).inputs
@@ -409,8 +407,6 @@ def _choose_masks(
 ) -> tuple[Tensor, Tensor, str]:
     """Context and target indices, of the box or drawn as in training; and what is to be said of them."""
     if box is None:
-        if config.masking_strategy == "regions":
-            raise ValueError("this model's targets come with its images (regions): say what to predict with --box.")
         generator = keyed_generator(named.seed, DRAW_BLOCKS)
         masks = draw_masks(config.mask_settings(), len(shapes), generator)
         return masks.context_indices, masks.target_indices, ""

@@ -19,8 +19,6 @@ from ijepa_hf.masking import (
     Masks,
     MaskSettings,
     draw_masks,
-    masks_from_maps,
-    region_to_maps,
 )
 
 BASE = {
@@ -115,8 +113,6 @@ def outcome_of_config(own: dict[str, Any]) -> str:
         for name in (*fields, *PLAUSIBLE):
             assert plain(getattr(again, name)) == plain(getattr(config, name)), name
         assert again.mask_settings() == config.mask_settings()
-        if config.masking_strategy == "regions":
-            return "right"
         masks = draw_masks(config.mask_settings(), 2, np.random.default_rng(0))
         check_masks(masks, config.mask_settings(), 2)
         if is_small(config):
@@ -169,8 +165,7 @@ def check_masks(masks: Masks, settings: MaskSettings, batch: int) -> None:
         assert indices.shape[-1] >= 1
         assert 0 <= int(indices.min()) <= int(indices.max()) < patches
         assert bool((indices.diff(dim=-1) > 0).all())  # ascending, so none twice
-    if settings.masking_strategy != "regions":
-        assert target.shape[1] == settings.num_targets
+    assert target.shape[1] == settings.num_targets
     if settings.masking_strategy in ("multi_block", "random", "rasterized"):
         assert context.shape[-1] == settings.num_context_patches
     # the published rule gives up target blocks where it finds no place beside all of them
@@ -241,32 +236,9 @@ def outcome_of_geometry(fields: dict[str, Any], seed: int) -> str:
             return "ValueError"
         settings, generator = config.mask_settings(), np.random.default_rng(seed)
         assert settings.grid_size == config.grid_size
-        if settings.masking_strategy == "regions":
-            return outcome_of_regions(config, generator)
         blocks = settings.num_context_sets * settings.num_targets
         batch = 3 if blocks * settings.num_patches < 2**20 else 1
         check_masks(draw_masks(settings, batch, generator), settings, batch)
-    return "right"
-
-
-def outcome_of_regions(config: IJepaConfig, generator: np.random.Generator) -> str:
-    """Boxes and maps, some of them nonsense, as targets."""
-    shape, settings = config.image_shape, config.mask_settings()
-    height, width = shape
-    boxes = np.sort(generator.uniform(0, 1, (2, 2, 2)), axis=1).transpose(0, 1, 2).reshape(2, 4)
-    boxes = boxes * (width, height, width, height)
-    odd = [
-        boxes, boxes.tolist(), boxes * np.nan, -boxes, [], None, "box", [[1, 2], [3]], boxes[0], boxes > height / 2,
-        np.zeros(config.grid_size, bool), np.ones(config.grid_size, bool), [[0, 0, width, math.inf]], {1, 2},
-    ]  # fmt: skip
-    try:
-        maps = region_to_maps(odd[int(generator.integers(len(odd)))], shape, config.grid_size)
-        masks = masks_from_maps([maps, maps], settings)
-    except ValueError as error:
-        message = str(error)
-        assert any(word in message for word in ("region", "patches", "maps")), message
-        return "ValueError"
-    check_masks(masks, settings, 2)
     return "right"
 
 
