@@ -24,14 +24,13 @@ from mask_speed import our_sampler, published_options, published_sampler
 from PIL import Image
 from side_by_side import Row, ratios, render_table, scaled, take_turns
 
-from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD, DataArguments
 from ijepa_hf.data import CropReader, ImageRows, PretrainingImages, SampleKey
-from ijepa_hf.image_transforms import draw_crop_box, normalize, stack_images
+from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, draw_crop_box, normalize, stack_images
 from ijepa_hf.masking import MaskSettings
 from ijepa_hf.memory_images import MemoryCrops, decode_all
 from ijepa_hf.preparation import prepare
 from ijepa_hf.randomness import DRAW_CROP, keyed_generator
-from ijepa_hf.sources import find_image_column, load_split
+from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 MIN_CROP_SCALE = 0.3
 IMAGES = 64  # of a batch of photographs
@@ -86,7 +85,7 @@ def synthetic_photographs(folder: Path, count: int) -> None:
 
 
 def _opened(folder: Path) -> PretrainingImages:
-    dataset = load_split(DataArguments(dataset_name=str(folder)), "train")
+    dataset = load_split(ImageSource(str(folder)), "train")
     rows = ImageRows(dataset, find_image_column(dataset), 3)
     return PretrainingImages(rows, CropReader(rows.images, SIZE, MIN_CROP_SCALE, seed=0))
 
@@ -217,7 +216,7 @@ def small_images_rows(rounds: int, cifar_folder: Path | None = None, count: int 
         features = datasets.Features({"image": datasets.Image()})
         dataset = datasets.Dataset.from_dict({"image": [Image.fromarray(pixels) for pixels in noise]}, features)
     else:
-        loaded = load_split(DataArguments(dataset_name=str(cifar_folder)), "train")
+        loaded = load_split(ImageSource(str(cifar_folder)), "train")
         dataset = loaded.select(range(min(count, len(loaded))))
     rows = ImageRows(dataset, find_image_column(dataset), 3)
     size = (32, 32)

@@ -25,11 +25,11 @@ from PIL import Image
 from published_step import PublishedStep, reference_name
 from side_by_side import Row, Spread
 
-from ijepa_hf.arguments import DataArguments, as_flags, load_recipe, parse_arguments
+from ijepa_hf.arguments import as_flags, load_recipe, parse_arguments
 from ijepa_hf.image_transforms import draw_crop_box
 from ijepa_hf.masking import MaskSettings, draw_masks
 from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.sources import find_image_column, load_split
+from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 RECIPE = "cifar10-vit-micro"
 WARM_UP_STEPS = 4
@@ -124,7 +124,7 @@ class _Images(torch.utils.data.Dataset[torch.Tensor]):
     """Arrays in memory to normalised crops, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        loaded = load_split(DataArguments(dataset_name=str(folder)), "train")
+        loaded = load_split(ImageSource(str(folder)), "train")
         loaded = loaded.select(range(min(IMAGES, len(loaded))))
         column = find_image_column(loaded)
         self.arrays = [np.asarray(picture.convert("RGB")) for picture in loaded[column]]

@@ -30,7 +30,7 @@ LAYERS = {
     "configuration_ijepa": 1,
     "arguments": 2,
     "modeling_ijepa": 2,
-    "sources": 3,
+    "sources": 1,
     "export": 3,
     "evaluation.features": 4,
     "evaluation.knn": 3,

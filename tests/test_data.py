@@ -14,7 +14,6 @@ from tiny import tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
 from ijepa_hf import IJepaDataCollator, draw_masks
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import (
     BatchMaker,
     CropReader,
@@ -26,7 +25,7 @@ from ijepa_hf.data import (
     resized_pixels,
 )
 from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.sources import find_image_column, load_digits, load_split
+from ijepa_hf.sources import ImageSource, find_image_column, load_digits, load_split
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def photos(tmp_path):
 
 def test_an_image_that_cannot_be_read_is_named_with_its_place_and_path(photos):
     (photos / "1.png").write_bytes(b"no picture")
-    dataset = load_split(DataArguments(dataset_name=str(photos)), "train")
+    dataset = load_split(ImageSource(str(photos)), "train")
     rows = ImageRows(dataset, "image", 3)
     with pytest.raises(ValueError, match=r"image 1 of the data set: .*1\.png"):
         rows[1]

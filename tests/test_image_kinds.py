@@ -70,10 +70,9 @@ def test_arrays_of_16_bits_train_from_a_folder_and_from_streamed_parquet_alike(t
 
 
 def run_rows(folder):
-    from ijepa_hf.arguments import DataArguments
-    from ijepa_hf.sources import load_split
+    from ijepa_hf.sources import ImageSource, load_split
 
-    return load_split(DataArguments(dataset_name=str(folder)), "train")
+    return load_split(ImageSource(str(folder)), "train")
 
 
 def write_shards(folder, dataset, count=2):

@@ -22,10 +22,9 @@ import torch
 from PIL import Image
 
 from ijepa_hf import preparation, sources
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.image_transforms import decode_image
 from ijepa_hf.preparation import build_prepare_parser, parse_size, prepare
-from ijepa_hf.sources import load_split
+from ijepa_hf.sources import ImageSource, load_split
 
 # the tests compare two workers with none, also where there is one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -54,7 +53,7 @@ def write_pictures(folder, count, size=(12, 10), broken=()):
 def prepared(source, out, split="train", **options):
     """Prepares, and returns the rows of the shards with images as bytes."""
     prepare(source, out, split_name=split, **options)
-    rows = load_split(DataArguments(dataset_name=str(out)), split)
+    rows = load_split(ImageSource(str(out)), split)
     column = sources.find_image_column(rows)
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -366,7 +365,7 @@ def test_pictures_of_other_columns_are_taken_along_from_where_they_lie(tmp_path)
 
 def test_shards_are_read_by_datasets_with_features_and_by_streams_a_shard_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.SHAPES_SPLITS, "train", (0, 40))
-    source, out = load_split(DataArguments(dataset_name="shapes"), "train"), tmp_path / "out"
+    source, out = load_split(ImageSource("shapes"), "train"), tmp_path / "out"
     prepare("shapes", out, shard_size="100KB")
     files = sorted((out / "data").iterdir())
     assert len(files) > 2
@@ -382,7 +381,7 @@ def test_shards_are_read_by_datasets_with_features_and_by_streams_a_shard_a_file
     stream = datasets.load_dataset(str(out), split="train", streaming=True)
     assert stream.num_shards == len(files)
     assert [row["count"] for row in stream] == list(source["count"])
-    ours = sources.open_stream(DataArguments(dataset_name=str(out)), "train").rows
+    ours = sources.open_stream(ImageSource(str(out)), "train").rows
     assert ours.num_shards == len(files)
     assert [row["image"]["bytes"] for row in ours] == [
         row["image"]["bytes"] for row in source.cast_column("image", datasets.Image(decode=False))
@@ -403,13 +402,13 @@ def test_another_split_may_be_added_and_any_name_of_one_is_found_again(tmp_path)
     assert after["train-00000-of-00001.parquet"] == before["train-00000-of-00001.parquet"]
     loaded = datasets.load_dataset(str(tmp_path / "out"))
     assert {name: len(split) for name, split in loaded.items()} == {"train": 3, "unlabeled": 1}
-    found = load_split(DataArguments(dataset_name=str(tmp_path / "out")), "unlabeled")
+    found = load_split(ImageSource(str(tmp_path / "out")), "unlabeled")
     assert found[0]["image"].tobytes() == pictures[3].tobytes()
     # a split of other columns would make the folder unreadable
     np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.uint8))
-    datasets.DatasetDict(
-        validation=load_split(DataArguments(dataset_name=str(tmp_path / "a.npy")), "train")
-    ).save_to_disk(str(tmp_path / "arrays"))
+    datasets.DatasetDict(validation=load_split(ImageSource(str(tmp_path / "a.npy")), "train")).save_to_disk(
+        str(tmp_path / "arrays")
+    )
     with pytest.raises(
         ValueError, match=r"'train' with other columns or shapes: image \(Image\) instead of image \(Ar"
     ):
@@ -532,7 +531,7 @@ preparation.prepare({str(source)!r}, {str(tmp_path / "out")!r}, **{options!r})
     begun = manifest_of(tmp_path / "out")
     assert 3 <= len(begun["shards"]) < len(manifest_of(tmp_path / "whole")["shards"])
     with pytest.raises(FileNotFoundError, match="holds no image"):
-        load_split(DataArguments(dataset_name=str(tmp_path / "out")), "train")
+        load_split(ImageSource(str(tmp_path / "out")), "train")
     first = tmp_path / "out" / begun["shards"][0]["name"]
     written = first.stat().st_ino
     prepare(source, tmp_path / "out", **options)

@@ -29,7 +29,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, UnidentifiedImageError
 
 from ijepa_hf import retrying, streaming
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import CropReader, ImageColumn, ImageRows
 from ijepa_hf.retrying import (
     DataSourceError,
@@ -40,7 +39,7 @@ from ijepa_hf.retrying import (
     is_shard_failure,
     is_source_failure,
 )
-from ijepa_hf.sources import load_split, open_stream
+from ijepa_hf.sources import ImageSource, load_split, open_stream
 from ijepa_hf.streaming import StreamedBatches, StreamLayout, StreamOrder, shard_lengths
 
 IMPATIENT = RetryPolicy(seconds=20.0, timeout=5.0)
@@ -357,7 +356,7 @@ def impatient_datasets(monkeypatch):
 
 
 def opened(shards, addresses):
-    stream = open_stream(DataArguments(dataset_name=str(shards)), "train")
+    stream = open_stream(ImageSource(str(shards)), "train")
     column = ImageColumn(stream.rows, "image", 3)
     return stream._replace(rows=column.undecoded(stream.rows), files=addresses), column
 
@@ -462,7 +461,7 @@ def test_tars_are_opened_again_at_the_row_where_they_were(tmp_path, monkeypatch,
                 entry = tarfile.TarInfo(f"{number:04d}.png")
                 entry.size = len(encoded(number))
                 archive.addfile(entry, io.BytesIO(encoded(number)))
-    stream = open_stream(DataArguments(dataset_name=str(tmp_path)), "train")
+    stream = open_stream(ImageSource(str(tmp_path)), "train")
     column = ImageColumn(stream.rows, "png", 3)
     stream = stream._replace(rows=column.undecoded(stream.rows))
     iter_rows, calls = datasets.IterableDataset.iter, itertools.count()
@@ -580,7 +579,7 @@ def pictures(tmp_path):
     folder.mkdir()
     for number in range(6):
         (folder / f"{number}.png").write_bytes(encoded(number))
-    return ImageRows(load_split(DataArguments(dataset_name=str(folder)), "train"), "image", 3, (), IMPATIENT)
+    return ImageRows(load_split(ImageSource(str(folder)), "train"), "image", 3, (), IMPATIENT)
 
 
 def test_a_picture_whose_disk_fails_is_read_again_and_not_replaced(pictures, monkeypatch, at_once, caplog):

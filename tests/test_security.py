@@ -34,7 +34,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from ijepa_hf import conversion, escaping
-from ijepa_hf.arguments import DataArguments, ModelArguments, argument_values, load_recipe
+from ijepa_hf.arguments import ModelArguments, argument_values, load_recipe
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.cli import main
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
@@ -47,7 +47,7 @@ from ijepa_hf.image_transforms import decode_image
 from ijepa_hf.model_card import loading_lines, render_card, render_unfinished_card
 from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.preparation import prepare
-from ijepa_hf.sources import load_split, open_stream
+from ijepa_hf.sources import ImageSource, load_split, open_stream
 from ijepa_hf.warm_start import open_starting_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,9 +168,9 @@ def test_arrays_of_objects_are_refused_as_a_file_and_in_an_archive(tmp_path, can
     write_tar(tmp_path / "images.tar", [("a.png", png(0)), ("a.npy", harm), ("b.png", png(1)), ("b.npy", harm)])
     for name in ("images.npy", "images.tar"):
         with pytest.raises(ValueError, match="cannot be read: .*(allow_pickle=False|Python objects)"):
-            load_split(DataArguments(dataset_name=str(tmp_path / name)), "train")
+            load_split(ImageSource(str(tmp_path / name)), "train")
     with pytest.raises(ValueError, match="cannot be read"):
-        open_stream(DataArguments(dataset_name=str(tmp_path / "images.tar")), "train")
+        open_stream(ImageSource(str(tmp_path / "images.tar")), "train")
     assert not works(canary)
 
 
@@ -181,8 +181,8 @@ def test_pickles_in_an_archive_of_images_stay_bytes(suffix, tmp_path, canary):
     assert works(canary)
     members = [(f"{name}.{kind}", png() if kind == "png" else harm) for name in "ab" for kind in ("png", suffix)]
     name = str(write_tar(tmp_path / "images.tar", members))
-    assert load_split(DataArguments(dataset_name=name), "train")[0][suffix] == harm
-    assert next(iter(open_stream(DataArguments(dataset_name=name), "train").rows))[suffix] == harm
+    assert load_split(ImageSource(name), "train")[0][suffix] == harm
+    assert next(iter(open_stream(ImageSource(name), "train").rows))[suffix] == harm
     assert not works(canary)
 
 
@@ -195,7 +195,7 @@ def test_torch_files_in_an_archive_of_images_are_read_without_their_code(tmp_pat
         (f"{name}.{kind}", png() if kind == "png" else stream.getvalue()) for name in "ab" for kind in ("png", "pth")
     ]
     with pytest.raises(ValueError, match="cannot be read"):
-        load_split(DataArguments(dataset_name=str(write_tar(tmp_path / "images.tar", members))), "train")
+        load_split(ImageSource(str(write_tar(tmp_path / "images.tar", members))), "train")
     assert not works(canary)
 
 
@@ -209,7 +209,7 @@ def test_a_pickled_type_in_the_head_of_a_parquet_file_is_not_unpickled(tmp_path,
     field = pa.field("image", pair, metadata=named)
     pq.write_table(pa.table([images], schema=pa.schema([field])), tmp_path / "images.parquet")
     assert harm.split(b"\n")[0] in pq.read_schema(tmp_path / "images.parquet").serialize().to_pybytes()
-    rows = load_split(DataArguments(dataset_name=str(tmp_path / "images.parquet")), "train")
+    rows = load_split(ImageSource(str(tmp_path / "images.parquet")), "train")
     assert rows[0]["image"].size == (16, 16)
     assert not works(canary)
 
@@ -307,10 +307,10 @@ def test_a_script_beside_a_data_set_is_not_run(tmp_path, canary):
     (folder / "a.png").write_bytes(png())
     runpy.run_path(str(folder / "pictures.py"))
     assert works(canary)
-    assert len(load_split(DataArguments(dataset_name=str(folder)), "train")) == 1
+    assert len(load_split(ImageSource(str(folder)), "train")) == 1
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.png'\n---\n")
     with pytest.raises(RuntimeError, match="no longer supported"):
-        load_split(DataArguments(dataset_name=str(folder)), "train")
+        load_split(ImageSource(str(folder)), "train")
     assert not works(canary)
 
 
@@ -375,7 +375,7 @@ def test_links_and_devices_in_an_archive_are_passed_over(tmp_path, secret):
             member.type, member.linkname = kind, str(secret)
             archive.addfile(member)
     prepare(str(source), tmp_path / "out")
-    assert len(load_split(DataArguments(dataset_name=str(tmp_path / "out")), "train")) == 2
+    assert len(load_split(ImageSource(str(tmp_path / "out")), "train")) == 2
     assert SECRET.encode() not in bytes_below(tmp_path / "out")
 
 
@@ -565,7 +565,7 @@ def test_what_the_command_line_says_of_a_failure_holds_nothing_that_a_terminal_o
         (tmp_path / "pictures" / name).mkdir(parents=True)
         (tmp_path / "pictures" / name / "a.png").write_bytes(png())
     with pytest.raises(ValueError, match="outside of them") as raised:
-        load_split(DataArguments(dataset_name=str(tmp_path / "pictures")), "train")
+        load_split(ImageSource(str(tmp_path / "pictures")), "train")
     assert not harmless(str(raised.value))
     assert main(["prepare", str(tmp_path / "pictures"), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

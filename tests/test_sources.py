@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from ijepa_hf import sources
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import ImageRows
 from ijepa_hf.shapes import SHAPE_KINDS, draw_shape_scene
 from ijepa_hf.sources import (
+    ImageSource,
     at_most,
     find_image_column,
     find_label_column,
@@ -44,11 +44,11 @@ def save(path, number):
 
 
 def load(path, split="train", **options):
-    return load_split(DataArguments(dataset_name=str(path), **options), split)
+    return load_split(ImageSource(str(path), **options), split)
 
 
 def stream(path, split="train", **options):
-    return open_stream(DataArguments(dataset_name=str(path), **options), split).rows
+    return open_stream(ImageSource(str(path), **options), split).rows
 
 
 def numbers_of(dataset, among=range(12)):
@@ -281,7 +281,7 @@ def test_pictures_in_parquet_that_no_feature_names_are_found(tmp_path):
     raw = [encoded(number) for number in range(2)]
     pyarrow.parquet.write_table(pa.table({"image": raw, "thumbnail": raw}), tmp_path / "raw.parquet")
     assert numbers_of(load(tmp_path / "raw.parquet")) == [0, 1]
-    named = load(tmp_path / "raw.parquet", image_column_name="thumbnail")
+    named = load(tmp_path / "raw.parquet", image_column="thumbnail")
     assert isinstance(named.features["thumbnail"], datasets.Image)
 
 
@@ -346,11 +346,11 @@ def test_paths_without_a_known_suffix_or_in_several_columns_are_chosen_by_name(t
     save(tmp_path / "1.png", 1)
     (tmp_path / "0.png").rename(tmp_path / "picture0")
     (tmp_path / "a.csv").write_text("odd,one,two\npicture0,1.png,1.png\n")
-    assert numbers_of(load(tmp_path / "a.csv", image_column_name="odd").select_columns(["odd"])) == [0]
+    assert numbers_of(load(tmp_path / "a.csv", image_column="odd").select_columns(["odd"])) == [0]
     with pytest.raises(ValueError, match=r"several columns of paths: \['one', 'two'\].*--image_column_name"):
         load(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="image_column_name='three' is no column of paths .*'odd', 'one', 'two'"):
-        load(tmp_path / "a.csv", image_column_name="three")
+        load(tmp_path / "a.csv", image_column="three")
 
 
 def test_only_the_first_path_of_a_table_has_to_lead_somewhere(tmp_path):
@@ -511,8 +511,8 @@ def test_a_copy_of_a_repository_has_the_configurations_of_its_card(tmp_path):
     write_parquet(tmp_path / "small" / "part.parquet", [2])
     files = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("large", "small"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n# Birds\n")
-    assert numbers_of(load(tmp_path, dataset_config_name="small")) == [2]
-    assert numbers_of_stream(stream(tmp_path, dataset_config_name="large")) == [0, 1]
+    assert numbers_of(load(tmp_path, config="small")) == [2]
+    assert numbers_of_stream(stream(tmp_path, config="large")) == [0, 1]
     with pytest.raises(ValueError, match="large.*small"):
         load(tmp_path)
 
@@ -539,7 +539,7 @@ def test_any_other_name_is_a_hub_id_with_its_configuration_and_only_what_streams
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     assert numbers_of(load("someone/birds")) == [3]
-    opened = open_stream(DataArguments(dataset_name="someone/birds", dataset_config_name="large"), "train")
+    opened = open_stream(ImageSource("someone/birds", "large"), "train")
     assert numbers_of_stream(opened.rows) == [3]
     assert opened.files == [address]
     assert asked == [("someone/birds", None, "at random"), ("someone/birds", "large", "streamed")]
@@ -580,7 +580,7 @@ def test_a_stream_names_the_file_of_each_shard_in_the_order_of_the_shards(tmp_pa
         write_parquet(tmp_path / "parquet" / name, part)
         write_tar(tmp_path / "tar" / name.replace("parquet", "tar"), {str(n): {"png": encoded(n)} for n in part})
     for kind in ("parquet", "tar"):
-        rows, files = open_stream(DataArguments(dataset_name=str(tmp_path / kind)), "train")
+        rows, files = open_stream(ImageSource(str(tmp_path / kind)), "train")
         known = {str(tmp_path / kind / name.replace("parquet", kind)): part for name, part in numbers.items()}
         assert len(files) == rows.num_shards == 3
         for index, file in enumerate(files):
@@ -590,7 +590,7 @@ def test_a_stream_names_the_file_of_each_shard_in_the_order_of_the_shards(tmp_pa
     for count in (1, 3):
         for number in range(count):
             save(tmp_path / f"pictures{count}" / f"{number}.png", number)
-        rows, files = open_stream(DataArguments(dataset_name=str(tmp_path / f"pictures{count}")), "train")
+        rows, files = open_stream(ImageSource(str(tmp_path / f"pictures{count}")), "train")
         assert (rows.num_shards, files) == (1, [])
 
 

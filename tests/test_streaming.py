@@ -26,9 +26,8 @@ from PIL import Image
 from tiny import tiny_config
 
 from ijepa_hf import retrying, streaming
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import CropReader, IJepaDataCollator, ImageColumn, SampleKey
-from ijepa_hf.sources import ImageStream, load_split, open_stream
+from ijepa_hf.sources import ImageSource, ImageStream, load_split, open_stream
 from ijepa_hf.streaming import (
     StreamedBatches,
     StreamLayout,
@@ -443,7 +442,7 @@ def shards(tmp_path_factory):
 
 
 def opened(path, *others):
-    stream = open_stream(DataArguments(dataset_name=str(path)), "train")
+    stream = open_stream(ImageSource(str(path)), "train")
     column = streaming_column(stream)
     return stream._replace(rows=ImageColumn(stream.rows, column, 3).undecoded(stream.rows, *others)), column
 
@@ -537,7 +536,7 @@ def test_parquet_is_read_as_the_library_reads_it_from_any_row_on(tmp_path, kind)
         features = datasets.Features({"image": datasets.Array3D((2, 3, 4), "uint16")})
         values = np.random.default_rng(0).integers(0, 65536, (10, 2, 3, 4), dtype=np.uint16)
         datasets.Dataset.from_dict({"image": values}, features=features).to_parquet(str(path), batch_size=4)
-    stream = open_stream(DataArguments(dataset_name=str(path)), "train")
+    stream = open_stream(ImageSource(str(path)), "train")
     image_column = ImageColumn(stream.rows, "image", 2 if kind == "arrays" else 3)
     others = () if kind == "arrays" else ("number",)
     stream = stream._replace(rows=image_column.undecoded(stream.rows, *others))
@@ -795,12 +794,11 @@ def test_batches_can_be_sent_to_a_worker_that_is_started_afresh(shards):
 
 LEAVES_EARLY = """
 import sys
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import CropReader, ImageColumn
-from ijepa_hf.sources import open_stream
+from ijepa_hf.sources import ImageSource, open_stream
 from ijepa_hf.streaming import *
 
-stream = open_stream(DataArguments(dataset_name=sys.argv[1]), "train")
+stream = open_stream(ImageSource(sys.argv[1]), "train")
 column = ImageColumn(stream.rows, "image", 3)
 stream = stream._replace(rows=column.undecoded(stream.rows))
 layout = StreamLayout(0, 1, int(sys.argv[2]), 4, 1)
@@ -834,7 +832,7 @@ def test_a_process_that_leaves_early_ends_with_its_own_exit_code(shards, num_wor
 
 
 def test_an_epoch_of_cifar10_has_each_image_at_most_once_with_the_label_of_its_row(cifar10_folder):
-    stream = open_stream(DataArguments(dataset_name=str(cifar10_folder)), "train")
+    stream = open_stream(ImageSource(str(cifar10_folder)), "train")
     lengths = shard_lengths(stream, "image")
     assert (sum(lengths), len(lengths)) == (50_000, 8)
     labels = np.concatenate([pq.read_table(file, columns=["label"])["label"].to_numpy() for file in stream.files])
@@ -854,6 +852,4 @@ def test_an_epoch_of_cifar10_has_each_image_at_most_once_with_the_label_of_its_r
             batches = StreamedBatches(stream, order, Labels(), num_steps=end, start_step=layout.start_step, rank=rank)
             images += itertools.chain(*in_turn(batches))
     assert len(images) == len(set(images)) == 50_000 // 256 * 256
-    assert (
-        load_split(DataArguments(dataset_name=str(cifar10_folder)), "train")[images[0]]["label"] == labels[images[0]]
-    )
+    assert load_split(ImageSource(str(cifar10_folder)), "train")[images[0]]["label"] == labels[images[0]]

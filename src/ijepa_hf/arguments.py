@@ -13,17 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
 
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
+from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.plain_yaml import read_yaml, write_yaml
 from ijepa_hf.retrying import DEFAULT_RETRIES, RetryPolicy
 
+if TYPE_CHECKING:
+    from ijepa_hf.sources import ImageSource
+
 HUB_STRATEGIES = ("end", "checkpoint")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _LARGEST_WHOLE = 2**63 - 1
 
 
@@ -182,6 +184,14 @@ class DataArguments:
     data_timeout_seconds: float = _help(
         "A read that takes longer than so many seconds counts as failed; 0 waits for ever.", DEFAULT_RETRIES.timeout
     )
+
+    @property
+    def source(self) -> "ImageSource":
+        """Which images they are, for `sources`."""
+        from ijepa_hf.sources import ImageSource  # `--help` needs no `datasets`, which takes a second to import
+
+        assert self.dataset_name is not None  # check
+        return ImageSource(self.dataset_name, self.dataset_config_name, self.image_column_name)
 
     @property
     def retries(self) -> RetryPolicy:

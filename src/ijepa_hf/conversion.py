@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.checkpointing import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -37,6 +36,7 @@ from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.escaping import code_span, python_string
 from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step
 from ijepa_hf.files import flush_to_disk, read_json, write_text_atomically
+from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model_card import TAGS, shell_word
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name, to_file_name
 from ijepa_hf.official_checkpoint import (

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.image_transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     CropDraws,
     check_crop,
     decode_image,

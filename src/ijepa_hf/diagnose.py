@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, HfArgumentParser
 
-from ijepa_hf.arguments import DataArguments, parse_flags
+from ijepa_hf.arguments import parse_flags
 from ijepa_hf.collapse_demo import run_demo
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
 from ijepa_hf.collapse_verdict import HEALTHY, LOSS_RISING, UNKNOWN, CollapseVerdict, judge_collapse
@@ -27,7 +27,7 @@ from ijepa_hf.evaluation.image_settings import check_model_name, commit_of, read
 from ijepa_hf.image_transforms import normalize, resize
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_rows, read_run
-from ijepa_hf.sources import find_image_column, load_split
+from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 EXIT_CODES = {HEALTHY: 0, LOSS_RISING: 0, UNKNOWN: 6}
 FAILURE_EXIT_CODE = 5
@@ -191,22 +191,9 @@ def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
     commit = commit_of(model, flags.model_revision)
     config = AutoConfig.from_pretrained(model, revision=commit, trust_remote_code=False)
     settings = read_image_settings(model, config, revision=commit)
-    data = DataArguments(dataset_name=flags.dataset_name, dataset_config_name=flags.dataset_config_name)
-    split, column = flags.split_name or "test", flags.image_column_name
-    if data.dataset_name is None:
-        run = read_run(Path(model))
-        if run is None:
-            raise ValueError(
-                f"{model!r} holds no run whose images could be used; name some with --dataset_name, such as digits, a "
-                "Hub id, or a folder."
-            )
-        data.dataset_name = run["arguments"]["dataset_name"]
-        data.dataset_config_name = run["arguments"].get("dataset_config_name")
-        column = column or run["arguments"].get("image_column_name")
-        held_out = run["arguments"].get("eval_split_name") or run["arguments"].get("train_split_name", "train")
-        split = flags.split_name or held_out
-    dataset = load_split(data, split)
-    images = ImageRows(dataset, find_image_column(dataset, column), len(settings.mean))
+    source, split = _source(model, flags)
+    dataset = load_split(source, split)
+    images = ImageRows(dataset, find_image_column(dataset, source.image_column), len(settings.mean))
     chosen = torch.linspace(0, len(images) - 1, min(flags.max_samples, len(images))).round().long().tolist()
     pixels = torch.stack(
         [normalize(resize(images[index], settings.shape), settings.mean, settings.std) for index in chosen]
@@ -217,6 +204,23 @@ def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
     backbone = load_backbone(model, settings.shape, revision=commit)
     patches = torch.cat([backbone.tokens(part).patches for part in pixels.split(16)]).flatten(1, 2)
     return measure_features({"target": patches}, torch.empty(len(patches), 0, 0, dtype=torch.int64))
+
+
+def _source(model: str, flags: DiagnoseFlags) -> tuple[ImageSource, str]:
+    """The images and their split: those that the flags name, else those of the model's run."""
+    if flags.dataset_name is not None:
+        source = ImageSource(flags.dataset_name, flags.dataset_config_name, flags.image_column_name)
+        return source, flags.split_name or "test"
+    run = read_run(Path(model))
+    if run is None:
+        raise ValueError(
+            f"{model!r} holds no run whose images could be used; name some with --dataset_name, such as digits, a "
+            "Hub id, or a folder."
+        )
+    theirs = run["arguments"]
+    column = flags.image_column_name or theirs.get("image_column_name")
+    held_out = theirs.get("eval_split_name") or theirs.get("train_split_name", "train")
+    return ImageSource(theirs["dataset_name"], theirs.get("dataset_config_name"), column), flags.split_name or held_out
 
 
 def _has_predictor(model: str, commit: str | None) -> bool:

@@ -27,6 +27,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 # What Pillow raises on damaged bytes. Beside the three documented ones, its PNG, TIFF and PPM readers let the others
 # through (seen by feeding it 200,000 damaged files of fourteen formats).
 _DAMAGE = (

@@ -236,8 +236,8 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
         DataSourceError: If shards are counted, and the source fails for longer than `data_retry_seconds`.
     """
     retries = data.retries
-    stream = open_stream(data, data.train_split_name) if data.streaming else None
-    dataset = load_split(data, data.train_split_name) if stream is None else stream.rows
+    stream = open_stream(data.source, data.train_split_name) if data.streaming else None
+    dataset = load_split(data.source, data.train_split_name) if stream is None else stream.rows
     column = find_image_column(dataset, data.image_column_name)
     if stream is None:
         if data.max_train_samples is not None:

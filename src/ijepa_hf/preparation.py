@@ -43,11 +43,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.files import flush_to_disk, write_json_atomically
 from ijepa_hf.image_transforms import decode_image, read_image_file, resize
-from ijepa_hf.sources import find_image_column, load_split
+from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 MANIFEST_FILE = "manifest.json"
 IMAGE_FORMATS = ("keep", "jpeg", "png", "webp", "bmp")
@@ -178,10 +177,8 @@ def prepare(
         raise ValueError(f"max_broken_share={max_broken_share} must be from 0 to 1; 0 stops at the first one.")
     folder = Path(out).expanduser()
     _check_place(source, folder, split_name)
-    arguments = DataArguments(
-        dataset_name=str(source), dataset_config_name=dataset_config_name, image_column_name=image_column_name
-    )
-    rows = SourceRows(load_split(arguments, split_name), image_column_name, format_settings, max_samples)
+    images = ImageSource(str(source), dataset_config_name, image_column_name)
+    rows = SourceRows(load_split(images, split_name), image_column_name, format_settings, max_samples)
     manifest = Manifest(
         settings={
             **format_settings.resolved(),

@@ -97,7 +97,7 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
         return None
     parts: list[Any] = []
     for split in (data.train_split_name, data.eval_split_name):
-        dataset = _load_part_of_stream(data, split) if data.streaming else load_split(data, split)
+        dataset = _load_part_of_stream(data, split) if data.streaming else load_split(data.source, split)
         label = find_label_column(dataset, data.label_column_name)
         values = None if label is None else dataset[label]
         if values is None or any(value is None or value < 0 for value in values):  # -1 is how unlabelled sets say it
@@ -122,7 +122,7 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
 
 def _load_part_of_stream(data: DataArguments, split: str) -> datasets.Dataset:
     """Some rows of a streamed split in memory, as many of each shard (sets are often sorted by class)."""
-    rows = open_stream(data, split).rows
+    rows = open_stream(data.source, split).rows
     assert data.max_eval_samples is not None  # DataArguments.check
     each = math.ceil(data.max_eval_samples / rows.num_shards)
     shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]

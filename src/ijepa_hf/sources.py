@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -25,7 +26,6 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets.fingerprint import Hasher
 
 from ijepa_hf import shapes
-from ijepa_hf.arguments import DataArguments
 
 DIGITS_TEST_SHARE = 0.2
 SHAPES_SPLITS = {"train": (0, 5000), "test": (1, 1000)}  # seed and number of scenes
@@ -60,6 +60,21 @@ _VALUES_PER_CHUNK = 2**31 - 1  # Arrow counts the values of a list in 32 bits
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
+@dataclass(frozen=True)
+class ImageSource:
+    """Names a data set of images.
+
+    Args:
+        name: What `load_split` opens: a built-in set, a path, or a Hub id; `dataset_name` of a run.
+        config: Configuration of a Hub data set; `dataset_config_name` of a run.
+        image_column: Column of the images, where there are several; `image_column_name` of a run.
+    """
+
+    name: str
+    config: str | None = None
+    image_column: str | None = None
+
+
 class ImageStream(NamedTuple):
     """Images to be read from front to end.
 
@@ -73,10 +88,10 @@ class ImageStream(NamedTuple):
     files: list[str]
 
 
-def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
-    """Loads one split of the images that `arguments` name, to be read at random.
+def load_split(source: ImageSource, split: str) -> datasets.Dataset:
+    """Loads one split of a source of images, to be read at random.
 
-    `dataset_name` may be
+    Its `name` may be
 
     - `digits` or `shapes`, which are built in;
     - a folder of pictures, of any depth. Where each lies in one of several class folders, exactly one level deep,
@@ -99,27 +114,27 @@ def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
     those that begin with two underscores, are passed over; so are .csv files beside anything else.
 
     Args:
-        arguments: Their `dataset_name`, `dataset_config_name` and `image_column_name` count.
+        source: Which images.
         split: Name of the split, e.g. `train`.
 
     Returns:
         A map-style data set, cut to no length. Arrays are in a column `image`, of their own dtype.
 
     Raises:
-        FileNotFoundError: If `dataset_name` looks like a path and there is nothing, or no image in it, or if the first
+        FileNotFoundError: If the name looks like a path and there is nothing, or no image in it, or if the first
             of a table's paths leads nowhere.
         ValueError: If there is no such split, listing those that there are; if a folder holds several kinds of files;
             if a file is broken or of no kind that is read.
     """
-    return cast(datasets.Dataset, _open(arguments, split, streaming=False).rows)
+    return cast(datasets.Dataset, _open(source, split, streaming=False).rows)
 
 
-def open_stream(arguments: DataArguments, split: str) -> ImageStream:
-    """Opens one split of the images that `arguments` name, to be read once from front to end.
+def open_stream(source: ImageSource, split: str) -> ImageStream:
+    """Opens one split of a source of images, to be read once from front to end.
 
     Args:
-        arguments: As for `load_split`; `dataset_name` is a folder of pictures (which is one shard), a .parquet or .tar
-            file, a folder of either, or a Hub id.
+        source: As for `load_split`; a folder of pictures (which is one shard), a .parquet or .tar file, a folder of
+            either, or a Hub id.
         split: Name of the split.
 
     Returns:
@@ -130,9 +145,9 @@ def open_stream(arguments: DataArguments, split: str) -> ImageStream:
         FileNotFoundError: As for `load_split`.
         ValueError: As for `load_split`; also for a source that is local and read at random, and needs no stream.
     """
-    opened = _open(arguments, split, streaming=True)
+    opened = _open(source, split, streaming=True)
     rows = cast(datasets.IterableDataset, opened.rows)
-    find_image_column(rows, arguments.image_column_name)
+    find_image_column(rows, source.image_column)
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -152,8 +167,8 @@ class _Opened(NamedTuple):
     files: Sequence[str] = ()
 
 
-def _open(arguments: DataArguments, split: str, *, streaming: bool) -> _Opened:
-    name, config = cast(str, arguments.dataset_name), arguments.dataset_config_name
+def _open(source: ImageSource, split: str, *, streaming: bool) -> _Opened:
+    name, config = source.name, source.config
     if name in _BUILT_IN:
         _refuse_stream(name, "built in", streaming)
         return _Opened(_BUILT_IN[name](split))
@@ -165,8 +180,8 @@ def _open(arguments: DataArguments, split: str, *, streaming: bool) -> _Opened:
     elif path.is_dir() and (config is not None or _lists_configurations(path)):
         opened = _load(str(path), config, name, split, streaming=streaming)
     else:
-        return _open_local(_find_files(path), split, arguments.image_column_name, streaming=streaming)
-    return opened._replace(rows=_with_known_features(opened.rows, arguments.image_column_name))
+        return _open_local(_find_files(path), split, source.image_column, streaming=streaming)
+    return opened._replace(rows=_with_known_features(opened.rows, source.image_column))
 
 
 def _load(path: str, config: str | None, name: str, split: str, *, streaming: bool, **options: Any) -> _Opened:

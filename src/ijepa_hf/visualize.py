@@ -19,8 +19,6 @@ from torch import Tensor
 from transformers import AutoConfig, HfArgumentParser
 
 from ijepa_hf.arguments import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DataArguments,
     ModelArguments,
     as_flags,
@@ -53,14 +51,14 @@ from ijepa_hf.feature_views import (
     target_features,
 )
 from ijepa_hf.html_report import write_html_report
-from ijepa_hf.image_transforms import decode_image, normalize, resize, stack_images
+from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, decode_image, normalize, resize, stack_images
 from ijepa_hf.loading import open_training_images
 from ijepa_hf.mask_audit import audit_masks, render_audit
 from ijepa_hf.masking import STRATEGY_FIELDS, draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
-from ijepa_hf.sources import find_image_column, find_label_column, load_split
+from ijepa_hf.sources import ImageSource, find_image_column, find_label_column, load_split
 from ijepa_hf.visualization import draw_audit_figure, draw_masks_figure
 from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
 
@@ -424,12 +422,8 @@ class _Source:
     """The images of a split, with their labels' names."""
 
     def __init__(self, named: argparse.Namespace, channels: int) -> None:
-        arguments = DataArguments(
-            dataset_name=named.dataset_name,
-            dataset_config_name=named.dataset_config_name,
-            image_column_name=named.image_column_name,
-        )
-        self.dataset, self.split = load_split(arguments, named.split_name), named.split_name
+        source = ImageSource(named.dataset_name, named.dataset_config_name, named.image_column_name)
+        self.dataset, self.split = load_split(source, named.split_name), named.split_name
         if not len(self.dataset):
             raise ValueError(f"dataset_name={named.dataset_name!r}: the split {named.split_name!r} has no images.")
         self.images = ImageRows(self.dataset, find_image_column(self.dataset, named.image_column_name), channels)

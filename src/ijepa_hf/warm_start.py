@@ -38,9 +38,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from ijepa_hf.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.checkpointing import MANIFEST_FILE, config_fields
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model_card import read_license
 from ijepa_hf.modeling_ijepa import (
     PRETRAINING_SUBFOLDER,

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
 from ijepa_hf.randomness import DRAW_LABELLED_CROP, DRAW_LABELS, DRAW_ORDER, keyed_generator
-from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split
+from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split
 
 _STRINGS = ("string", "large_string")
 _MAP_MODES = ("1", "L", "P", "I", "I;16")  # of pictures whose pixels are whole numbers
@@ -258,8 +257,7 @@ def choose_labelled(
 
 
 def _load_splits(flags: LabelledDataFlags) -> tuple[datasets.Dataset, datasets.Dataset]:
-    source = DataArguments(dataset_name=flags.dataset_name, dataset_config_name=flags.dataset_config_name)
-    source.image_column_name = flags.image_column_name
+    source = ImageSource(str(flags.dataset_name), flags.dataset_config_name, flags.image_column_name)
     return load_split(source, flags.train_split_name), load_split(source, flags.eval_split_name)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import ImageRows
 from ijepa_hf.diagnostics import rankme
 from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
@@ -19,7 +18,7 @@ from ijepa_hf.evaluation.linear_probe import linear_accuracy, predict_linear
 from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
 from ijepa_hf.evaluation.splits import share_correct
 from ijepa_hf.image_transforms import resize, stack_images
-from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split
+from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split
 
 LOW_SHOT_SAMPLES = 10  # labelled images of each class
 LOW_SHOT_DRAWS = 5
@@ -72,7 +71,7 @@ def load_scored_images(
     Raises:
         ValueError: If there is no such split, or it has no labels.
     """
-    source = DataArguments(dataset_name=dataset_name)
+    source = ImageSource(dataset_name)
     pixels, labels = [], []
     numbers: dict[str, list[np.ndarray]] = {}
     for split, most in ((train_split_name, max_train), (eval_split_name, max_test)):
