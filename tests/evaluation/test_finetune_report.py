@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from scipy.stats import binomtest
 
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.finetune_report import (
@@ -15,16 +14,9 @@ from ijepa_hf.evaluation.finetune_report import (
     finetuning_result,
     render_finetuning,
     render_finetuning_card,
-    wilson_interval,
 )
 from ijepa_hf.evaluation.labelled_data import LabelledSplits
 from ijepa_hf.sources import load_digits
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (313, 360), (1, 7)])
-def test_the_interval_is_wilsons(right, count):
-    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(wilson_interval(right, count), (expected.low, expected.high), atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +44,7 @@ def result():
 def test_the_last_accuracy_is_the_result_and_not_the_best(result):
     assert (result["accuracy"], result["num_correct"], result["num_eval_images"]) == (0.75, 6, 8)
     assert result["wrong_images"] == [2, 7]
-    assert result["accuracy_interval"] == list(wilson_interval(6, 8))
+    assert result["accuracy_interval"] == pytest.approx([0.40928, 0.92852], abs=1e-5)  # Wilson's, 95 %
     assert [row["accuracy"] for row in result["evaluations"]] == [0.25, 0.875, 0.75]
     assert result["losses"] == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 1 / 2}, {"step": 6, "loss": 1 / 3}]
     assert (result["num_train_images"], result["classes"], result["steps"]) == (4, ["a", "b"], 6)

@@ -37,14 +37,10 @@ from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_b
 from ijepa_hf.evaluation.evaluate_arguments import OF_CLASSES, OF_PATCHES, OF_POOLED, EvaluationArguments
 from ijepa_hf.evaluation.feature_store import fingerprint_images, fingerprint_model, store_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.finetune import (
-    ARGUMENTS_FILE,
-    differing_arguments,
-    finetune,
-    load_classifier,
-    parameter_groups,
-)
+from ijepa_hf.evaluation.finetune import finetune
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
+from ijepa_hf.evaluation.finetune_classifier import load_classifier, parameter_groups
+from ijepa_hf.evaluation.finetune_folder import ARGUMENTS_FILE, differing_arguments
 from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.knn import predict_knn

@@ -15,15 +15,12 @@ result. Every draw is a function of (seed, epoch, image), as in `data`.
 """
 
 import dataclasses
-import json
 import logging
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import huggingface_hub
@@ -32,14 +29,18 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub import errors as hub
 from huggingface_hub.constants import REPOCARD_NAME
-from safetensors import SafetensorError, safe_open
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.evaluation.backbones import damaged_weights, refuse_kernels
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
+from ijepa_hf.evaluation.finetune_classifier import check_shape, load_classifier, parameter_groups
+from ijepa_hf.evaluation.finetune_folder import (
+    ARGUMENTS_FILE,
+    check_output_dir,
+    delete_run,
+    find_checkpoint,
+)
 from ijepa_hf.evaluation.finetune_report import (
     RESULT_FILE,
     draw_finetuning_curves,
@@ -52,174 +53,12 @@ from ijepa_hf.evaluation.labelled_data import EpochOrder, LabelledImages, Labell
 from ijepa_hf.export import image_processor_fields
 from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.model_card import read_license
-from ijepa_hf.modeling_ijepa import IJepaModel
-
-ARGUMENTS_FILE = "finetune_arguments.json"
 
 logger = logging.getLogger(__name__)
 
 _LOGGED_SHARE = 0.02  # of the run between two logged losses
 _MAX_GRAD_NORM = 1.0
 _CHECKPOINTS = 2
-_LAYER = re.compile(r"\.layers?\.(\d+)\.")
-# What may differ between a run and its continuation.
-_FREE_ARGUMENTS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dataloader_num_workers")
-_RUN_ENTRIES = (
-    ARGUMENTS_FILE, RESULT_FILE, "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
-    "figures",
-)  # fmt: skip
-
-
-# -- model -----------------------------------------------------------------------------------------------------------
-
-
-def load_classifier(arguments: FinetuningArguments, names: Sequence[str]) -> PreTrainedModel:
-    """The model with a new head; its random weights are a function of the seed.
-
-    The sin-cos position table of an I-JEPA model, which the stock class holds as a parameter, does not train: it is
-    fixed in pretraining too. With `freeze_encoder` nothing but the head trains.
-
-    Args:
-        arguments: Which model, of which revision, whether from scratch, whether frozen, the seed.
-        names: Of the classes.
-
-    Returns:
-        A stock model, in float32 on the CPU.
-
-    Raises:
-        OSError: If there is no such model.
-        ValueError: If its file is damaged or lacks weights other than the head's, or it has no head of its own.
-    """
-    labels = {number: str(name) for number, name in enumerate(names)}
-    config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
-    refuse_kernels(config, arguments.model)
-    config.num_labels = len(names)
-    config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}
-    config.problem_type, config.dtype = "single_label_classification", torch.float32
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        if arguments.from_scratch:
-            model = _untrained_classifier(config)
-        else:
-            try:
-                model, info = AutoModelForImageClassification.from_pretrained(
-                    arguments.model,
-                    config=config,
-                    revision=arguments.model_revision,
-                    dtype=torch.float32,
-                    trust_remote_code=False,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-            except SafetensorError as error:
-                raise damaged_weights(arguments.model, error) from error
-            _check_encoder_is_loaded(arguments.model, model, info)
-    _choose_trainable(model, freeze_encoder=arguments.freeze_encoder)
-    return model
-
-
-def _untrained_classifier(config: Any) -> PreTrainedModel:
-    model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-    if config.model_type == "ijepa":
-        # as a pretraining starts: the stock class would draw a random position table, which then would stay fixed
-        encoder = IJepaModel(IJepaConfig.from_stock(config))
-        model.base_model.load_state_dict(encoder.state_dict())
-    return model
-
-
-def _check_encoder_is_loaded(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    prefix = f"{model.base_model_prefix}."
-    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
-    new = sorted(name for name in [*info["missing_keys"], *mismatched] if name.startswith(prefix))
-    if new:
-        raise ValueError(
-            f"model={source!r}: the file does not hold {len(new)} weights of {type(model).__name__}'s encoder (the "
-            f"first is {new[0]}), which would stay random. Is it an encoder of this kind? To train one from new "
-            "weights on purpose, add --from_scratch."
-        )
-
-
-def _choose_trainable(model: PreTrainedModel, *, freeze_encoder: bool) -> None:
-    prefix = f"{model.base_model_prefix}."
-    head = [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
-    if not head:
-        raise ValueError(f"{type(model).__name__} has no head beside its encoder {prefix.rstrip('.')!r} to train.")
-    for name, parameter in model.named_parameters():
-        is_fixed_table = model.config.model_type == "ijepa" and name.endswith("position_embeddings")
-        parameter.requires_grad = name in head or not (freeze_encoder or is_fixed_table)
-
-
-def parameter_groups(
-    model: PreTrainedModel, learning_rate: float, layer_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Parameters by learning rate and weight decay.
-
-    Of L layers, layer l = 1 .. L learns with `learning_rate` x `layer_decay`^(L + 1 - l), the embeddings are l = 0,
-    and the last norm and the head learn with `learning_rate`. Biases and other parameters of one dimension have no
-    weight decay.
-
-    Args:
-        model: A classifier; parameters that do not train are left out.
-        learning_rate: The head's, greater than 0.
-        layer_decay: In (0, 1]; 1 is off.
-        weight_decay: At least 0.
-
-    Returns:
-        Groups for `torch.optim.AdamW`, the head's first, each with `params`, `lr` and `weight_decay`.
-
-    Raises:
-        ValueError: If `layer_decay` is not 1 and the layers of the model cannot be told from its parameters' names.
-
-    Source: Clark et al. 2020 (ELECTRA, arXiv 2003.10555), appendix A; Bao et al. 2022 (BEiT, arXiv 2106.08254),
-    appendix; the fine-tuning of He et al. 2022 (MAE, arXiv 2111.06377), appendix A.1.
-    """
-    depths = _depths(model, layer_decay)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((depths[name], parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * layer_decay**distance,
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (distance, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
-    ]
-
-
-def _depths(model: PreTrainedModel, layer_decay: float) -> dict[str, int]:
-    """How many layers each parameter is below the head: 0 for the head and the last norm, L + 1 for the embeddings."""
-    names = [name for name, _ in model.named_parameters()]
-    if layer_decay == 1.0:
-        return dict.fromkeys(names, 0)
-    layers = {name: int(match[1]) for name in names if (match := _LAYER.search(name))}
-    count = int(getattr(model.config, "num_hidden_layers", None) or 0)
-    embeddings = [name for name in names if ".embeddings." in name]
-    if set(layers.values()) != set(range(count)) or not embeddings:
-        raise ValueError(
-            f"layer_decay={layer_decay}: {type(model).__name__} is no plain stack of layers, by the names of its "
-            "parameters; use --layer_decay 1."
-        )
-    return {name: count - layers[name] if name in layers else count + 1 if name in embeddings else 0 for name in names}
-
-
-def _check_shape(model: PreTrainedModel, settings: ImageSettings, source: str) -> None:
-    """A forward pass of one black image: what does not fit together is found before the work."""
-    channels = len(settings.mean)
-    try:
-        with torch.no_grad():
-            logits = model.eval()(pixel_values=torch.zeros(1, channels, *settings.shape)).logits
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"model={source!r} does not take the images of its own image processor, {channels} channels of "
-            f"{settings.shape[0]}x{settings.shape[1]}: {error}"
-        ) from error
-    if logits.shape != (1, model.config.num_labels):
-        raise ValueError(f"model={source!r} gives logits of shape {list(logits.shape)}, not one for each class.")
-
-
-# -- training --------------------------------------------------------------------------------------------------------
 
 
 class FinetuningTrainer(Trainer):
@@ -351,11 +190,11 @@ def finetune(arguments: FinetuningArguments) -> str:
     arguments.check()
     output_dir = Path(cast(str, arguments.output_dir))
     values = dataclasses.asdict(arguments)
-    _check_output_dir(output_dir, arguments, values)
+    check_output_dir(output_dir, arguments)
     if (output_dir / RESULT_FILE).is_file() and not arguments.overwrite_output_dir:
         logger.warning("%s holds this fine-tuning, finished; its result follows.", output_dir)
         return render_finetuning(output_dir)
-    checkpoint = _find_checkpoint(output_dir, arguments)
+    checkpoint = find_checkpoint(output_dir, arguments)
     if arguments.num_cpu_threads is not None:
         torch.set_num_threads(arguments.num_cpu_threads)
     check_model_name(arguments.model, arguments.model_revision)
@@ -373,11 +212,11 @@ def finetune(arguments: FinetuningArguments) -> str:
         seed=arguments.seed,
     )
     model = load_classifier(arguments, splits.names)
-    _check_shape(model, settings, arguments.model)
+    check_shape(model, settings, arguments.model)
     trainer = _build_trainer(model, splits, settings, arguments)
 
     if arguments.overwrite_output_dir:
-        _delete_run(output_dir)
+        delete_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json_atomically(output_dir / ARGUMENTS_FILE, values)
     start = time.monotonic()
@@ -492,107 +331,3 @@ def _build_trainer(
 
 def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions))}
-
-
-# -- the folder ------------------------------------------------------------------------------------------------------
-
-
-def _check_output_dir(output_dir: Path, arguments: FinetuningArguments, values: Mapping[str, Any]) -> None:
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return
-    if not (output_dir / ARGUMENTS_FILE).is_file():
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} is not empty and holds no fine-tuning of ijepa-hf; choose another "
-            "--output_dir."
-        )
-    if arguments.overwrite_output_dir:
-        for name, path in (("model", arguments.model), ("resume_from_checkpoint", arguments.resume_from_checkpoint)):
-            if path not in (None, "latest"):
-                resolved = Path(path).resolve()
-                if output_dir.resolve() in (resolved, *resolved.parents):
-                    raise ValueError(
-                        f"overwrite_output_dir would delete {name}={path!r}; choose another --output_dir."
-                    )
-        return
-    _check_same_run(output_dir, values)
-    if arguments.resume_from_checkpoint is None and not (output_dir / RESULT_FILE).is_file():
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds this fine-tuning, unfinished. Add --resume_from_checkpoint latest "
-            "to continue it, or --overwrite_output_dir to start again."
-        )
-
-
-def differing_arguments(folder: Path, values: Mapping[str, Any]) -> list[str]:
-    """What makes a fine-tuning another one than that in a folder.
-
-    Args:
-        folder: Holds a fine-tuning, finished or not.
-        values: Arguments of `FinetuningArguments`; those that a continuation is free to change do not count.
-
-    Returns:
-        Such as "seed is 0 there, 1 here"; nothing where the two are one.
-
-    Raises:
-        ValueError: If the file of its arguments is damaged.
-    """
-    try:
-        stored = json.loads((folder / ARGUMENTS_FILE).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / ARGUMENTS_FILE} is damaged ({error}); choose another --output_dir.") from error
-    return [
-        f"{name} is {stored.get(name)!r} there, {value!r} here"
-        for name, value in values.items()
-        if name not in _FREE_ARGUMENTS and stored.get(name) != value
-    ]
-
-
-def _check_same_run(folder: Path, values: Mapping[str, Any]) -> None:
-    differing = differing_arguments(folder, values)
-    if differing:
-        raise ValueError(
-            f"{str(folder)!r} holds another fine-tuning: {'; '.join(differing)}. Choose another --output_dir, or add "
-            "--overwrite_output_dir to delete that one."
-        )
-
-
-def _find_checkpoint(output_dir: Path, arguments: FinetuningArguments) -> Path | None:
-    asked = arguments.resume_from_checkpoint
-    if asked is None:
-        return None
-    if asked != "latest":
-        folder = Path(asked)
-        if not _is_complete(folder):
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={asked!r}: there is no complete and undamaged checkpoint."
-            )
-        if (folder.parent / ARGUMENTS_FILE).is_file():
-            _check_same_run(folder.parent, dataclasses.asdict(arguments))
-        return folder
-    found = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for folder in reversed(found):
-        if _is_complete(folder):
-            return folder
-        logger.warning("skipping %s, which is incomplete or damaged", folder)
-    logger.warning("%s holds no checkpoint: the fine-tuning starts at step 0", output_dir)
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint can be read; `Trainer` writes `trainer_state.json` last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-        with safe_open(checkpoint / "model.safetensors", framework="pt"):
-            return True
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError):
-        return False
-
-
-def _delete_run(output_dir: Path) -> None:
-    """Deletes what a fine-tuning writes, and nothing else that may lie in the folder."""
-    for entry in [output_dir / name for name in _RUN_ENTRIES] + list(output_dir.glob("checkpoint-*")):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""What a finished fine-tuning says: its numbers, its curves, its model card and the text on the screen."""
+"""Writes the results of a finished fine-tuning: numbers, curves, model card and the text on the screen."""
 
 import json
-import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,32 +10,13 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from ijepa_hf.escaping import code_span, markdown_text, python_string
 from ijepa_hf.evaluation.labelled_data import LabelledSplits
 from ijepa_hf.model_card import argument_lines
 
 RESULT_FILE = "finetune.json"
-
-_Z_95 = 1.959963984540054  # standard normal quantile of 0.975
-
-
-def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy: of the images alone, not of other seeds or other draws of labels.
-
-    Args:
-        num_correct: 0 .. `num_images`.
-        num_images: At least 1.
-
-    Returns:
-        Least and most, in [0, 1].
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    share, spread = num_correct / num_images, _Z_95**2 / num_images
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def finetuning_result(
@@ -68,9 +48,11 @@ def finetuning_result(
         if "eval_accuracy" in row
     ]
     num_correct = round(evaluations[-1]["accuracy"] * len(splits.test))
+    # of the images alone, not of other seeds or other draws of labels
+    interval = binomtest(num_correct, len(splits.test)).proportion_ci(0.95, method="wilson")
     return {
         "accuracy": num_correct / len(splits.test),
-        "accuracy_interval": list(wilson_interval(num_correct, len(splits.test))),
+        "accuracy_interval": [float(interval.low), float(interval.high)],
         "num_correct": num_correct,
         "num_eval_images": len(splits.test),
         "wrong_images": wrong_images.tolist(),
@@ -112,7 +94,7 @@ def draw_finetuning_curves(result: Mapping[str, Any], path: Path) -> None:
 
 
 def render_finetuning(output_dir: Path) -> str:
-    """What is printed at the end of a fine-tuning.
+    """Renders the text that is printed at the end of a fine-tuning.
 
     Args:
         output_dir: The folder.
@@ -165,7 +147,7 @@ def _loading_lines(name: str) -> list[str]:
 
 
 def render_finetuning_card(result: Mapping[str, Any]) -> str:
-    """The model card of a fine-tuned model.
+    """Renders the model card of a fine-tuned model.
 
     Args:
         result: As in `finetune.json`.
