@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from ijepa_hf.arguments import parse_arguments
+from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step

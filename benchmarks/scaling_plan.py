@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ijepa_hf.arguments import ModelArguments, PretrainingArguments, parse_arguments
+from ijepa_hf.argument_parsing import parse_arguments
+from ijepa_hf.arguments import ModelArguments, PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
 from ijepa_hf.files import flush_to_disk, write_text_atomically

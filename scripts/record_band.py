@@ -9,15 +9,26 @@ Each run is then compared with the band that the others make: a run of the recip
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.arguments import recipe_names
-from ijepa_hf.expected_band import LEAST_SEEDS, BandWatch, RunRows, make_band, recipe_differences
+import numpy as np
+
+from ijepa_hf.argument_parsing import parse_arguments
+from ijepa_hf.arguments import argument_defaults, argument_differences, argument_values
+from ijepa_hf.expected_band import KEYS, NOT_COMPARED, WORDS, BandCurve, BandWatch, ExpectedBand, LossWindows, RunRows
+from ijepa_hf.recipe_files import recipe_names
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_rows
 
 BANDS = Path(__file__).resolve().parent.parent / "src" / "ijepa_hf" / "recipes" / "bands"
+LEAST_SEEDS = 3
+WIDENED_BY = 1.0  # times the range of the seeds, below the least and above the largest of them
+NEIGHBOURS = 2  # steps before and after one, whose ranges count too
+WINDOWS = 20  # of the loss in a run, at most
+ROWS_IN_WINDOW = 4  # at least
+_LIMITS = {"loss": (0.0, math.inf), "rankme": (1.0, math.inf), "knn": (0.0, 1.0)}
 
 
 def read_finished_run(folder: Path, recipe: str) -> tuple[RunRows, dict[str, Any]]:
@@ -44,6 +55,110 @@ def read_finished_run(folder: Path, recipe: str) -> tuple[RunRows, dict[str, Any
         raise ValueError(f"{folder} is no run of {recipe}: {'; '.join(differing)}.")
     files = (METRICS_FILE, DIAGNOSTICS_FILE, EVALUATIONS_FILE)
     return RunRows(report["arguments"], *(read_rows(folder / name) for name in files)), report["machine"]
+
+
+def recipe_differences(recipe: str, arguments: Mapping[str, Any]) -> list[str]:
+    """What keeps a run from being one of a recipe, of which a band can be made.
+
+    Args:
+        recipe: Name of a shipped recipe.
+        arguments: All arguments of the run, or those that its band keeps.
+
+    Returns:
+        A phrase for each argument that differs and changes a curve; batch and images of the whole run, which are no
+        arguments, are passed over.
+    """
+    model, data, run = parse_arguments([recipe])
+    there = argument_values(model.resolved(model.to_config()), data, run)
+    here = {**argument_defaults(), **arguments}
+    return argument_differences(there, {name: here[name] for name in there}, NOT_COMPARED, {})
+
+
+def _compared(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = set(NOT_COMPARED)
+    if arguments.get("masking_strategy") == "multi_block_official":  # its context depends on the batch of each device
+        left_out.discard("per_device_train_batch_size")
+    return {name: value for name, value in arguments.items() if name not in left_out}
+
+
+def make_band(recipe: str, runs: Sequence[RunRows], machines: Sequence[Mapping[str, Any]]) -> ExpectedBand:
+    """Makes a band of runs that differ in their seed.
+
+    At each step the band goes from the least value of the runs to the largest, and on both sides `WIDENED_BY` times
+    their range farther: a new run leaves the plain range of n others with probability 2/(n + 1), at each step. The
+    range is the largest of the step's own and of `NEIGHBOURS` steps before and after it, since that of a few runs is
+    small by chance somewhere. Loss and RankMe are widened in proportion (on a logarithmic scale), kNN by points. No
+    bound leaves what the number can be.
+
+    Args:
+        recipe: Name of the recipe.
+        runs: At least `LEAST_SEEDS` finished ones.
+        machines: What they ran on, each once.
+
+    Returns:
+        The band.
+
+    Raises:
+        ValueError: If the runs are too few, their seeds or other arguments are not what they have to be, or they have
+            logged at different steps.
+    """
+    seeds = tuple(run.arguments["seed"] for run in runs)
+    if not LEAST_SEEDS <= len(runs) == len(set(seeds)):
+        raise ValueError(f"runs have the seeds {seeds}; give at least {LEAST_SEEDS} runs, each with its own --seed.")
+    arguments, num_steps = _compared(runs[0].arguments), runs[0].metrics[-1]["step"]
+    for run in runs[1:]:
+        differing = [name for name, value in _compared(run.arguments).items() if value != arguments.get(name)]
+        if differing:
+            raise ValueError(
+                f"the run of seed {run.arguments['seed']} differs from that of seed {seeds[0]} in "
+                f"{', '.join(differing)}; make all with the same recipe."
+            )
+    window = loss_window(num_steps, max(run.arguments["logging_steps"] for run in runs))
+    means = [LossWindows(window, num_steps).of(run.metrics) for run in runs]
+    values = {"loss": [{end: mean for end, mean, _ in closed} for closed in means]}
+    for curve in ("rankme", "knn"):
+        rows = [[row for row in run.of(curve) if row.get(KEYS[curve]) is not None] for run in runs]
+        values[curve] = [{row["step"]: row[KEYS[curve]] for row in part} for part in rows]
+    for curve, found in values.items():
+        if any(part.keys() != found[0].keys() for part in found):
+            raise ValueError(f"the runs have rows of {WORDS[curve]} at different steps; make all with the same flags.")
+    return ExpectedBand(
+        recipe=recipe,
+        seeds=seeds,
+        machines=list(machines),
+        loss_window=window,
+        loss_rows=min(rows for closed in means for _, _, rows in closed),
+        curves={curve: _widen(curve, found) for curve, found in values.items() if found[0]},
+        arguments=arguments,
+    )
+
+
+def loss_window(num_steps: int, logging_steps: int) -> int:
+    """Optimiser steps in a window of the loss: a multiple of the steps between two rows.
+
+    Args:
+        num_steps: Of the run.
+        logging_steps: Between two rows.
+
+    Returns:
+        A length with at most `WINDOWS` windows in a run, and at least `ROWS_IN_WINDOW` rows in each.
+    """
+    return logging_steps * max(ROWS_IN_WINDOW, math.ceil(num_steps / WINDOWS / logging_steps))
+
+
+def _widen(curve: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
+    """The band of a curve, see `make_band`, from the values of each run by step."""
+    steps = sorted(runs[0])
+    values = np.array([[run[step] for step in steps] for run in runs], dtype=np.float64)
+    values = values if curve == "knn" else np.log(values)
+    least, largest = values.min(0), values.max(0)
+    ranges = np.pad(largest - least, NEIGHBOURS, mode="edge")
+    margin = WIDENED_BY * np.lib.stride_tricks.sliding_window_view(ranges, 2 * NEIGHBOURS + 1).max(1)
+    lower, upper = least - margin, largest + margin
+    if curve != "knn":
+        lower, upper = np.exp(lower), np.exp(upper)
+    lower, upper = np.clip(lower, *_LIMITS[curve]), np.clip(upper, *_LIMITS[curve])
+    return BandCurve(tuple(steps), tuple(map(float, lower)), tuple(map(float, upper)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,16 +6,10 @@ import pytest
 import yaml
 
 from ijepa_hf import IJepaConfig
-from ijepa_hf.arguments import (
-    ARGUMENT_CLASSES,
-    ModelArguments,
-    argument_names,
-    argument_values,
-    build_parser,
-    load_recipe,
-    parse_arguments,
-    recipe_names,
-)
+from ijepa_hf.argument_parsing import build_parser, parse_arguments
+from ijepa_hf.arguments import ARGUMENT_CLASSES, DataArguments, ModelArguments, argument_names, argument_values, flag
+from ijepa_hf.recipe_files import load_recipe, recipe_names
+from ijepa_hf.retrying import DEFAULT_RETRIES, RetryPolicy
 
 PUBLISHED = {
     # recipe: (image, patch, width, depth, heads, mlp, predictor depth, epochs, warmup, global batch)
@@ -95,6 +89,31 @@ def test_no_two_argument_groups_share_a_name_and_each_argument_has_a_help_text()
     for cls in ARGUMENT_CLASSES:
         for entry in (entry for entry in dataclasses.fields(cls) if entry.init):
             assert entry.metadata["help"].endswith("."), entry.name
+
+
+def test_an_argument_says_what_it_changes():
+    assert sorted(argument_names("place")) == [
+        "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "output_dir", "overwrite_output_dir",
+        "push_to_hub", "resume_from_checkpoint",
+    ]  # fmt: skip
+    assert sorted(argument_names("speed")) == [
+        "attn_implementation", "dataloader_num_workers", "fit_batch_to_memory", "gradient_accumulation_steps",
+        "gradient_checkpointing", "keep_images_in_memory", "num_cpu_threads", "per_device_train_batch_size",
+        "selective_checkpointing",
+    ]  # fmt: skip
+    assert sorted(argument_names("reporting")) == [
+        "checkpointing_steps", "checkpoints_total_limit", "data_retry_seconds", "data_timeout_seconds",
+        "diagnostics_steps", "eval_split_name", "eval_steps", "label_column_name", "license", "logging_steps",
+        "max_broken_share", "max_eval_samples", "max_skipped_steps", "on_collapse", "on_save_error", "report_to",
+    ]  # fmt: skip
+    assert argument_names("place", "speed", "reporting", "result") == argument_names()
+    with pytest.raises(ValueError, match="changes='weights' must be one of result, speed, place, reporting"):
+        flag("weights", "A flag.")
+
+
+def test_the_patience_with_a_source_is_that_of_whoever_reads_without_a_run():
+    data = DataArguments()
+    assert RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds) == DEFAULT_RETRIES
 
 
 def test_help_shows_defaults(capsys):

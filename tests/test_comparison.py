@@ -15,9 +15,10 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.nn import functional
 
-from ijepa_hf.arguments import load_recipe, parse_arguments
+from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.evaluation.scorecard import ScoredImages
 from ijepa_hf.optimization import make_optimizer
+from ijepa_hf.recipe_files import load_recipe
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "comparison"
 sys.path.insert(0, str(FOLDER))

@@ -198,8 +198,8 @@ def test_broken_links_are_caught(tmp_path: Path) -> None:
 def known() -> Known:
     from accelerate.commands.launch import launch_command_parser
 
-    from ijepa_hf.arguments import recipe_names
     from ijepa_hf.cli import command_flags
+    from ijepa_hf.recipe_files import recipe_names
 
     makefile = (ROOT / "Makefile").read_text("utf-8")
     return Known(

@@ -11,7 +11,8 @@ import torch
 from faults import every_moment, in_fork, limit_file_size
 from tiny import scrambled_model, tiny_run
 
-from ijepa_hf.arguments import PretrainingArguments, argument_values, parse_arguments
+from ijepa_hf.argument_parsing import parse_arguments
+from ijepa_hf.arguments import PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import (
     Checkpoint,
     collect_state,

@@ -34,7 +34,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from ijepa_hf import conversion, escaping
-from ijepa_hf.arguments import ModelArguments, argument_values, load_recipe
+from ijepa_hf.arguments import ModelArguments, argument_values
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.cli import main
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
@@ -47,6 +47,7 @@ from ijepa_hf.image_transforms import decode_image
 from ijepa_hf.model_card import loading_lines, render_card, render_unfinished_card
 from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.preparation import prepare
+from ijepa_hf.recipe_files import load_recipe
 from ijepa_hf.sources import ImageSource, load_split, open_stream
 from ijepa_hf.warm_start import open_starting_weights
 

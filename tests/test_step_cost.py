@@ -11,10 +11,12 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_hf import step_timing
-from ijepa_hf.arguments import PretrainingArguments, as_flags, load_recipe, parse_arguments
+from ijepa_hf.argument_parsing import as_flags, parse_arguments
+from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, enable_gradient_checkpointing
 from ijepa_hf.randomness import keyed_generator
+from ijepa_hf.recipe_files import load_recipe
 from ijepa_hf.step_cost import (
     DRAWS,
     Parameters,

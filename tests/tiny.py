@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training
-from ijepa_hf.arguments import parse_arguments
+from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.training import pretrain
 

@@ -4,91 +4,107 @@ One name for each thing, the same in a recipe, as a flag, in logs and in docs. A
 names, shipped inside the package (`recipe_names()`) or given by path; flags override it.
 """
 
-import argparse
 import dataclasses
 import difflib
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import HfArgumentParser
 
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_hf.plain_yaml import read_yaml, write_yaml
-from ijepa_hf.retrying import DEFAULT_RETRIES, RetryPolicy
 
 if TYPE_CHECKING:
     from ijepa_hf.sources import ImageSource
 
 HUB_STRATEGIES = ("end", "checkpoint")
-_LARGEST_WHOLE = 2**63 - 1
 
 
-def _default(name: str) -> Any:
-    return IJepaConfig.__dataclass_fields__[name].default
+# What an argument changes: the weights or scores of a run; its time and memory, and no number but by rounding; its
+# folder and its repository; what is logged, measured, saved and said of it, and when it stops.
+CHANGES = ("result", "speed", "place", "reporting")
 
 
-def _help(text: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
-    """A dataclass field with a help text; lists get a factory, as dataclasses demand."""
-    metadata = {"help": text}
+def flag(changes: str, text: str, default: Any = None) -> Any:
+    """Make a field of a dataclass of flags.
+
+    Args:
+        changes: What the flag changes, one of `CHANGES`.
+        text: What `--help` says.
+        default: The value where the flag is not given; of a list or tuple each object gets its own list.
+
+    Returns:
+        The field.
+
+    Raises:
+        ValueError: If `changes` is another word.
+    """
+    if changes not in CHANGES:
+        raise ValueError(f"changes={changes!r} must be one of {', '.join(CHANGES)}.")
+    metadata = {"help": text, "changes": changes}
     if isinstance(default, list | tuple):
-        return field(default_factory=lambda: list(default), metadata=metadata, **kwargs)
-    return field(default=default, metadata=metadata, **kwargs)
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _of_config(name: str, text: str) -> Any:
+    """A field of `IJepaConfig`, with its default there."""
+    return flag("result", text, IJepaConfig.__dataclass_fields__[name].default)
 
 
 @dataclass
 class ModelArguments:
     """Fields of `IJepaConfig` that a recipe or a flag sets; see its docstring for ranges and sources."""
 
-    image_size: list[int] = _help("Pixels: one number, or height and width.", [224])
-    patch_size: list[int] = _help("Pixels of a patch: one number, or height and width.", [16])
-    num_channels: int = _help("Channels of an image.", 3)
-    hidden_size: int = _help("Width D of the encoder.", _default("hidden_size"))
-    num_hidden_layers: int = _help("Depth of the encoder.", _default("num_hidden_layers"))
-    num_attention_heads: int = _help("Heads of the encoder.", _default("num_attention_heads"))
-    intermediate_size: int | None = _help("Width of the encoder's MLPs; 4 x hidden_size if not given.", None)
-    predictor_hidden_size: int = _help("Width E of the predictor.", _default("predictor_hidden_size"))
-    predictor_num_hidden_layers: int = _help("Depth of the predictor.", _default("predictor_num_hidden_layers"))
-    predictor_num_attention_heads: int | None = _help("Heads of the predictor; the encoder's if not given.", None)
-    masking_strategy: str = _help(
+    image_size: list[int] = flag("result", "Pixels: one number, or height and width.", [224])
+    patch_size: list[int] = flag("result", "Pixels of a patch: one number, or height and width.", [16])
+    num_channels: int = flag("result", "Channels of an image.", 3)
+    hidden_size: int = _of_config("hidden_size", "Width D of the encoder.")
+    num_hidden_layers: int = _of_config("num_hidden_layers", "Depth of the encoder.")
+    num_attention_heads: int = _of_config("num_attention_heads", "Heads of the encoder.")
+    intermediate_size: int | None = flag("result", "Width of the encoder's MLPs; 4 x hidden_size if not given.", None)
+    predictor_hidden_size: int = _of_config("predictor_hidden_size", "Width E of the predictor.")
+    predictor_num_hidden_layers: int = _of_config("predictor_num_hidden_layers", "Depth of the predictor.")
+    predictor_num_attention_heads: int | None = _of_config(
+        "predictor_num_attention_heads", "Heads of the predictor; the encoder's if not given."
+    )
+    masking_strategy: str = _of_config(
+        "masking_strategy",
         "multi_block, multi_block_official (published), or block, rasterized, random (table 6 of the paper).",
-        _default("masking_strategy"),
     )
-    num_context_sets: int = _help("Context sets S drawn per image.", _default("num_context_sets"))
-    num_target_blocks: int = _help("Target blocks M drawn per image (multi-block).", _default("num_target_blocks"))
-    context_scale: list[float] = _help("Least and most share of the grid of the context block.", (0.85, 1.0))
-    target_scale: list[float] = _help("Least and most share of the grid of a target block.", (0.15, 0.2))
-    target_aspect_ratio: list[float] = _help("Least and most height / width of a target block.", (0.75, 1.5))
-    context_keep_ratio: float = _help(
-        "Share of the patches that the context encoder sees (multi_block).", _default("context_keep_ratio")
+    num_context_sets: int = _of_config("num_context_sets", "Context sets S drawn per image.")
+    num_target_blocks: int = _of_config("num_target_blocks", "Target blocks M drawn per image (multi-block).")
+    context_scale: list[float] = _of_config("context_scale", "Least and most share of the grid of the context block.")
+    target_scale: list[float] = _of_config("target_scale", "Least and most share of the grid of a target block.")
+    target_aspect_ratio: list[float] = _of_config(
+        "target_aspect_ratio", "Least and most height / width of a target block."
     )
-    official_min_keep: int = _help(
-        "Blocks keep more patches than this (multi_block_official).", _default("official_min_keep")
+    context_keep_ratio: float = _of_config(
+        "context_keep_ratio", "Share of the patches that the context encoder sees (multi_block)."
     )
-    allow_overlap: bool = _help("Let context patches lie inside target blocks.", _default("allow_overlap"))
-    mask_ratio: float = _help("Share of the patches that is target (block, random).", _default("mask_ratio"))
-    loss_type: str = _help("smooth_l1 (published code) or mse (paper).", _default("loss_type"))
-    target_type: str = _help(
-        "What is predicted: representation, or pixels of the target patches (table 7 of the paper).",
-        _default("target_type"),
+    official_min_keep: int = _of_config(
+        "official_min_keep", "Blocks keep more patches than this (multi_block_official)."
     )
-    normalize_targets: bool = _help("Layer-normalise the targets.", _default("normalize_targets"))
-    vicreg_weight: float = _help(
+    allow_overlap: bool = _of_config("allow_overlap", "Let context patches lie inside target blocks.")
+    mask_ratio: float = _of_config("mask_ratio", "Share of the patches that is target (block, random).")
+    loss_type: str = _of_config("loss_type", "smooth_l1 (published code) or mse (paper).")
+    target_type: str = _of_config(
+        "target_type", "What is predicted: representation, or pixels of the target patches (table 7 of the paper)."
+    )
+    normalize_targets: bool = _of_config("normalize_targets", "Layer-normalise the targets.")
+    vicreg_weight: float = _of_config(
+        "vicreg_weight",
         "Weight of VICReg's variance and covariance terms on pooled context features (C-JEPA); 0 is off.",
-        _default("vicreg_weight"),
     )
-    patch_init_std: float | None = _help(
-        "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.", None
+    patch_init_std: float | None = _of_config(
+        "patch_init_std",
+        "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.",
     )
-    initializer_range: float = _help("Std of the initial weights (truncated normal); 0.02 as published.", 0.02)
-    hidden_dropout_prob: float = _help("Dropout after each sublayer.", 0.0)
-    attn_implementation: str | None = _help(
-        "Attention backend: sdpa, eager, ...; transformers' choice if not given.", None
+    initializer_range: float = flag(
+        "result", "Std of the initial weights (truncated normal); 0.02 as published.", 0.02
+    )
+    hidden_dropout_prob: float = flag("result", "Dropout after each sublayer.", 0.0)
+    attn_implementation: str | None = flag(
+        "speed", "Attention backend: sdpa, eager, ...; transformers' choice if not given.", None
     )
     # Names that a recipe or a flag set: what a run that starts from weights asks to be otherwise than in the weights.
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
@@ -144,45 +160,58 @@ class ModelArguments:
 class DataArguments:
     """Where the images come from and how they are cut."""
 
-    dataset_name: str | None = _help(
+    dataset_name: str | None = flag(
+        "result",
         "digits or shapes (built in), a Hub id, a folder of images, or a file or folder of .parquet, .tar "
         "(WebDataset), .csv or .tsv (paths of images), or .npy.",
         None,
     )
-    dataset_config_name: str | None = _help("Configuration of the Hub data set.", None)
-    train_split_name: str = _help("Split to train on.", "train")
-    eval_split_name: str | None = _help(
-        "Labelled split on which the finished encoder is scored; none if not given.", None
+    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.", None)
+    train_split_name: str = flag("result", "Split to train on.", "train")
+    eval_split_name: str | None = flag(
+        "reporting", "Labelled split on which the finished encoder is scored; none if not given.", None
     )
-    image_column_name: str | None = _help("Column of the images; found by itself if there is only one.", None)
-    label_column_name: str | None = _help("Column of the labels, for the scores only; `label` if there is one.", None)
-    streaming: bool = _help(
-        "Read .parquet or .tar shards from front to end, without a copy on disk; local or from the Hub.", False
+    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.", None)
+    label_column_name: str | None = flag(
+        "reporting", "Column of the labels, for the scores only; `label` if there is one.", None
     )
-    shuffle_buffer_size: int = _help(
-        "Images that a reader of a stream shuffles together; their files are held in memory, undecoded.", 1000
+    streaming: bool = flag(
+        "result",
+        "Read .parquet or .tar shards from front to end, without a copy on disk; local or from the Hub.",
+        False,
     )
-    max_train_samples: int | None = _help("Use only the first so many images.", None)
-    max_eval_samples: int | None = _help("Score with at most so many images of each split.", None)
-    image_mean: list[float] = _help("Mean of each channel, of pixels in [0, 1].", IMAGENET_MEAN)
-    image_std: list[float] = _help("Standard deviation of each channel, of pixels in [0, 1].", IMAGENET_STD)
-    min_crop_scale: float = _help("Least share of the image that a random crop covers; 1 means no cropping.", 0.3)
-    dataloader_num_workers: int = _help("Processes that load images; 0 loads in the training process.", 0)
-    keep_images_in_memory: str = _help(
+    shuffle_buffer_size: int = flag(
+        "result",
+        "Images that a reader of a stream shuffles together; their files are held in memory, undecoded.",
+        1000,
+    )
+    max_train_samples: int | None = flag("result", "Use only the first N images.", None)
+    max_eval_samples: int | None = flag("reporting", "Score with at most N images of each split.", None)
+    image_mean: list[float] = flag("result", "Mean of each channel, of pixels in [0, 1].", IMAGENET_MEAN)
+    image_std: list[float] = flag("result", "Standard deviation of each channel, of pixels in [0, 1].", IMAGENET_STD)
+    min_crop_scale: float = flag(
+        "result", "Least share of the image that a random crop covers; 1 means no cropping.", 0.3
+    )
+    dataloader_num_workers: int = flag("speed", "Processes that load images; 0 loads in the training process.", 0)
+    keep_images_in_memory: str = flag(
+        "speed",
         "Keep images decoded, which must be 8-bit pictures of one size; nothing but the speed depends on it. yes; no; "
         "auto: where they are, take 1 GB at most in each process, and the run reads as many images as there are.",
         "auto",
     )
-    max_broken_share: float = _help(
-        "Stop, and list them, when more than this share of the images cannot be read; others are skipped.", 0.05
+    max_broken_share: float = flag(
+        "reporting",
+        "Stop, and list them, when more than this share of the images cannot be read; others are skipped.",
+        0.05,
     )
-    data_retry_seconds: float = _help(
+    data_retry_seconds: float = flag(
+        "reporting",
         "How long a source of data that fails (an I/O error, a server's error, a stall) is tried again, in seconds, "
         "before the run saves its state and stops; 0 does not try again.",
-        DEFAULT_RETRIES.seconds,
+        300.0,
     )
-    data_timeout_seconds: float = _help(
-        "A read that takes longer than so many seconds counts as failed; 0 waits for ever.", DEFAULT_RETRIES.timeout
+    data_timeout_seconds: float = flag(
+        "reporting", "A read that takes longer than this counts as failed, in seconds; 0 waits for ever.", 120.0
     )
 
     @property
@@ -192,11 +221,6 @@ class DataArguments:
 
         assert self.dataset_name is not None  # check
         return ImageSource(self.dataset_name, self.dataset_config_name, self.image_column_name)
-
-    @property
-    def retries(self) -> RetryPolicy:
-        """How patiently the images are read."""
-        return RetryPolicy(self.data_retry_seconds, self.data_timeout_seconds)
 
     def check(self, model: ModelArguments) -> None:
         """Checks the values, alone and against the model's.
@@ -235,8 +259,8 @@ class DataArguments:
                 "keep_images_in_memory='yes' cannot be done with streaming=True, where rows are read one by one; "
                 "leave one of them out."
             )
-        _check_at_least(self, 0, "dataloader_num_workers", "data_retry_seconds", "data_timeout_seconds")
-        _check_at_least(self, 1, "max_train_samples", "max_eval_samples", "shuffle_buffer_size")
+        check_at_least(self, 0, "dataloader_num_workers", "data_retry_seconds", "data_timeout_seconds")
+        check_at_least(self, 1, "max_train_samples", "max_eval_samples", "shuffle_buffer_size")
         if self.streaming and self.eval_split_name is not None and self.max_eval_samples is None:
             raise ValueError(
                 f"eval_split_name={self.eval_split_name!r} with streaming would keep both splits in memory; say how "
@@ -248,95 +272,113 @@ class DataArguments:
 class PretrainingArguments:
     """The run: optimiser, schedules, batch, saving, logging."""
 
-    output_dir: str | None = _help("Folder of the run; runs/<recipe> if not given.", None)
-    overwrite_output_dir: bool = _help("Delete what another run left in output_dir.", False)
-    resume_from_checkpoint: str | None = _help(
-        "A checkpoint folder, `latest` of output_dir, or `hub`: the last one that hub_model_id has.", None
+    output_dir: str | None = flag("place", "Folder of the run; runs/<recipe> if not given.", None)
+    overwrite_output_dir: bool = flag("place", "Delete what another run left in output_dir.", False)
+    resume_from_checkpoint: str | None = flag(
+        "place", "A checkpoint folder, `latest` of output_dir, or `hub`: the last one that hub_model_id has.", None
     )
-    model_name_or_path: str | None = _help(
-        "Weights to start from: a Hub id, a model folder, or a published .pth.tar; of I-JEPA, ViT or ViT-MAE. What "
-        "neither recipe nor flag sets of the model is then as in the weights.",
+    model_name_or_path: str | None = flag(
+        "result",
+        "Weights to start from: a Hub id, a model folder, or a published .pth.tar; of I-JEPA, ViT or ViT-MAE. The "
+        "model is then as in the weights, but for what the recipe or a flag sets.",
         None,
     )
-    model_revision: str | None = _help("Branch, tag or commit of model_name_or_path on the Hub.", None)
-    new_predictor: bool = _help("Start with an untrained predictor even where the weights have one.", False)
-    predictor_warmup_steps: int | None = _help(
+    model_revision: str | None = flag("result", "Branch, tag or commit of model_name_or_path on the Hub.", None)
+    new_predictor: bool = flag("result", "Start with an untrained predictor even where the weights have one.", False)
+    predictor_warmup_steps: int | None = flag(
+        "result",
         "Optimiser steps at the start that train the predictor alone, before the schedules begin; if not given, a "
         "twentieth of the run where the predictor is new and the encoders are not, else 0.",
         None,
     )
-    learning_rate: float | None = _help("Highest learning rate.", None)
-    base_learning_rate: float | None = _help("Instead of learning_rate: times global batch / 256.", None)
-    start_learning_rate: float = _help("Learning rate at the start of the warm-up.", 0.0)
-    final_learning_rate: float = _help("Learning rate at the end.", 1e-6)
-    warmup_epochs: float = _help("Length of the warm-up, in epochs.", 0.0)
-    weight_decay: float = _help("Weight decay at the start (matrices and the mask token only).", 0.04)
-    final_weight_decay: float = _help("Weight decay at the end.", 0.4)
-    ema_momentum: float = _help("Momentum of the target encoder at the start.", 0.996)
-    final_ema_momentum: float = _help("Momentum of the target encoder at the end.", 1.0)
-    schedule_scale: float = _help("Schedules are this many times as long as the run (published ipe_scale).", 1.0)
-    adam_beta1: float = _help("AdamW's beta 1.", 0.9)
-    adam_beta2: float = _help("AdamW's beta 2.", 0.999)
-    adam_epsilon: float = _help("AdamW's epsilon.", 1e-8)
-    max_grad_norm: float | None = _help("Clip gradients to this norm; off if not given.", None)
-    num_train_epochs: float = _help("Length of the run, in epochs.", 100.0)
-    max_train_steps: int | None = _help("Length of the run, in optimiser steps; wins over num_train_epochs.", None)
-    per_device_train_batch_size: int = _help("Images per device and micro-batch.", 64)
-    gradient_accumulation_steps: int = _help("Micro-batches per optimiser step.", 1)
-    fit_batch_to_memory: bool = _help(
-        "Where a micro-batch does not fit into memory, take smaller ones, and so many more of them that the global "
-        "batch stays what it was.",
+    learning_rate: float | None = flag("result", "Highest learning rate.", None)
+    base_learning_rate: float | None = flag("result", "Instead of learning_rate: times global batch / 256.", None)
+    start_learning_rate: float = flag("result", "Learning rate at the start of the warm-up.", 0.0)
+    final_learning_rate: float = flag("result", "Learning rate at the end.", 1e-6)
+    warmup_epochs: float = flag("result", "Length of the warm-up, in epochs.", 0.0)
+    weight_decay: float = flag("result", "Weight decay at the start (matrices and the mask token only).", 0.04)
+    final_weight_decay: float = flag("result", "Weight decay at the end.", 0.4)
+    ema_momentum: float = flag("result", "Momentum of the target encoder at the start.", 0.996)
+    final_ema_momentum: float = flag("result", "Momentum of the target encoder at the end.", 1.0)
+    schedule_scale: float = flag(
+        "result", "Schedules are this many times as long as the run (published ipe_scale).", 1.0
+    )
+    adam_beta1: float = flag("result", "AdamW's beta 1.", 0.9)
+    adam_beta2: float = flag("result", "AdamW's beta 2.", 0.999)
+    adam_epsilon: float = flag("result", "AdamW's epsilon.", 1e-8)
+    max_grad_norm: float | None = flag("result", "Clip gradients to this norm; off if not given.", None)
+    num_train_epochs: float = flag("result", "Length of the run, in epochs.", 100.0)
+    max_train_steps: int | None = flag(
+        "result", "Length of the run, in optimiser steps; wins over num_train_epochs.", None
+    )
+    per_device_train_batch_size: int = flag("speed", "Images per device and micro-batch.", 64)
+    gradient_accumulation_steps: int = flag("speed", "Micro-batches per optimiser step.", 1)
+    fit_batch_to_memory: bool = flag(
+        "speed",
+        "Where a micro-batch does not fit into memory, take smaller ones and more of them; the global batch stays the "
+        "same.",
         False,
     )
-    mixed_precision: str = _help("no (float32) or bf16.", "no")
-    gradient_checkpointing: bool = _help(
-        "Recompute every layer in the backward pass: least memory, a sixth more time.", False
+    mixed_precision: str = flag("result", "no (float32) or bf16.", "no")
+    gradient_checkpointing: bool = flag(
+        "speed", "Recompute every layer in the backward pass: least memory, a sixth more time.", False
     )
-    selective_checkpointing: bool = _help(
+    selective_checkpointing: bool = flag(
+        "speed",
         "Recompute only layer norms and activation functions in the backward pass: two thirds of the memory, a "
         "little more time.",
         False,
     )
-    num_cpu_threads: int | None = _help(
-        "Threads of torch on a CPU; its own choice if not given. 1 is fastest for small models.", None
+    num_cpu_threads: int | None = flag(
+        "speed", "Threads of torch on a CPU; its own choice if not given. 1 is fastest for small models.", None
     )
-    seed: int = _help("Seed of every draw.", 0)
-    logging_steps: int = _help("Log every so many optimiser steps.", 10)
-    checkpointing_steps: int | None = _help("Save every so many optimiser steps; once an epoch if not given.", None)
-    checkpoints_total_limit: int = _help("Keep at most so many checkpoints.", 2)
-    on_save_error: str = _help(
+    seed: int = flag("result", "Seed of every draw.", 0)
+    logging_steps: int = flag("reporting", "Log every N optimiser steps.", 10)
+    checkpointing_steps: int | None = flag(
+        "reporting", "Save every N optimiser steps; once an epoch if not given.", None
+    )
+    checkpoints_total_limit: int = flag("reporting", "Keep at most N checkpoints.", 2)
+    on_save_error: str = flag(
+        "reporting",
         "When the state cannot be written (disk full, folder gone or read-only): stop, with exit code 8; or continue: "
         "say it, go on, and try again at the next save.",
         "stop",
     )
-    max_skipped_steps: int = _help(
+    max_skipped_steps: int = flag(
+        "reporting",
         "Optimiser steps in a row that may be skipped because loss or gradient is NaN or infinite; one more stops the "
         "run with exit code 3.",
         3,
     )
-    eval_steps: int | None = _help(
-        "Score the target encoder with kNN on eval_split_name every so many optimiser steps; only at the end if not "
-        "given.",
+    eval_steps: int | None = flag(
+        "reporting",
+        "Score the target encoder with kNN on eval_split_name every N optimiser steps; only at the end if not given.",
         None,
     )
-    diagnostics_steps: int | None = _help(
-        "Measure the features of a fixed batch and judge whether they collapse, every so many optimiser steps; 0 is "
-        "off. If not given, so seldom that it takes less than a hundredth of the time.",
+    diagnostics_steps: int | None = flag(
+        "reporting",
+        "Measure the features of a fixed batch, and judge whether they collapse, every N optimiser steps; 0 is off. "
+        "If not given, N is chosen so that it takes less than a hundredth of the time.",
         None,
     )
-    on_collapse: str = _help("warn: say it and go on; stop: save, and end with exit code 5.", "warn")
-    report_to: list[str] = _help("Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", [])
-    license: str | None = _help(
+    on_collapse: str = flag("reporting", "warn: say it and go on; stop: save, and end with exit code 5.", "warn")
+    report_to: list[str] = flag(
+        "reporting", "Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", []
+    )
+    license: str | None = flag(
+        "reporting",
         "Licence of the weights, for their card: apache-2.0, cc-by-4.0, ...; that of model_name_or_path if not given.",
         None,
     )
-    push_to_hub: bool = _help("Upload the model to hub_model_id, beside the training.", False)
-    hub_model_id: str | None = _help("Repository on the Hub, such as me/my-ijepa.", None)
-    hub_private_repo: bool = _help("Make the repository private, where it is made.", False)
-    hub_strategy: str = _help(
-        "end: upload the finished model; checkpoint: after each save the model and the state to resume from.", "end"
+    push_to_hub: bool = flag("place", "Upload the model to hub_model_id, beside the training.", False)
+    hub_model_id: str | None = flag("place", "Repository on the Hub, such as me/my-ijepa.", None)
+    hub_private_repo: bool = flag("place", "Make the repository private, where it is made.", False)
+    hub_strategy: str = flag(
+        "place",
+        "end: upload the finished model; checkpoint: after each save the model and the state to resume from.",
+        "end",
     )
-    hub_revision: str | None = _help("Branch to upload to; main if not given.", None)
+    hub_revision: str | None = flag("place", "Branch to upload to; main if not given.", None)
 
     def check(self) -> None:
         """Raises `ValueError` if a value is bad."""
@@ -362,16 +404,16 @@ class PretrainingArguments:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
-        _check_at_least(
+        check_at_least(
             self, 0, "learning_rate", "base_learning_rate", "start_learning_rate", "final_learning_rate",
             "warmup_epochs", "weight_decay", "final_weight_decay", "adam_epsilon", "seed",
         )  # fmt: skip
-        _check_at_least(
+        check_at_least(
             self, 1, "max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
             "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "schedule_scale",
             "num_cpu_threads", "eval_steps",
         )  # fmt: skip
-        _check_at_least(self, 0, "diagnostics_steps", "max_skipped_steps")
+        check_at_least(self, 0, "diagnostics_steps", "max_skipped_steps")
         if self.on_save_error not in ("stop", "continue"):
             raise ValueError(f"on_save_error={self.on_save_error!r} must be 'stop' or 'continue'.")
         if self.on_collapse not in ("warn", "stop"):
@@ -386,7 +428,7 @@ class PretrainingArguments:
         self._check_hub()
 
     def _check_start(self) -> None:
-        _check_at_least(self, 0, "predictor_warmup_steps")
+        check_at_least(self, 0, "predictor_warmup_steps")
         if self.model_name_or_path is not None:
             return
         for name in ("model_revision", "new_predictor", "predictor_warmup_steps"):
@@ -418,89 +460,21 @@ class PretrainingArguments:
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, PretrainingArguments)
-# About one folder or one upload, not about what a run does.
-_LOCAL_ARGUMENTS = frozenset(
-    ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo",
-     "hub_strategy", "hub_revision"]
-)  # fmt: skip
+_CHANGES_OF: dict[str, str] = {
+    entry.name: entry.metadata["changes"]
+    for cls in ARGUMENT_CLASSES
+    for entry in dataclasses.fields(cls)
+    if entry.init
+}
 
 
-def recipe_names() -> list[str]:
-    """Returns the names of the recipes shipped with the package."""
-    folder = resources.files("ijepa_hf") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_recipe(recipe: str) -> dict[str, Any]:
-    """Reads a recipe.
+def argument_names(*changes: str) -> set[str]:
+    """Return the names of arguments, as written in recipes.
 
     Args:
-        recipe: Name of a shipped recipe, or the path of a YAML file.
-
-    Returns:
-        Argument names and values.
-
-    Raises:
-        FileNotFoundError: If there is no such recipe or file; says which recipes there are.
-        ValueError: If the file is not a flat mapping, or a key is no argument; names the nearest one.
+        *changes: Words of `CHANGES`: only arguments that change one of these; none returns all names.
     """
-    if recipe in recipe_names():
-        text = (resources.files("ijepa_hf") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    elif Path(recipe).is_file():
-        try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"recipe {recipe!r} is no text in UTF-8: {error}") from error
-    else:
-        nearest = difflib.get_close_matches(recipe, recipe_names(), n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise FileNotFoundError(
-            f"recipe {recipe!r} is neither shipped ({', '.join(recipe_names())}) nor the path of a YAML file.{hint}"
-        )
-    try:
-        values = read_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"recipe {recipe!r} is not valid YAML: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise ValueError(
-            f"recipe {recipe!r} must be a flat mapping of argument names to values, e.g. 'patch_size: 16'."
-        )
-    known = argument_names()
-    for key in values:
-        if key == "regions_column_name":  # of recipes written before the strategy was taken out
-            raise ValueError(
-                f"recipe {recipe!r} has the key {key!r}, which is gone; take it out, write masking_strategy: "
-                "multi_block, and pass the patches of your own regions to the model (docs/masks.md shows how)."
-            )
-        if key not in known:
-            raise ValueError(
-                f"recipe {recipe!r} has the key {key!r}, which is no argument{nearest_name(str(key), known)}"
-            )
-    kinds = {entry.name: str(entry.type) for cls in ARGUMENT_CLASSES for entry in _entries(cls)}
-    for key, value in values.items():
-        _check_recipe_value(recipe, key, value, kinds[key])
-    return values
-
-
-def _check_recipe_value(recipe: str, key: str, value: Any, kind: str) -> None:
-    """Refuses what would reach the parser as other words than those in the file."""
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, str | int | float | bool | None):
-            raise ValueError(
-                f"recipe {recipe!r}: {key} holds a {type(item).__name__}; write a number, a word or a list."
-            )
-        if "str" in kind and isinstance(item, bool | float):
-            raise ValueError(f"recipe {recipe!r}: {key}={item!r} is no text; write it in quotes: {key}: '...'.")
-    if value == [] and argument_defaults()[key] != []:
-        raise ValueError(f"recipe {recipe!r}: {key} is an empty list; give it values, or leave it out.")
-    if isinstance(value, list) and not kind.startswith("list"):
-        raise ValueError(f"recipe {recipe!r}: {key}={value!r} is a list; {key} takes one value.")
-
-
-def argument_names() -> set[str]:
-    """Returns the names of all arguments, as written in recipes."""
-    return {entry.name for cls in ARGUMENT_CLASSES for entry in _entries(cls)}
+    return {name for name, word in _CHANGES_OF.items() if not changes or word in changes}
 
 
 def argument_values(*groups: ModelArguments | DataArguments | PretrainingArguments) -> dict[str, Any]:
@@ -513,151 +487,30 @@ def argument_defaults() -> dict[str, Any]:
     return argument_values(ModelArguments(), DataArguments(), PretrainingArguments())
 
 
-def as_recipe(arguments: Mapping[str, Any]) -> str:
-    """Writes the arguments of a run as a recipe that starts the same run again, wherever its folder is.
+def argument_differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str], defaults: Mapping[str, Any]
+) -> list[str]:
+    """Name the arguments in which two runs differ.
 
     Args:
-        arguments: Names and values; those that are no argument, or about this folder or machine only, are left out.
+        stored: Arguments of the run that was; an argument it lacks, of an earlier version, had its default.
+        current: Arguments of the run that is.
+        free: Names that may differ. The batch of a device counts all the same with `multi_block_official`, whose
+            context depends on it.
+        defaults: Of arguments that `stored` may lack.
 
     Returns:
-        YAML.
+        Such as "seed is 0 there, 1 here", sorted.
     """
-    defaults = argument_defaults()
-    kept = {
-        name: value
-        for name, value in arguments.items()
-        if name in defaults and name not in _LOCAL_ARGUMENTS and value not in (None, [])
-    }
-    return write_yaml(kept)
-
-
-def build_parser(prog: str = "ijepa-hf pretrain") -> HfArgumentParser:
-    """Returns the parser of `ijepa-hf pretrain`: an optional recipe, then a flag for each argument."""
-    parser = HfArgumentParser(
-        ARGUMENT_CLASSES,
-        prog=prog,
-        allow_abbrev=False,
-        description="Pretrain an I-JEPA model. A recipe sets the arguments, flags override it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    # argparse takes -0.5 for a value and -1e-3 for a flag
-    parser._negative_number_matcher = re.compile(
-        r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE
-    )
-    parser.add_argument(
-        "recipe", nargs="?", help=f"One of {', '.join(recipe_names())}, or the path of a YAML file.", default=None
-    )
-    return parser
-
-
-def parse_arguments(
-    argv: Sequence[str],
-) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    """Turns a command line into checked arguments.
-
-    Args:
-        argv: What follows `ijepa-hf pretrain`: a recipe (optional, first), then flags.
-
-    Returns:
-        The three groups; `output_dir` is filled in.
-
-    Raises:
-        FileNotFoundError: If the recipe does not exist.
-        ValueError: If a flag or recipe key is unknown (the nearest is named), or a value is bad.
-    """
-    parser = build_parser()
-    recipe, flags = (argv[0], list(argv[1:])) if argv and not argv[0].startswith("-") else (None, list(argv))
-    positional = [] if recipe is None else [recipe]
-    named, unknown = parser.parse_known_args([*positional, *flags])
-    if named.recipe != recipe:
-        raise ValueError(
-            f"{named.recipe!r} stands after a flag; the recipe comes first: ijepa-hf pretrain {named.recipe} ..."
-        )
-    if any(word.split("=")[0] == "--hub_token" for word in unknown):  # the value must not be repeated
-        raise ValueError(
-            "--hub_token would show the token to everyone who can list processes; log in once with `hf auth login`, "
-            "or set the environment variable HF_TOKEN."
-        )
-    if unknown:
-        known = {f"--{name}" for name in argument_names()}
-        raise ValueError(
-            f"{unknown[0]!r} is no flag of ijepa-hf pretrain{nearest_name(unknown[0].split('=')[0], known)}"
-        )
-    # Recipe values travel through the same parser as flags do, so that they get the same types and errors.
-    values = load_recipe(recipe) if recipe is not None else {}
-    for given, other in (("learning_rate", "base_learning_rate"), ("base_learning_rate", "learning_rate")):
-        if any(flag.split("=")[0] == f"--{given}" for flag in flags):
-            values.pop(other, None)  # two names of one thing: the flag's wins over the recipe's
-    defaults = as_flags(values)
-    model, data, run, _ = parser.parse_args_into_dataclasses(
-        args=[*positional, *defaults, *flags],
-        look_for_args_file=False,  # else `ijepa-hf.args` beside the command would add flags unseen
-    )
-    model.given = frozenset(name for name, value in values.items() if value is not None) | {
-        word[2:].split("=")[0] for word in flags if word.startswith("--")
-    }
-    if run.output_dir is None:
-        run.output_dir = str(Path("runs") / (Path(recipe).stem if recipe else "ijepa"))
-    for group in (model, data, run):
-        _check_values(group)
-    if run.model_name_or_path is None:  # else the weights have a say in what the data are checked against
-        data.check(model)
-    run.check()
-    if run.eval_steps is not None and data.eval_split_name is None:
-        raise ValueError(
-            f"eval_steps={run.eval_steps} needs labelled images to score with; name their split, for example "
-            "--eval_split_name test."
-        )
-    if model.vicreg_weight and run.per_device_train_batch_size < 2:
-        raise ValueError(
-            f"vicreg_weight={model.vicreg_weight} needs a variance over images, which "
-            f"per_device_train_batch_size={run.per_device_train_batch_size} has not; write 2 or more."
-        )
-    return model, data, run
-
-
-def as_flags(values: dict[str, Any]) -> list[str]:
-    """Writes argument values as a command line's flags, so that a recipe goes through the same parser as flags do.
-
-    Args:
-        values: Names and values; `None` and empty lists are left out.
-
-    Returns:
-        Flags and words.
-    """
-    flags: list[str] = []
-    for name, value in values.items():
-        if value is None or value == []:
-            continue
-        # a single value with `=`, for one that begins with a dash
-        flags += [f"--{name}", *(str(item) for item in value)] if isinstance(value, list) else [f"--{name}={value}"]
-    return flags
-
-
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parses a command's flags.
-
-    Args:
-        parser: Of the command; `prog` is its name, such as "ijepa-hf finetune".
-        argv: What follows the command.
-
-    Returns:
-        Names and values.
-
-    Raises:
-        ValueError: If a flag is unknown; names the nearest.
-    """
-    named, unknown = parser.parse_known_args(argv)
-    if unknown:
-        nearest = nearest_name(unknown[0].split("=")[0], flag_names(parser))
-        raise ValueError(f"{unknown[0]!r} is no flag of {parser.prog}{nearest}")
-    return named
-
-
-def flag_names(parser: argparse.ArgumentParser) -> set[str]:
-    """Returns a parser's flags, such as `--seed`; of those spelt with `_` and with `-`, the first."""
-    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    return {flag for flag in flags if "-" not in flag[2:] or f"--{flag[2:].replace('-', '_')}" not in flags}
+    names = {*stored, *current} - set(free)
+    if current.get("masking_strategy") == "multi_block_official" and "per_device_train_batch_size" in current:
+        names.add("per_device_train_batch_size")
+    before = {**defaults, **stored}
+    return [
+        f"{name} is {before.get(name)!r} there, {current.get(name)!r} here"
+        for name in sorted(names)
+        if before.get(name) != current.get(name)
+    ]
 
 
 def nearest_name(name: str, known: set[str]) -> str:
@@ -679,20 +532,18 @@ def _entries(group: Any) -> list[dataclasses.Field]:
     return [entry for entry in dataclasses.fields(group) if entry.init]
 
 
-def _check_at_least(arguments: Any, least: int, *names: str) -> None:
+def check_at_least(arguments: Any, least: int, *names: str) -> None:
+    """Refuse numbers below a limit.
+
+    Args:
+        arguments: Has the numbers as attributes; `None` passes.
+        least: The least number allowed.
+        *names: Of the attributes.
+
+    Raises:
+        ValueError: If a number is less.
+    """
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
-
-
-def _check_values(group: Any) -> None:
-    """Refuses NaN, which passes comparisons with a limit, infinity, whole numbers beyond 64 bits, and empty words."""
-    for name, value in argument_values(group).items():
-        for number in value if isinstance(value, list) else [value]:
-            if number == "":
-                raise ValueError(f"{name}={value!r} is empty; give it a value, or leave it out.")
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{name}={value} must be finite.")
-            if isinstance(number, int) and abs(number) > _LARGEST_WHOLE:
-                raise ValueError(f"{name}={value} must be at most {_LARGEST_WHOLE}.")

@@ -70,7 +70,7 @@ def _log_handler() -> logging.Handler:
 
 
 def _pretrain(argv: list[str]) -> int:
-    from ijepa_hf.arguments import parse_arguments
+    from ijepa_hf.argument_parsing import parse_arguments
     from ijepa_hf.batch_fitting import DoesNotFitError
     from ijepa_hf.files import SaveError
     from ijepa_hf.hub import UploadIncompleteError
@@ -240,7 +240,7 @@ def build_push_parser() -> argparse.ArgumentParser:
 
 def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
-    from ijepa_hf.arguments import build_parser
+    from ijepa_hf.argument_parsing import build_parser
     from ijepa_hf.diagnose import build_diagnose_parser
     from ijepa_hf.estimate import build_estimate_parser
     from ijepa_hf.evaluation.evaluate_arguments import build_evaluate_parser

@@ -5,18 +5,18 @@ repository is measured now, on images that are given: both encoders and the pred
 alone for any other vision backbone of transformers.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
-from ijepa_hf.arguments import parse_flags
+from ijepa_hf.argument_parsing import CommandParser, command_parser, parse_flags
+from ijepa_hf.arguments import flag
 from ijepa_hf.collapse_demo import run_demo
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
 from ijepa_hf.collapse_verdict import HEALTHY, LOSS_RISING, UNKNOWN, CollapseVerdict, judge_collapse
@@ -62,42 +62,43 @@ _SINGLE = (
 )
 
 
-def _flag(text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(kw_only=True)
 class DiagnoseFlags:
     """The flags of `ijepa-hf diagnose`."""
 
-    dataset_name: str | None = _flag(
+    dataset_name: str | None = flag(
+        "result",
         "Images to measure a model on, as for ijepa-hf pretrain; those of its run if not given. A run that has rows "
-        "is measured again only where this is given."
+        "is measured again only where this is given.",
     )
-    dataset_config_name: str | None = _flag("Configuration of the Hub data set.")
-    split_name: str | None = _flag("Split of the images; the held-out one of MODEL's run, else test, if not given.")
-    image_column_name: str | None = _flag("Column of the images; found by itself if there is only one.")
-    max_samples: int = _flag("Images, spread evenly over the split.", MONITOR_IMAGES)
-    model_revision: str | None = _flag("Branch, tag or commit of MODEL on the Hub.")
-    output: str | None = _flag("PNG to draw a run's rows into; figures/diagnostics.png of the run if not given.")
-    json: bool = _flag("Print the verdict and all numbers as JSON.", False)
-    demo: bool = _flag(
-        "Train a healthy and a collapsing model on the built-in `shapes`, beside each other, and judge both.", False
+    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
+    split_name: str | None = flag(
+        "result", "Split of the images; the held-out one of MODEL's run, else test, if not given."
     )
-    output_dir: str = _flag("Folder of the demo's runs.", "runs/collapse-demo")
+    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
+    max_samples: int = flag("result", "Images, spread evenly over the split.", MONITOR_IMAGES)
+    model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
+    output: str | None = flag(
+        "place", "PNG to draw a run's rows into; figures/diagnostics.png of the run if not given."
+    )
+    json: bool = flag("reporting", "Print the verdict and all numbers as JSON.", False)
+    demo: bool = flag(
+        "result",
+        "Train a healthy and a collapsing model on the built-in `shapes`, beside each other, and judge both.",
+        False,
+    )
+    output_dir: str = flag("place", "Folder of the demo's runs.", "runs/collapse-demo")
 
 
-def build_diagnose_parser() -> HfArgumentParser:
+def build_diagnose_parser() -> CommandParser:
     """Returns the parser of `ijepa-hf diagnose`."""
-    parser = HfArgumentParser(
-        DiagnoseFlags,
-        prog="ijepa-hf diagnose",
-        allow_abbrev=False,
-        description="Judge whether the features of a run or a model have collapsed, with the numbers, the reason, and "
+    parser = command_parser(
+        "diagnose",
+        "Judge whether the features of a run or a model have collapsed, with the numbers, the reason, and "
         "the next flag to try.",
+        DiagnoseFlags,
         epilog=f"Exit codes: 0 healthy (the loss may rise), {FAILURE_EXIT_CODE} something is wrong, "
         f"{EXIT_CODES[UNKNOWN]} not judged yet, 2 a wrong flag or file. The demo: 0 if both verdicts are right.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", nargs="?", help="A run's or model's folder, or a Hub id.")
     return parser

@@ -19,21 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
-from ijepa_hf.arguments import (
-    DataArguments,
-    ModelArguments,
-    PretrainingArguments,
-    build_parser,
-    load_recipe,
-    parse_arguments,
-    parse_flags,
-)
+from ijepa_hf.argument_parsing import CommandParser, build_parser, parse_arguments, parse_flags
+from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.files import write_text_atomically
 from ijepa_hf.optimization import eager_is_faster
 from ijepa_hf.plan import make_plan
+from ijepa_hf.recipe_files import load_recipe
 from ijepa_hf.step_cost import (
     Memory,
     Sizes,
@@ -59,9 +52,9 @@ KNOWN_SIZES = {"digits": 1437, "shapes": 5000, "uoft-cs/cifar10": 50_000, "ILSVR
 MEASURED = ("this", "cpu")  # the machine at hand; and its CPU, also where it has a GPU
 
 
-def build_estimate_parser() -> HfArgumentParser:
+def build_estimate_parser() -> CommandParser:
     """Returns the parser of `ijepa-hf estimate`: its own flags, and all of `ijepa-hf pretrain`."""
-    parser = build_parser("ijepa-hf estimate")
+    parser = build_parser("estimate")
     parser.description = (
         "Say what a run takes: parameters, FLOPs, memory, steps and hours. Flags as for pretrain, and:"
     )

@@ -19,61 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_hf.arguments import argument_defaults, argument_values, load_recipe, parse_arguments, recipe_names
+from ijepa_hf.arguments import argument_defaults, argument_differences, argument_names
+from ijepa_hf.recipe_files import load_recipe, recipe_names
 
-LEAST_SEEDS = 3
-WIDENED_BY = 1.0  # times the range of the seeds, below the least and above the largest of them
-NEIGHBOURS = 2  # steps before and after one, whose ranges count too
 POINTS_TO_LEAVE = 2  # outside, one after the other
-WINDOWS = 20  # of the loss in a run, at most
-ROWS_IN_WINDOW = 4  # at least
 LEAST_ROWS_SHARE = 0.5  # of the rows in a window of the band; with fewer, the run has no loss to compare there
 
-# What may differ between a run and the recipe that it is compared with: it changes no curve, or no more than a seed.
-NOT_COMPARED = frozenset(
-    [
-        # what the runs of a band differ in
-        "seed",
-        # where a run is written, and for whom
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "report_to",
-        "license",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_strategy",
-        "hub_revision",
-        # when a row is taken: bounds are interpolated between the steps of the band
-        "logging_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "eval_steps",
-        "diagnostics_steps",
-        # what is done when something goes wrong
-        "on_collapse",
-        "on_save_error",
-        "max_broken_share",
-        "max_skipped_steps",
-        "data_retry_seconds",
-        "data_timeout_seconds",
-        # how the same numbers are computed; `global_batch_size` is compared
-        "dataloader_num_workers",
-        "keep_images_in_memory",
-        "num_cpu_threads",
-        "attn_implementation",
-        "gradient_checkpointing",
-        "selective_checkpointing",
-        "fit_batch_to_memory",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    ]
-)
+# What may differ between a run and the recipe that it is compared with: the seed, and what changes no curve.
+_SCORED_ON = {"eval_split_name", "label_column_name", "max_eval_samples"}  # they change the curve of kNN
+NOT_COMPARED = (argument_names("speed", "place", "reporting") - _SCORED_ON) | {"seed"}
 
-_KEYS = {"loss": "loss", "rankme": "target_patch_rankme", "knn": "knn"}  # in a row, by the name of the curve
-_WORDS = {"loss": "loss", "rankme": "RankMe", "knn": "kNN"}
-_LIMITS = {"loss": (0.0, math.inf), "rankme": (1.0, math.inf), "knn": (0.0, 1.0)}
+KEYS = {"loss": "loss", "rankme": "target_patch_rankme", "knn": "knn"}  # in a row, by the name of the curve
+WORDS = {"loss": "loss", "rankme": "RankMe", "knn": "kNN"}
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -211,7 +168,7 @@ class BandWatch:
     def __init__(self, band: ExpectedBand, rows: RunRows) -> None:
         self.band = band
         self.points: dict[str, list[Point]] = {curve: [] for curve in band.curves}
-        self._windows = _LossWindows(band.loss_window, band.curves["loss"].steps[-1])
+        self._windows = LossWindows(band.loss_window, band.curves["loss"].steps[-1])
         for curve in band.curves:
             for row in rows.of(curve):
                 self.add(curve, row)
@@ -226,9 +183,9 @@ class BandWatch:
         Returns:
             A line of text where the curve has left its band, or is back; else none.
         """
-        if curve not in self.points or row.get(_KEYS[curve]) is None:
+        if curve not in self.points or row.get(KEYS[curve]) is None:
             return []
-        found = [(row["step"], row[_KEYS[curve]])]
+        found = [(row["step"], row[KEYS[curve]])]
         if curve == "loss":
             least = LEAST_ROWS_SHARE * self.band.loss_rows
             found = [(end, mean) for end, mean, rows in self._windows.add(row) if rows >= least]
@@ -268,9 +225,9 @@ class BandWatch:
     def verdict(self) -> str:
         """Where the run is inside, and where it left, on one line."""
         outside = {curve: self.excursions(curve) for curve in self.points}
-        left = [f"{_WORDS[curve]} {_when(curve, found)}" for curve, found in outside.items() if found]
-        inside = [_WORDS[curve] for curve, found in outside.items() if self.points[curve] and not found]
-        missing = [_WORDS[curve] for curve, points in self.points.items() if not points]
+        left = [f"{WORDS[curve]} {_when(curve, found)}" for curve, found in outside.items() if found]
+        inside = [WORDS[curve] for curve, found in outside.items() if self.points[curve] and not found]
+        missing = [WORDS[curve] for curve, points in self.points.items() if not points]
         band = f"the expected band of {self.band.in_words}"
         parts = []
         if left:
@@ -302,7 +259,7 @@ class BandWatch:
         if curve == "loss":
             value += f" (mean since step {self._windows.begin(point.step)})"
         return (
-            f"step {point.step} {_WORDS[curve]} {value} {what} the expected band of {self.band.recipe}: "
+            f"step {point.step} {WORDS[curve]} {value} {what} the expected band of {self.band.recipe}: "
             f"{_number(curve, point.lower)} to {_number(curve, point.upper)}"
         )
 
@@ -323,7 +280,7 @@ def _number(curve: str, value: float) -> str:
     return {"loss": f"{value:.3g}", "rankme": f"{value:.1f}", "knn": f"{100 * value:.1f}"}[curve]
 
 
-class _LossWindows:
+class LossWindows:
     """Means of the loss over windows of steps. The row of step 1 is left out: it is there at any `logging_steps`.
 
     Args:
@@ -393,7 +350,7 @@ def band_notice(arguments: Mapping[str, Any], given: Iterable[str]) -> str | Non
     """
     band = find_band(arguments)
     if band is not None:
-        return f"{band.in_words}: {', '.join(_WORDS[curve] for curve in band.curves)}"
+        return f"{band.in_words}: {', '.join(WORDS[curve] for curve in band.curves)}"
     for band in _shipped_bands():
         recipe = load_recipe(band.recipe)
         if set(given).issuperset(recipe) and arguments["dataset_name"] == recipe.get("dataset_name"):
@@ -411,40 +368,7 @@ def differing_arguments(band: ExpectedBand, arguments: Mapping[str, Any]) -> lis
     Returns:
         A phrase for each argument that differs and changes a curve.
     """
-    # a band that was made before an argument was there: it had its default
-    return _differences(_compared(arguments), {**_compared(argument_defaults()), **band.arguments})
-
-
-def recipe_differences(recipe: str, arguments: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from being one of a recipe, of which a band can be made.
-
-    Args:
-        recipe: Name of a shipped recipe.
-        arguments: All arguments of the run, or those that its band keeps.
-
-    Returns:
-        A phrase for each argument that differs and changes a curve; batch and images of the whole run, which are no
-        arguments, are passed over.
-    """
-    model, data, run = parse_arguments([recipe])
-    there = argument_values(model.resolved(model.to_config()), data, run)
-    here = {**argument_defaults(), **arguments}
-    return _differences(_compared({name: here[name] for name in there}), _compared(there))
-
-
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} is {here.get(name)!r} here, {there.get(name)!r} there"
-        for name in sorted({*here, *there})
-        if here.get(name) != there.get(name)
-    ]
-
-
-def _compared(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = set(NOT_COMPARED)
-    if arguments.get("masking_strategy") == "multi_block_official":  # its context depends on the batch of each device
-        left_out.discard("per_device_train_batch_size")
-    return {name: value for name, value in arguments.items() if name not in left_out}
+    return argument_differences(band.arguments, arguments, NOT_COMPARED, argument_defaults())
 
 
 def load_band(recipe: str) -> ExpectedBand | None:
@@ -480,88 +404,3 @@ def read_band(text: str) -> ExpectedBand:
 
 def _shipped_bands() -> list[ExpectedBand]:
     return [band for band in map(load_band, recipe_names()) if band is not None]
-
-
-# -- making one ------------------------------------------------------------------------------------------------------
-
-
-def make_band(recipe: str, runs: Sequence[RunRows], machines: Sequence[Mapping[str, Any]]) -> ExpectedBand:
-    """Makes a band of runs that differ in their seed.
-
-    At each step the band goes from the least value of the runs to the largest, and on both sides `WIDENED_BY` times
-    their range farther: a new run leaves the plain range of n others with probability 2/(n + 1), at each step. The
-    range is the largest of the step's own and of `NEIGHBOURS` steps before and after it, since that of a few runs is
-    small by chance somewhere. Loss and RankMe are widened in proportion (on a logarithmic scale), kNN by points. No
-    bound leaves what the number can be.
-
-    Args:
-        recipe: Name of the recipe.
-        runs: At least `LEAST_SEEDS` finished ones.
-        machines: What they ran on, each once.
-
-    Returns:
-        The band.
-
-    Raises:
-        ValueError: If the runs are too few, their seeds or other arguments are not what they have to be, or they have
-            logged at different steps.
-    """
-    seeds = tuple(run.arguments["seed"] for run in runs)
-    if not LEAST_SEEDS <= len(runs) == len(set(seeds)):
-        raise ValueError(f"runs have the seeds {seeds}; give at least {LEAST_SEEDS} runs, each with its own --seed.")
-    arguments, num_steps = _compared(runs[0].arguments), runs[0].metrics[-1]["step"]
-    for run in runs[1:]:
-        differing = [name for name, value in _compared(run.arguments).items() if value != arguments.get(name)]
-        if differing:
-            raise ValueError(
-                f"the run of seed {run.arguments['seed']} differs from that of seed {seeds[0]} in "
-                f"{', '.join(differing)}; make all with the same recipe."
-            )
-    window = loss_window(num_steps, max(run.arguments["logging_steps"] for run in runs))
-    means = [_LossWindows(window, num_steps).of(run.metrics) for run in runs]
-    values = {"loss": [{end: mean for end, mean, _ in closed} for closed in means]}
-    for curve in ("rankme", "knn"):
-        rows = [[row for row in run.of(curve) if row.get(_KEYS[curve]) is not None] for run in runs]
-        values[curve] = [{row["step"]: row[_KEYS[curve]] for row in part} for part in rows]
-    for curve, found in values.items():
-        if any(part.keys() != found[0].keys() for part in found):
-            raise ValueError(
-                f"the runs have rows of {_WORDS[curve]} at different steps; make all with the same flags."
-            )
-    return ExpectedBand(
-        recipe=recipe,
-        seeds=seeds,
-        machines=list(machines),
-        loss_window=window,
-        loss_rows=min(rows for closed in means for _, _, rows in closed),
-        curves={curve: _widen(curve, found) for curve, found in values.items() if found[0]},
-        arguments=arguments,
-    )
-
-
-def loss_window(num_steps: int, logging_steps: int) -> int:
-    """Optimiser steps in a window of the loss: a multiple of the steps between two rows.
-
-    Args:
-        num_steps: Of the run.
-        logging_steps: Between two rows.
-
-    Returns:
-        A length with at most `WINDOWS` windows in a run, and at least `ROWS_IN_WINDOW` rows in each.
-    """
-    return logging_steps * max(ROWS_IN_WINDOW, math.ceil(num_steps / WINDOWS / logging_steps))
-
-
-def _widen(curve: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
-    """The band of a curve, see `make_band`, from the values of each run by step."""
-    steps = sorted(runs[0])
-    values = np.array([[run[step] for step in steps] for run in runs], dtype=np.float64)
-    values = values if curve == "knn" else np.log(values)
-    least, largest = values.min(0), values.max(0)
-    ranges = np.pad(largest - least, NEIGHBOURS, mode="edge")
-    margin = WIDENED_BY * np.lib.stride_tricks.sliding_window_view(ranges, 2 * NEIGHBOURS + 1).max(1)
-    lower, upper = least - margin, largest + margin
-    if curve != "knn":
-        lower, upper = np.exp(lower), np.exp(upper)
-    lower, upper = np.clip(lower, *_LIMITS[curve]), np.clip(upper, *_LIMITS[curve])
-    return BandCurve(tuple(steps), tuple(map(float, lower)), tuple(map(float, upper)))

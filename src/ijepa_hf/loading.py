@@ -26,7 +26,7 @@ from ijepa_hf.data import (
     build_loader,
 )
 from ijepa_hf.memory_images import keep_in_memory
-from ijepa_hf.retrying import end_reading_thread
+from ijepa_hf.retrying import RetryPolicy, end_reading_thread
 from ijepa_hf.run_folder import RowFile, read_rows
 from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
 from ijepa_hf.streaming import (
@@ -235,7 +235,7 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
         ValueError: If the data cannot be used as asked: a column is missing, a stream has fewer shards than readers.
         DataSourceError: If shards are counted, and the source fails for longer than `data_retry_seconds`.
     """
-    retries = data.retries
+    retries = RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds)
     stream = open_stream(data.source, data.train_split_name) if data.streaming else None
     dataset = load_split(data.source, data.train_split_name) if stream is None else stream.rows
     column = find_image_column(dataset, data.image_column_name)

@@ -18,7 +18,6 @@ of it. Arrays stay arrays of their dtype. Shrinking is bilinear with antialias, 
 enlarged.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -43,6 +42,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from ijepa_hf.argument_parsing import CommandParser, command_parser
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.files import flush_to_disk, write_json_atomically
 from ijepa_hf.image_transforms import decode_image, read_image_file, resize
@@ -67,16 +67,14 @@ _GRAY_MODES = ("1", "L", "LA", "La", "F")  # beside I and I;16...
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def build_prepare_parser() -> argparse.ArgumentParser:
+def build_prepare_parser() -> CommandParser:
     """Returns the parser of `ijepa-hf prepare`, whose values are the arguments of `prepare`."""
-    parser = argparse.ArgumentParser(
-        prog="ijepa-hf prepare",
-        allow_abbrev=False,
-        description="Write the images of any source as parquet shards, shrunk once instead of in every epoch. The "
+    parser = command_parser(
+        "prepare",
+        "Write the images of any source as parquet shards, shrunk once instead of in every epoch. The "
         "same command goes on where an earlier one was stopped. Images that cannot be read are skipped, and listed "
         "with the reason in OUT/manifest.json. Other columns are kept as they are: boxes and maps in pixels are not "
         "rescaled when their pictures shrink.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="What --dataset_name of ijepa-hf pretrain takes: a folder, file or Hub id.")
@@ -110,7 +108,7 @@ def build_prepare_parser() -> argparse.ArgumentParser:
         default=0,
         help="Processes that read and write pictures; what is written is the same.",
     )
-    add("--max_samples", type=int, help="Write only the first so many images of the source.")
+    add("--max_samples", type=int, help="Write only the first N images of the source.")
     add(
         "--max_broken_share",
         type=float,

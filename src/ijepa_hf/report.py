@@ -43,6 +43,7 @@ from ijepa_hf.model_card import (
     verdict,
 )
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
+from ijepa_hf.retrying import RetryPolicy
 from ijepa_hf.run_folder import (
     DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,
@@ -108,7 +109,12 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> Evaluation
             )
         dataset = at_most(dataset, data.max_eval_samples)
         column = find_image_column(dataset, data.image_column_name)
-        images = ImageRows(dataset, column, config.num_channels, retries=data.retries)
+        images = ImageRows(
+            dataset,
+            column,
+            config.num_channels,
+            retries=RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds),
+        )
         parts += [images, np.asarray(dataset[label], dtype=np.int64)]
     evaluation = EvaluationSets(*parts)
     if len(evaluation.train) < 5 or len(set(evaluation.train_labels.tolist())) < 2:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ijepa_hf.arguments import PretrainingArguments, argument_defaults, as_recipe
+from ijepa_hf.arguments import PretrainingArguments, argument_defaults, argument_differences, argument_names
 from ijepa_hf.checkpointing import (
     Checkpoint,
     adopt_checkpoint,
@@ -35,6 +35,7 @@ from ijepa_hf.files import (
     write_text_atomically,
 )
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
+from ijepa_hf.recipe_files import as_recipe
 from ijepa_hf.run_lock import LOCK_FILE
 
 logger = logging.getLogger(__name__)
@@ -52,40 +53,6 @@ EVAL_RESULTS_FOLDER = ".eval_results"  # the Hub's name for the folder of machin
 GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, DIAGNOSTICS_FILE, UNREADABLE_FILE, SKIPPED_FILE)
 DAMAGED_SUFFIX = ".damaged"  # of the file that keeps the lines of a growing one that cannot be read
 
-# What may differ between a run and its continuation: none of it changes a weight (the global batch is compared).
-_FREE_ARGUMENTS = frozenset(
-    [
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-        "keep_images_in_memory",
-        "logging_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "report_to",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "eval_split_name",
-        "label_column_name",
-        "max_eval_samples",
-        "eval_steps",
-        "diagnostics_steps",
-        "on_collapse",
-        "max_broken_share",
-        "data_retry_seconds",
-        "data_timeout_seconds",
-        "on_save_error",
-        "max_skipped_steps",
-        "fit_batch_to_memory",
-        "license",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_strategy",
-        "hub_revision",
-    ]
-)
 # What a run writes, and `overwrite_output_dir` deletes. `run.json` is replaced only: it says whose the rest is, also
 # after a process that was killed while it deleted.
 _RUN_ENTRIES = (
@@ -468,16 +435,7 @@ def differing_arguments(stored: Mapping[str, Any], current: Mapping[str, Any]) -
         current: Arguments of the run that would go on from it.
 
     Returns:
-        A sentence for each argument that differs and changes a weight.
+        Such as "seed is 0 there, 1 here", for each argument that changes the result.
     """
-    free = set(_FREE_ARGUMENTS)
-    if current["masking_strategy"] == "multi_block_official":  # its context depends on the batch of each device
-        free.discard("per_device_train_batch_size")
-    # a run of an earlier version lacks later arguments: it had their defaults
-    before = {name: stored.get(name, default) for name, default in argument_defaults().items() if name in current}
-    before |= stored
-    return [
-        f"{name} is {before.get(name)!r} there, {current.get(name)!r} here"
-        for name in sorted({*before, *current} - free)
-        if before.get(name) != current.get(name)
-    ]
+    defaults = {name: value for name, value in argument_defaults().items() if name in current}
+    return argument_differences(stored, current, argument_names("speed", "place", "reporting"), defaults)

@@ -16,17 +16,10 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
-from ijepa_hf.arguments import (
-    DataArguments,
-    ModelArguments,
-    as_flags,
-    flag_names,
-    load_recipe,
-    parse_flags,
-    recipe_names,
-)
+from ijepa_hf.argument_parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
+from ijepa_hf.arguments import DataArguments, ModelArguments
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
 from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, ImageRows
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone
@@ -58,6 +51,7 @@ from ijepa_hf.masking import STRATEGY_FIELDS, draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
+from ijepa_hf.recipe_files import load_recipe, recipe_names
 from ijepa_hf.sources import ImageSource, find_image_column, find_label_column, load_split
 from ijepa_hf.visualization import draw_audit_figure, draw_masks_figure
 from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
@@ -158,14 +152,12 @@ def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArgument
     return named, model, data
 
 
-def _masks_parser() -> HfArgumentParser:
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments),
-        prog="ijepa-hf visualize",
-        allow_abbrev=False,
-        description="Draw the first training images of a recipe with their masks, or with --audit measure the masks "
+def _masks_parser() -> CommandParser:
+    parser = command_parser(
+        "visualize",
+        "Draw the first training images of a recipe with their masks, or with --audit measure the masks "
         "of many steps. Flags override the recipe; one that sets masking_strategy drops what only the recipe's needs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        (ModelArguments, DataArguments),
     )
     parser.add_argument(
         "--masks",
@@ -193,12 +185,10 @@ def _draw_html(argv: Sequence[str]) -> str:
     return f"report: {output}"
 
 
-def _html_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ijepa-hf visualize",
-        allow_abbrev=False,
-        description="Write a run as one HTML file that needs nothing else: scores, curves, pictures, arguments.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _html_parser() -> CommandParser:
+    parser = command_parser(
+        "visualize",
+        "Write a run as one HTML file that needs nothing else: scores, curves, pictures, arguments.",
     )
     parser.add_argument("--html", metavar="RUN", required=True, help="Folder of a run, finished or not.")
     parser.add_argument("--output", default="report.html", help="File to write.")
@@ -208,16 +198,14 @@ def _html_parser() -> argparse.ArgumentParser:
 # -- features and predictions ----------------------------------------------------------------------------------------
 
 
-def _figure_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ijepa-hf visualize",
-        allow_abbrev=False,
-        description="Draw what a model makes of images. "
+def _figure_parser() -> CommandParser:
+    parser = command_parser(
+        "visualize",
+        "Draw what a model makes of images. "
         + "; ".join(f"{name}: {text}" for name, text in FIGURES.items())
         + ". error and expectation need an I-JEPA model with its predictor, the others any vision model.",
         epilog="Two other forms: `ijepa-hf visualize --masks RECIPE` draws or measures the masks of a recipe "
         "(`--masks RECIPE --help` lists its flags); `ijepa-hf visualize --html RUN` writes a run as one HTML file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="Folder or Hub id of a model.")
     parser.add_argument("--figure", choices=list(FIGURES), help="What to draw.")

@@ -1,17 +1,15 @@
 """What `ijepa-hf evaluate` is told: its flags, their checks and its parser."""
 
-import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from ijepa_hf.arguments import nearest_name, parse_flags
+from ijepa_hf.argument_parsing import CommandParser, model_parser, parse_flags
+from ijepa_hf.arguments import flag, nearest_name
 from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
 from ijepa_hf.evaluation.knn import NEIGHBOURS
-from ijepa_hf.evaluation.labelled_data import LabelledDataFlags, flag
+from ijepa_hf.evaluation.labelled_data import LabelledDataFlags
 
 METHODS = (
     "knn", "linear", "linear_sgd", "attentive", "low_shot", "regression", "segmentation", "localization", "finetune",
@@ -29,34 +27,42 @@ _SHAPES_TARGETS = ("count", "nearest_distance")
 class EvaluationFlags(LabelledDataFlags):
     """The flags of `ijepa-hf evaluate`; names as in `ijepa-hf pretrain` and `finetune`."""
 
-    method: list[str] = field(
-        default_factory=lambda: ["knn", "linear"], metadata={"help": f"One or several of {', '.join(METHODS)}."}
+    method: list[str] = flag("result", f"One or several of {', '.join(METHODS)}.", ["knn", "linear"])
+    model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
+    pooling: str = flag("result", "What stands for an image: mean (of its patches) or cls (the class token).", "mean")
+    layers: int = flag("result", "Layers that features are of: 1, the last; 4, the last four, concatenated.", 1)
+    k: int = flag("result", "knn: neighbours that vote.", NEIGHBOURS)
+    temperature: float = flag(
+        "result", "knn: towards 0 only the nearest counts, towards infinity all k count alike.", 0.07
     )
-    model_revision: str | None = flag("Branch, tag or commit of MODEL on the Hub.")
-    pooling: str = flag("What stands for an image: mean (of its patches) or cls (the class token).", "mean")
-    layers: int = flag("Layers that features are of: 1, the last; 4, the last four, concatenated.", 1)
-    k: int = flag("knn: neighbours that vote.", NEIGHBOURS)
-    temperature: float = flag("knn: towards 0 only the nearest counts, towards infinity all k count alike.", 0.07)
-    samples_per_class: int | None = flag("low_shot: so many labelled images of each class.")
+    samples_per_class: int | None = flag("result", "low_shot: labelled images of each class.")
     label_fraction: float | None = flag(
-        f"low_shot: this share of the images of each class, rounded up; {_DEFAULT_LABEL_FRACTION} if neither is given."
+        "result",
+        f"low_shot: this share of the images of each class, rounded up; {_DEFAULT_LABEL_FRACTION} if none is given.",
     )
-    num_label_draws: int = flag("low_shot: so many draws of labelled images; the score is their mean.", 5)
-    target_columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"regression: columns of numbers; of shapes {' and '.join(_SHAPES_TARGETS)} if not given."},
+    num_label_draws: int = flag("result", "low_shot: draws of labelled images; the score is their mean.", 5)
+    target_columns: list[str] = flag(
+        "result", f"regression: columns of numbers; of shapes {' and '.join(_SHAPES_TARGETS)} if not given.", []
     )
-    mask_column_name: str = flag("segmentation: column of pictures whose pixels are classes.", "segmentation")
-    boxes_column_name: str = flag("localization: column of lists of boxes [left, top, right, bottom].", "boxes")
-    num_train_epochs: float = flag("finetune: length of each of its two runs.", 50.0)
+    mask_column_name: str = flag(
+        "result", "segmentation: column of pictures whose pixels are classes.", "segmentation"
+    )
+    boxes_column_name: str = flag(
+        "result", "localization: column of lists of boxes [left, top, right, bottom].", "boxes"
+    )
+    num_train_epochs: float = flag("result", "finetune: length of each of its two runs.", 50.0)
     output_dir: str | None = flag(
-        f"Folder of features and of evaluation.json; {EVALUATIONS_FOLDER}/<model>/<data set> if not given."
+        "place", f"Folder of features and of evaluation.json; {EVALUATIONS_FOLDER}/<model>/<data set> if not given."
     )
-    update_card: bool = flag("Add the scores to the model-index of MODEL's README.md; MODEL must be a folder.", False)
-    batch_size: int = flag("Images a forward pass.", 64)
-    device: str | None = flag("Such as cpu or cuda; a GPU if there is one.")
-    num_cpu_threads: int | None = flag("Threads of torch and of numpy on a CPU; their own choice if not given.")
-    seed: int = flag("Seed of every draw.", 0)
+    update_card: bool = flag(
+        "place", "Add the scores to the model-index of MODEL's README.md; MODEL must be a folder.", False
+    )
+    batch_size: int = flag("speed", "Images a forward pass.", 64)
+    device: str | None = flag("speed", "Such as cpu or cuda; a GPU if there is one.")
+    num_cpu_threads: int | None = flag(
+        "speed", "Threads of torch and of numpy on a CPU; their own choice if not given."
+    )
+    seed: int = flag("result", "Seed of every draw.", 0)
 
 
 @dataclass(kw_only=True)
@@ -127,18 +133,13 @@ class EvaluationArguments(EvaluationFlags):
         return Path(EVALUATIONS_FOLDER, *names)
 
 
-def build_evaluate_parser() -> HfArgumentParser:
+def build_evaluate_parser() -> CommandParser:
     """Returns the parser of `ijepa-hf evaluate`, whose values are the arguments of `EvaluationArguments`."""
-    parser = HfArgumentParser(
-        EvaluationFlags,
-        prog="ijepa-hf evaluate",
-        allow_abbrev=False,
-        description="Score the frozen features of a vision model, beside those of the same network untrained and raw "
-        "pixels, each with its 95 % interval. Nothing is chosen on the held-out split.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    text = (
+        "Score the frozen features of a vision model, beside those of the same network untrained and raw "
+        "pixels, each with its 95 % interval. Nothing is chosen on the held-out split."
     )
-    parser.add_argument("model", metavar="MODEL", help="A run's folder, or the Hub id or folder of a vision model.")
-    return parser
+    return model_parser("evaluate", text, EvaluationFlags)
 
 
 def parse_evaluate_arguments(argv: Sequence[str]) -> EvaluationArguments:
@@ -153,7 +154,6 @@ def parse_evaluate_arguments(argv: Sequence[str]) -> EvaluationArguments:
     Raises:
         ValueError: If a flag is unknown (the nearest is named), or a value is bad.
     """
-    named = parse_flags(build_evaluate_parser(), argv)
-    arguments = EvaluationArguments(**vars(named))
+    arguments = EvaluationArguments(**vars(parse_flags(build_evaluate_parser(), argv)))
     arguments.check()
     return arguments

@@ -1,46 +1,53 @@
 """What `ijepa-hf finetune` is told: its flags, their checks and its parser."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import HfArgumentParser
-
-from ijepa_hf.arguments import parse_flags
-from ijepa_hf.evaluation.labelled_data import LabelledDataFlags, flag
+from ijepa_hf.argument_parsing import CommandParser, model_parser, parse_flags
+from ijepa_hf.arguments import flag
+from ijepa_hf.evaluation.labelled_data import LabelledDataFlags
 
 
 @dataclass(kw_only=True)
 class FinetuningFlags(LabelledDataFlags):
     """The flags of `ijepa-hf finetune`; names as in `ijepa-hf pretrain` and transformers' examples."""
 
-    samples_per_class: int | None = flag("Few labels: train on so many images of each class, drawn by the seed.")
+    samples_per_class: int | None = flag("result", "Few labels: train on N images of each class, drawn by the seed.")
     label_fraction: float | None = flag(
-        "Few labels: train on this share of the images of each class (rounded up), drawn by the seed; e.g. 0.01."
+        "result",
+        "Few labels: train on this share of the images of each class (rounded up), drawn by the seed; e.g. 0.01.",
     )
-    output_dir: str | None = flag("Folder of the classifier.")
-    overwrite_output_dir: bool = flag("Delete what another fine-tuning left in output_dir.", False)
-    resume_from_checkpoint: str | None = flag("A checkpoint folder, or `latest` of output_dir.")
-    model_revision: str | None = flag("Branch, tag or commit of MODEL on the Hub.")
+    output_dir: str | None = flag("place", "Folder of the classifier.")
+    overwrite_output_dir: bool = flag("place", "Delete what another fine-tuning left in output_dir.", False)
+    resume_from_checkpoint: str | None = flag("place", "A checkpoint folder, or `latest` of output_dir.")
+    model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
     from_scratch: bool = flag(
-        "Start from new weights instead of the model's: the same network without pretraining, to compare with.", False
+        "result",
+        "Start from new weights instead of the model's: the same network without pretraining, to compare with.",
+        False,
     )
-    freeze_encoder: bool = flag("Train the linear head alone.", False)
-    learning_rate: float = flag("Highest learning rate, that of the head.", 1e-3)
-    layer_decay: float = flag("Each layer further down learns so many times as fast; 1 is off.", 0.75)
-    weight_decay: float = flag("Weight decay, of matrices only.", 0.05)
-    warmup_ratio: float = flag("Share of the steps in which the learning rate rises; then it falls as a cosine.", 0.1)
-    label_smoothing: float = flag("Probability that is spread over all classes.", 0.0)
-    num_train_epochs: float = flag("Length of the run, in epochs.", 50.0)
-    max_train_steps: int | None = flag("Length of the run, in optimiser steps; wins over num_train_epochs.")
-    per_device_train_batch_size: int = flag("Images per micro-batch.", 64)
-    gradient_accumulation_steps: int = flag("Micro-batches per optimiser step.", 1)
-    mixed_precision: str = flag("no (float32) or bf16.", "no")
-    min_crop_scale: float = flag("Least share of the image that a random crop covers; 1 means no cropping.", 0.3)
-    horizontal_flip: bool = flag("Mirror half of the training images.", False)
-    num_cpu_threads: int | None = flag("Threads of torch on a CPU; its own choice if not given.")
-    dataloader_num_workers: int = flag("Processes that load images; 0 loads in the training process.", 0)
-    seed: int = flag("Seed of every draw.", 0)
+    freeze_encoder: bool = flag("result", "Train the linear head alone.", False)
+    learning_rate: float = flag("result", "Highest learning rate, that of the head.", 1e-3)
+    layer_decay: float = flag(
+        "result", "The learning rate of a layer, times that of the layer above it; 1 is off.", 0.75
+    )
+    weight_decay: float = flag("result", "Weight decay, of matrices only.", 0.05)
+    warmup_ratio: float = flag(
+        "result", "Share of the steps in which the learning rate rises; then it falls as a cosine.", 0.1
+    )
+    label_smoothing: float = flag("result", "Probability that is spread over all classes.", 0.0)
+    num_train_epochs: float = flag("result", "Length of the run, in epochs.", 50.0)
+    max_train_steps: int | None = flag("result", "Length of the run, in optimiser steps; wins over num_train_epochs.")
+    per_device_train_batch_size: int = flag("result", "Images per micro-batch.", 64)
+    gradient_accumulation_steps: int = flag("result", "Micro-batches per optimiser step.", 1)
+    mixed_precision: str = flag("result", "no (float32) or bf16.", "no")
+    min_crop_scale: float = flag(
+        "result", "Least share of the image that a random crop covers; 1 means no cropping.", 0.3
+    )
+    horizontal_flip: bool = flag("result", "Mirror half of the training images.", False)
+    num_cpu_threads: int | None = flag("speed", "Threads of torch on a CPU; its own choice if not given.")
+    dataloader_num_workers: int = flag("speed", "Processes that load images; 0 loads in the training process.", 0)
+    seed: int = flag("result", "Seed of every draw.", 0)
 
 
 @dataclass(kw_only=True)
@@ -86,19 +93,14 @@ class FinetuningArguments(FinetuningFlags):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
 
 
-def build_finetune_parser() -> HfArgumentParser:
+def build_finetune_parser() -> CommandParser:
     """Returns the parser of `ijepa-hf finetune`, whose values are the arguments of `FinetuningArguments`."""
-    parser = HfArgumentParser(
-        FinetuningFlags,
-        prog="ijepa-hf finetune",
-        allow_abbrev=False,
-        description="Fine-tune a pretrained encoder, with a linear head on the mean of its patches, for "
+    text = (
+        "Fine-tune a pretrained encoder, with a linear head on the mean of its patches, for "
         "classification. What comes out is a stock transformers model. The last epoch's accuracy is the result: "
-        "nothing is chosen on the held-out split.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "nothing is chosen on the held-out split."
     )
-    parser.add_argument("model", metavar="MODEL", help="A run's folder, or the Hub id or folder of a vision model.")
-    return parser
+    return model_parser("finetune", text, FinetuningFlags)
 
 
 def parse_finetune_arguments(argv: Sequence[str]) -> FinetuningArguments:
@@ -113,7 +115,6 @@ def parse_finetune_arguments(argv: Sequence[str]) -> FinetuningArguments:
     Raises:
         ValueError: If a flag is unknown (the nearest is named), or a value is bad.
     """
-    named = parse_flags(build_finetune_parser(), argv)
-    arguments = FinetuningArguments(**vars(named))
+    arguments = FinetuningArguments(**vars(parse_flags(build_finetune_parser(), argv)))
     arguments.check()
     return arguments

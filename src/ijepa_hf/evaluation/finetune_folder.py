@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
+from ijepa_hf.arguments import argument_differences
+from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments, FinetuningFlags
 from ijepa_hf.evaluation.finetune_report import RESULT_FILE
 
 ARGUMENTS_FILE = "finetune_arguments.json"
@@ -20,7 +21,9 @@ ARGUMENTS_FILE = "finetune_arguments.json"
 logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation.
-_FREE_ARGUMENTS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dataloader_num_workers")
+_FREE_ARGUMENTS = {
+    entry.name for entry in dataclasses.fields(FinetuningFlags) if entry.metadata["changes"] in ("speed", "place")
+}
 _RUN_ENTRIES = (
     ARGUMENTS_FILE, RESULT_FILE, "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     "figures",
@@ -79,11 +82,7 @@ def differing_arguments(folder: Path, values: Mapping[str, Any]) -> list[str]:
         stored = json.loads((folder / ARGUMENTS_FILE).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / ARGUMENTS_FILE} is damaged ({error}); choose another --output_dir.") from error
-    return [
-        f"{name} is {stored.get(name)!r} there, {value!r} here"
-        for name, value in values.items()
-        if name not in _FREE_ARGUMENTS and stored.get(name) != value
-    ]
+    return argument_differences(stored, values, _FREE_ARGUMENTS, {})
 
 
 def find_checkpoint(output_dir: Path, arguments: FinetuningArguments) -> Path | None:

@@ -9,7 +9,7 @@ work and is named.
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import datasets
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+from ijepa_hf.arguments import flag
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
@@ -33,33 +34,23 @@ _KINDS = {"number": "numbers", "mask": "pictures", "boxes": "lists of [left, top
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def flag(text: str, default: Any = None) -> Any:
-    """A field of a dataclass of flags.
-
-    Args:
-        text: What `--help` says.
-        default: The value where the flag is not given.
-
-    Returns:
-        The field.
-    """
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(kw_only=True)
 class LabelledDataFlags:
     """The flags of a command that say which labelled images it takes; names as in `ijepa-hf pretrain`."""
 
     dataset_name: str | None = flag(
-        "Labelled images, as for ijepa-hf pretrain: digits or shapes (built in), a Hub id, a folder or a file."
+        "result",
+        "Labelled images, as for ijepa-hf pretrain: digits or shapes (built in), a Hub id, a folder or a file.",
     )
-    dataset_config_name: str | None = flag("Configuration of the Hub data set.")
-    train_split_name: str = flag("Split to train on.", "train")
-    eval_split_name: str = flag("Held-out split: scored, never used for a choice.", "test")
-    image_column_name: str | None = flag("Column of the images; found by itself if there is only one.")
-    label_column_name: str | None = flag("Column of the labels: classes, whole numbers or words; `label` if any.")
-    max_train_samples: int | None = flag("Use at most so many training images, spread evenly over the split.")
-    max_eval_samples: int | None = flag("Score with at most so many images, spread evenly over the split.")
+    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
+    train_split_name: str = flag("result", "Split to train on.", "train")
+    eval_split_name: str = flag("result", "Held-out split: scored, never used for a choice.", "test")
+    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
+    label_column_name: str | None = flag(
+        "result", "Column of the labels: classes, whole numbers or words; `label` if any."
+    )
+    max_train_samples: int | None = flag("result", "Use at most N training images, spread evenly over the split.")
+    max_eval_samples: int | None = flag("result", "Score with at most N images, spread evenly over the split.")
 
 
 class LabelledImages(TorchDataset[dict[str, Tensor]]):
