@@ -52,6 +52,7 @@ LAYERS = {
     "streaming": 5,
     "memory_images": 5,
     "preparation": 5,
+    "run_rows": 1,
     "run_folder": 5,
     "warm_start": 6,
     "hub_contents": 6,

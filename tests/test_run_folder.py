@@ -24,7 +24,6 @@ from ijepa_hf.checkpointing import (
 from ijepa_hf.export import export_model
 from ijepa_hf.files import SaveError
 from ijepa_hf.run_folder import (
-    append_rows,
     bytes_to_come,
     check_begun,
     check_output_dir,
@@ -33,10 +32,10 @@ from ijepa_hf.run_folder import (
     differing_arguments,
     is_finished,
     prepare_output_dir,
-    read_rows,
     read_run,
 )
 from ijepa_hf.run_lock import lock_output_dir
+from ijepa_hf.run_rows import append_rows, read_rows
 
 ARGUMENTS = {"masking_strategy": "multi_block", "seed": 0, "max_broken_share": 0.05, "per_device_train_batch_size": 8}
 

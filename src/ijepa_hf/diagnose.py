@@ -26,7 +26,8 @@ from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.image_settings import check_model_name, commit_of, read_image_settings
 from ijepa_hf.image_transforms import normalize, resize
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_rows, read_run
+from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_run
+from ijepa_hf.run_rows import read_rows
 from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 EXIT_CODES = {HEALTHY: 0, LOSS_RISING: 0, UNKNOWN: 6}

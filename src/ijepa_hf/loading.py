@@ -27,7 +27,7 @@ from ijepa_hf.data import (
 )
 from ijepa_hf.memory_images import keep_in_memory
 from ijepa_hf.retrying import RetryPolicy, end_reading_thread
-from ijepa_hf.run_folder import RowFile, read_rows
+from ijepa_hf.run_rows import RowFile, read_rows
 from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
 from ijepa_hf.streaming import (
     StreamedBatches,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.plan import Plan, StepValues
-from ijepa_hf.run_folder import METRICS_FILE, RowFile
+from ijepa_hf.run_folder import METRICS_FILE
+from ijepa_hf.run_rows import RowFile
 
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 

@@ -52,8 +52,8 @@ from ijepa_hf.run_folder import (
     REPORT_FILE,
     SKIPPED_FILE,
     UNREADABLE_FILE,
-    read_rows,
 )
+from ijepa_hf.run_rows import read_rows
 from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split, open_stream
 from ijepa_hf.visualization import draw_curves_figure
 

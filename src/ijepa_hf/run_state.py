@@ -35,8 +35,9 @@ from ijepa_hf.ranks import Ranks
 from ijepa_hf.report import EvaluationSets, evaluate_encoder
 from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_diagnostics import RunDiagnostics
-from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, RowFile, check_still_there
+from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, check_still_there
 from ijepa_hf.run_lock import OutputDirInUseError, RunLock
+from ijepa_hf.run_rows import RowFile
 from ijepa_hf.sharding import is_sharded, whole_model
 from ijepa_hf.workers import DataWorkerError
 

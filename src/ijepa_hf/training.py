@@ -79,9 +79,9 @@ from ijepa_hf.run_folder import (
     check_space,
     is_finished,
     prepare_output_dir,
-    read_rows,
 )
 from ijepa_hf.run_lock import OutputDirInUseError, RunLock, lock_output_dir
+from ijepa_hf.run_rows import read_rows
 from ijepa_hf.run_start import check_checkpoint, find_start, load_starting_encoder
 from ijepa_hf.run_state import GOES_ON, RunState
 from ijepa_hf.sharding import is_sharded, make_fsdp_plugin

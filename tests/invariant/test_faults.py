@@ -14,7 +14,7 @@ from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
 from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
-from ijepa_hf import checkpointing, report, run_folder, run_state, training
+from ijepa_hf import checkpointing, report, run_rows, run_state, training
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal
@@ -168,7 +168,7 @@ def test_with_on_save_error_continue_the_end_of_a_run_is_tried_until_it_is_writt
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_log_that_cannot_be_written_is_treated_likewise_and_loses_no_line(tmp_path, monkeypatch, on_save_error):
-    whole, calls = run_folder.append_rows, []
+    whole, calls = run_rows.append_rows, []
 
     def append_rows(path, rows):
         if path.name == "metrics.jsonl":
@@ -177,7 +177,7 @@ def test_a_log_that_cannot_be_written_is_treated_likewise_and_loses_no_line(tmp_
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         whole(path, rows)
 
-    monkeypatch.setattr(run_folder, "append_rows", append_rows)
+    monkeypatch.setattr(run_rows, "append_rows", append_rows)
     if on_save_error == "stop":
         with pytest.raises(SaveError, match="stopped at step 2 of 6"):
             tiny_run(tmp_path / "run")
