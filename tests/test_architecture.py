@@ -20,6 +20,7 @@ PACKAGE = ROOT / "src" / "ijepa_hf"
 # The layer of every module; a module imports only from lower layers. docs/architecture.md holds the same table.
 LAYERS = {
     "randomness": 0,
+    "block_sizes": -1,
     "masking": 0,
     "image_transforms": 0,
     "keyed_crops": 1,
@@ -205,7 +206,7 @@ def layers_of_document(text: str) -> dict[str, int] | None:
     layers: dict[str, int] = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) < 2 or not cells[0].isdigit():
+        if len(cells) < 2 or not cells[0].removeprefix("-").isdigit():
             continue
         for name in re.findall(r"`([^`]+)`", cells[1]):
             if name.endswith(".py") and not name.startswith("scripts/"):

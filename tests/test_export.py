@@ -10,7 +10,8 @@ import transformers
 from faults import every_moment, in_fork, limit_file_size
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import scrambled_model
+from tiny import scrambled_model, tiny_batch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ijepa_hf import IJepaForPretraining, export
 from ijepa_hf.export import export_model, exported_step, image_processor_fields
@@ -193,3 +194,19 @@ def test_killed_at_any_moment_of_an_export_each_file_is_the_old_or_the_new_one(m
     order = {7: 0, None: 1, 8: 2}
     assert [order[step] for step in steps] == sorted(order[step] for step in steps)
     assert set(steps) == {7, None, 8}
+
+
+def test_a_folder_written_with_three_code_files_loads_by_its_own_code_and_by_ours(model, folder):
+    masking, sizes = (folder / name for name in ("masking.py", "block_sizes.py"))
+    before, rest = masking.read_text().split("from .block_sizes import")
+    # as folders had it before: sizes of blocks in the same file
+    body = sizes.read_text().replace("from __future__ import annotations\n", "")
+    masking.write_text(before + body + rest.split(")\n", 1)[1])
+    sizes.unlink()
+    theirs = get_class_from_dynamic_module("modeling_ijepa.IJepaForPretraining", str(folder))
+    assert theirs is not IJepaForPretraining
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        losses = [cls.from_pretrained(folder).eval()(**batch).loss for cls in (theirs, IJepaForPretraining)]
+        assert losses == [model.eval()(**batch).loss] * 2
+        assert torch.isfinite(theirs.from_pretrained(folder)(batch["pixel_values"]).loss)  # draws masks itself

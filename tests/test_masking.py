@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy import stats
 
-from ijepa_hf import masking
+from ijepa_hf import block_sizes, masking
+from ijepa_hf.block_sizes import context_block_size, official_block_size, target_block_size
 from ijepa_hf.masking import (
     MAX_TARGET_DRAWS,
-    STRATEGY_FIELDS,
+    STRATEGIES,
     MaskSettings,
     draw_masks,
 )
@@ -410,7 +410,7 @@ def test_block_has_the_papers_scale_and_aspect_ratio_and_is_anywhere():
     [("multi_block", 5), ("multi_block_official", 5), ("block", 1), ("rasterized", 3), ("random", 1)],
 )
 def test_number_of_targets_is_known_beforehand(strategy, targets):
-    own = {"num_target_blocks": 5} if "num_target_blocks" in STRATEGY_FIELDS[strategy] else {}
+    own = {"num_target_blocks": 5} if "num_target_blocks" in STRATEGIES[strategy].fields else {}
     assert MaskSettings((14, 14), strategy, **own).num_targets == targets
     assert draw_masks(MaskSettings((14, 14), strategy, **own), 2, generator(34)).target_indices.shape[1] == targets
 
@@ -437,7 +437,7 @@ def mask_settings_of_any_kind(draw, strategies=("multi_block", "multi_block_offi
     grid_size = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
     if strategy in BASELINES:
         own = {"mask_ratio": draw(st.floats(0.001, 0.999)), "target_aspect_ratio": interval(0.2, 5.0)}
-        used = {name: value for name, value in own.items() if name in STRATEGY_FIELDS[strategy]}
+        used = {name: value for name, value in own.items() if name in STRATEGIES[strategy].fields}
         return {"grid_size": grid_size, "masking_strategy": strategy, **used}
     own = {"context_keep_ratio": draw(st.floats(0.01, 0.6))}
     if strategy == "multi_block_official":
@@ -455,7 +455,6 @@ def mask_settings_of_any_kind(draw, strategies=("multi_block", "multi_block_offi
     }
 
 
-@hypothesis_settings(deadline=None, max_examples=200, derandomize=True)
 @given(mask_settings_of_any_kind(), st.integers(1, 40), st.integers(0, 2**32))
 def test_any_settings_that_are_accepted_give_valid_masks(fields, batch_size, seed):
     try:
@@ -477,7 +476,6 @@ def test_any_settings_that_are_accepted_give_valid_masks(fields, batch_size, see
             assert (indices % mask_settings.grid_size[1]).max() < mask_settings.grid_size[1] - 1
 
 
-@hypothesis_settings(deadline=None, max_examples=120, derandomize=True)
 @given(mask_settings_of_any_kind(BASELINES), st.integers(1, 40), st.integers(0, 2**32), st.data())
 def test_context_and_targets_of_the_papers_baselines_share_out_the_grid_at_any_settings(fields, batch, seed, data):
     try:
@@ -715,7 +713,6 @@ def test_bad_settings_are_refused_with_the_field_its_value_and_one_that_works(sh
     check_masks(draw_masks(mask_settings, 8, generator(21)), mask_settings, 8)
 
 
-@hypothesis_settings(deadline=None, max_examples=200, derandomize=True)
 @given(mask_settings_of_any_kind())
 def test_what_is_refused_for_its_geometry_could_fail_and_what_is_accepted_could_not(fields):
     """Compares the check with sizes drawn by brute force."""
@@ -733,13 +730,13 @@ def test_what_is_refused_for_its_geometry_could_fail_and_what_is_accepted_could_
 
     if fields["masking_strategy"] == "multi_block_official":
         kinds = [(fields["target_scale"], fields["target_aspect_ratio"]), (fields["context_scale"], (1.0, 1.0))]
-        sizes = [masking._official_size(grid, uniform, *kind) for kind in kinds for uniform in lattice.tolist()]
+        sizes = [official_block_size(grid, uniform, *kind) for kind in kinds for uniform in lattice.tolist()]
         found_failure = min(height * width for height, width in sizes) <= fields["official_min_keep"]
     else:
         keep = max(1, math.floor(fields["context_keep_ratio"] * cells + 0.5))
-        contexts = {masking._context_size(grid, scale) for scale in between(fields["context_scale"])}
+        contexts = {context_block_size(grid, scale) for scale in between(fields["context_scale"])}
         targets = {
-            masking._target_size(grid, scale, ratio)
+            target_block_size(grid, scale, ratio)
             for scale in between(fields["target_scale"])
             for ratio in between(fields["target_aspect_ratio"])
         }
@@ -756,7 +753,6 @@ def test_what_is_refused_for_its_geometry_could_fail_and_what_is_accepted_could_
             MaskSettings(**wider)
 
 
-@hypothesis_settings(deadline=None, max_examples=200, derandomize=True)
 @given(mask_settings_of_any_kind(BASELINES))
 def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fields):
     """Compares the check with sizes found by brute force; what the refusal proposes is accepted."""
@@ -768,7 +764,7 @@ def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fi
         impossible = math.floor(fields["mask_ratio"] * cells + 0.5) in (0, cells)
     else:
         ratios = np.linspace(*fields["target_aspect_ratio"], 500).tolist()
-        sizes = {masking._target_size((rows, columns), fields["mask_ratio"], ratio) for ratio in ratios}
+        sizes = {target_block_size((rows, columns), fields["mask_ratio"], ratio) for ratio in ratios}
         impossible = any(height * width == cells for height, width in sizes)
     try:
         MaskSettings(**fields)
@@ -784,7 +780,6 @@ def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fi
         )
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
 @given(
     st.tuples(st.integers(2, 40), st.integers(2, 40)),
     st.floats(1e-3, 1.0),
@@ -792,18 +787,18 @@ def test_baselines_are_refused_exactly_where_context_or_target_would_be_empty(fi
     st.lists(st.floats(0.0, 1.0), min_size=1, max_size=5),
 )
 def test_sizes_of_blocks_are_checked_by_the_rule_by_which_they_are_drawn(grid, scale, ratios, uniforms):
-    together = np.stack(masking._target_sizes(grid, scale, np.array(ratios)), axis=1).tolist()
-    assert [tuple(size) for size in together] == [masking._target_size(grid, scale, ratio) for ratio in ratios]
+    together = np.stack(block_sizes._target_block_sizes(grid, scale, np.array(ratios)), axis=1).tolist()
+    assert [tuple(size) for size in together] == [target_block_size(grid, scale, ratio) for ratio in ratios]
     ranges = ((scale / 2, scale), (0.5, 2.0))
-    together = np.stack(masking._official_sizes(grid, np.array(uniforms), *ranges), axis=1).tolist()
-    assert [tuple(size) for size in together] == [masking._official_size(grid, one, *ranges) for one in uniforms]
+    together = np.stack(block_sizes._official_block_sizes(grid, np.array(uniforms), *ranges), axis=1).tolist()
+    assert [tuple(size) for size in together] == [official_block_size(grid, one, *ranges) for one in uniforms]
 
 
 @pytest.mark.parametrize("grid", [(256, 256), (1, 65536), (65536, 1), (2, 32768)])
 @pytest.mark.parametrize("strategy", ["multi_block", "multi_block_official", "block", "random"])
 def test_the_largest_grids_are_checked_and_drawn_in_a_moment(grid, strategy):
     ranges = {"target_aspect_ratio": (1e-5, 1e5), "target_scale": (1e-4, 1.0), "mask_ratio": 0.5}
-    own = {name: ranges[name] for name in masking.STRATEGY_FIELDS[strategy] if name in ranges}
+    own = {name: ranges[name] for name in STRATEGIES[strategy].fields if name in ranges}
     start = time.process_time()
     for chosen in ({}, own):
         try:
@@ -833,7 +828,7 @@ OTHER_VALUES = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_FIELDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_field_changes_the_masks_or_is_refused_for_the_strategy(strategy):
     assert {field.name for field in fields(MaskSettings)} == {"grid_size", "masking_strategy", *OTHER_VALUES}
 
@@ -845,7 +840,7 @@ def test_a_field_changes_the_masks_or_is_refused_for_the_strategy(strategy):
 
     unchanged = masks_with()
     for name, value in OTHER_VALUES.items():
-        if name not in STRATEGY_FIELDS[strategy]:
+        if name not in STRATEGIES[strategy].fields:
             with pytest.raises(
                 ValueError, match=re.escape(f"{name}={value} is not used by masking_strategy='{strategy}'")
             ):
@@ -884,7 +879,7 @@ def test_numbers_from_a_json_file_are_accepted_and_kept_as_tuples():
 def test_context_length_that_depends_on_draws_is_not_told_beforehand(strategy):
     message = (
         f"masking_strategy='{strategy}' does not have the same number .* "
-        "only 'multi_block', 'random' and 'rasterized' have a fixed num_context_patches"
+        "only 'multi_block', 'rasterized', 'random' have a fixed num_context_patches"
     )
     with pytest.raises(ValueError, match=message):
         _ = MaskSettings((14, 14), strategy).num_context_patches

@@ -8,8 +8,10 @@ Everything a user can get wrong is refused here, when the configuration is made,
 """
 
 import difflib
+import inspect
 import math
-from typing import Any, Self
+from dataclasses import field
+from typing import Any, Self, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,38 +21,12 @@ from transformers.activations import ACT2FN
 
 from .masking import MaskSettings  # relative: the file is shipped with models, see export.py
 
-MASK_FIELDS = (
-    "masking_strategy",
-    "num_context_sets",
-    "num_target_blocks",
-    "context_scale",
-    "target_scale",
-    "target_aspect_ratio",
-    "context_keep_ratio",
-    "official_min_keep",
-    "allow_overlap",
-    "mask_ratio",
-)
+MASK_FIELDS = tuple(name for name in MaskSettings.__dataclass_fields__ if name != "grid_size")
 LOSS_TYPES = ("smooth_l1", "mse")
 TARGET_TYPES = ("representation", "pixels")
 
 _LARGEST_STD = 100  # of initial weights, far above any use
 _LARGEST_WEIGHT = 100  # of a term of the loss, likewise
-
-# What each added field that is a number or a truth value has to be. Stricter than Python: a config.json cannot hold
-# numpy's numbers, and True is no width. The stock class sees to its own fields.
-_WHOLE_FIELDS = (
-    "predictor_hidden_size",
-    "predictor_num_hidden_layers",
-    "predictor_num_attention_heads",
-    "num_context_sets",
-    "num_target_blocks",
-    "official_min_keep",
-)
-_NUMBER_FIELDS = ("context_keep_ratio", "mask_ratio", "patch_init_std", "vicreg_weight")
-_PAIR_FIELDS = ("context_scale", "target_scale", "target_aspect_ratio")
-_BOOL_FIELDS = ("allow_overlap", "normalize_targets")
-_OPTIONAL_FIELDS = ("predictor_num_attention_heads", "patch_init_std")
 
 # Keyword arguments that transformers itself understands although they are not dataclass fields of the stock class.
 _TRANSFORMERS_KEYWORDS = frozenset(
@@ -71,75 +47,73 @@ _TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 
+_Pair = tuple[float | int, float | int] | list[float | int]
+
+
+def _added(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _mask_field(name: str) -> Any:
+    """A field of the masks, with the default and the help text that `MaskSettings` gives it."""
+    entry = MaskSettings.__dataclass_fields__[name]
+    return _added(entry.default, entry.metadata["help"])
+
+
 class IJepaConfig(StockIJepaConfig):
     """Configuration of `IJepaModel`, `IJepaPredictor` and `IJepaForPretraining`.
 
-    Only what is added to or differs from `transformers.IJepaConfig` is listed.
-
-    Args:
-        layer_norm_eps (`float`, defaults to 1e-6): Added to the variance in each layer norm. The stock default is
-            1e-12; published models were trained with 1e-6.
-        image_size (`int` or `(height, width)`, defaults to 224): Pixels. Each side must be a multiple of the patch.
-        patch_size (`int` or `(height, width)`, defaults to 16): Pixels.
-        predictor_hidden_size (`int`, defaults to 384): Width E of the predictor; a multiple of 4 and of its heads.
-        predictor_num_hidden_layers (`int`, defaults to 12): Depth of the predictor.
-        predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; `None` takes the encoder's number,
-            as the published code does.
-        masking_strategy (`str`, defaults to `"multi_block"`): How masks are drawn, see `ijepa_hf.masking`:
-            `"multi_block"` (this package's unbiased version), `"multi_block_official"` (as the published code), or
-            what the paper compares with in table 6, `"block"`, `"rasterized"` or `"random"`.
-        num_context_sets (`int`, defaults to 1): Context sets S drawn per image.
-        num_target_blocks (`int`, defaults to 4): Target blocks M drawn per image, by the multi-block strategies.
-        context_scale (`(float, float)`, defaults to (0.85, 1.0)): Range of the context block's share of the grid.
-        target_scale (`(float, float)`, defaults to (0.15, 0.2)): Range of a target block's share of the grid.
-        target_aspect_ratio (`(float, float)`, defaults to (0.75, 1.5)): Range of a target block's height / width.
-        context_keep_ratio (`float`, defaults to 0.25): `"multi_block"` only: share of the grid's patches that the
-            context encoder sees, the same for each image.
-        official_min_keep (`int`, defaults to 10): `"multi_block_official"` only: blocks keep more patches than this.
-        allow_overlap (`bool`, defaults to `False`): Whether context patches may lie inside target blocks.
-        mask_ratio (`float`, defaults to 0.6): `"block"` and `"random"` only: share of the grid that is target, between
-            0 and 1.
-        loss_type (`str`, defaults to `"smooth_l1"`): `"smooth_l1"` (published code) or `"mse"` (paper, squared L2).
-        target_type (`str`, defaults to `"representation"`): What is predicted: `"representation"`, or `"pixels"` of
-            the target patches (table 7 of the paper), to compare with.
-        normalize_targets (`bool`, defaults to `True`): Layer-normalise (no affine) what is predicted: the target
-            representations, or the pixels of each patch.
-        patch_init_std (`float`, *optional*): Standard deviation of the initial patch embedding. `None` means
-            1/sqrt(inputs of a patch), which keeps small patches from drowning under the position table; the published
-            models used 0.02, right for 16x16x3 inputs.
-        vicreg_weight (`float`, defaults to 0): Weight of VICReg's variance and covariance terms on the context
-            features of each image, averaged over its patches. Source: arXiv 2410.19560 (C-JEPA), which has 0.001.
+    Each field that is added to those of `transformers.IJepaConfig` says below, and in `metadata["help"]`, what it is;
+    those of the masks say it in `ijepa_hf.masking.MaskSettings`. `layer_norm_eps` is 1e-6, as in the published models,
+    where the stock class has 1e-12. `image_size` and `patch_size` are pixels, an `int` or `(height, width)`; each side
+    of an image must be a multiple of the patch.
 
     Raises:
         ValueError: If a field has a bad value, is not used by the chosen masking strategy, is unknown, or if blocks
             cannot fit the patch grid. The message names the field, the value, the rule and a value that works.
-        TypeError: If a field is of another type; likewise.
+        TypeError: If a field is of another type. The message names the field, the value, and one that works.
     """
 
-    layer_norm_eps: float = 1e-6
-    predictor_hidden_size: int = 384
-    predictor_num_hidden_layers: int = 12
-    predictor_num_attention_heads: int | None = None
-    masking_strategy: str = "multi_block"
-    num_context_sets: int = 1
-    num_target_blocks: int = 4
-    context_scale: tuple[float | int, float | int] | list[float | int] = (0.85, 1.0)
-    target_scale: tuple[float | int, float | int] | list[float | int] = (0.15, 0.2)
-    target_aspect_ratio: tuple[float | int, float | int] | list[float | int] = (0.75, 1.5)
-    context_keep_ratio: float | int = 0.25
-    official_min_keep: int = 10
-    allow_overlap: bool = False
-    mask_ratio: float | int = 0.6
-    loss_type: str = "smooth_l1"
-    normalize_targets: bool = True
-    patch_init_std: float | None = None
-    target_type: str = "representation"
-    vicreg_weight: float | int = 0.0
+    layer_norm_eps: float = _added(1e-6, "Added to the variance in each layer norm.")
+    predictor_hidden_size: int = _added(384, "Width E of the predictor, a multiple of 4 and of its heads.")
+    predictor_num_hidden_layers: int = _added(12, "Depth of the predictor.")
+    predictor_num_attention_heads: int | None = _added(
+        None, "Heads of the predictor; the encoder's number if not given, as published."
+    )
+    masking_strategy: str = _mask_field("masking_strategy")
+    num_context_sets: int = _mask_field("num_context_sets")
+    num_target_blocks: int = _mask_field("num_target_blocks")
+    context_scale: _Pair = _mask_field("context_scale")
+    target_scale: _Pair = _mask_field("target_scale")
+    target_aspect_ratio: _Pair = _mask_field("target_aspect_ratio")
+    context_keep_ratio: float | int = _mask_field("context_keep_ratio")
+    official_min_keep: int = _mask_field("official_min_keep")
+    allow_overlap: bool = _mask_field("allow_overlap")
+    mask_ratio: float | int = _mask_field("mask_ratio")
+    loss_type: str = _added("smooth_l1", "smooth_l1 (published code) or mse (paper, squared L2).")
+    normalize_targets: bool = _added(
+        True, "Layer-normalise (no affine) the targets: representations, or the pixels of each patch."
+    )
+    patch_init_std: float | None = _added(
+        None,
+        "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, which keeps small patches from "
+        "drowning under the position table. Published models have 0.02, right for 16x16x3 inputs.",
+    )
+    target_type: str = _added(
+        "representation",
+        "What is predicted: representation, or pixels of the target patches (table 7 of the paper), to compare with.",
+    )
+    # Source: arXiv 2410.19560 (C-JEPA), which has 0.001.
+    vicreg_weight: float | int = _added(
+        0.0,
+        "Weight of VICReg's variance and covariance terms on the context features of each image, averaged over its "
+        "patches (C-JEPA); 0 is off.",
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
         self._check_types()
-        for name in _PAIR_FIELDS:
+        for name in ("context_scale", "target_scale", "target_aspect_ratio"):
             setattr(self, name, tuple(getattr(self, name)))  # JSON has no tuples
         self._check_geometry()
         self._check_widths()
@@ -259,17 +233,12 @@ class IJepaConfig(StockIJepaConfig):
             raise ValueError(f"{name!r} is not a field of IJepaConfig; {hint}")
 
     def _check_types(self) -> None:
-        kinds: tuple[tuple[tuple[str, ...], Any], ...] = (
-            (_WHOLE_FIELDS, lambda value: type(value) is int),
-            (_NUMBER_FIELDS, _is_number),
-            (_PAIR_FIELDS, lambda value: isinstance(value, list | tuple) and all(map(_is_number, value))),
-            (_BOOL_FIELDS, lambda value: type(value) is bool),
-        )
-        for names, is_kind in kinds:
-            for name in names:
-                value = getattr(self, name)
-                if not is_kind(value) and not (value is None and name in _OPTIONAL_FIELDS):
-                    raise _wrong_type(name, value, type(self))
+        """Is stricter than Python: a config.json cannot hold numpy's numbers, and True is no width."""
+        for name, kind in inspect.get_annotations(
+            IJepaConfig
+        ).items():  # the added fields; the stock class sees to its own
+            if name in self.__dataclass_fields__ and not _is_of(kind, getattr(self, name)):
+                raise _wrong_type(name, getattr(self, name), type(self))
 
     def _check_geometry(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -370,8 +339,14 @@ class IJepaConfig(StockIJepaConfig):
         return type(self)(**{**fields, **changes})
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value is of the type that a field declares."""
+    if kind is _Pair:
+        return isinstance(value, list | tuple) and all(_is_of(float, part) for part in value)
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float in kinds or (type(value) is int and int in kinds)
+    return type(value) in kinds
 
 
 def _wrong_type(name: str, value: Any, config_class: Any) -> TypeError:

@@ -2,7 +2,7 @@
 
     folder/              config.json model.safetensors preprocessor_config.json     the target encoder, keys `ijepa.*`
     folder/pretraining/  config.json model.safetensors                              both encoders and the predictor
-    folder/              configuration_ijepa.py masking.py modeling_ijepa.py        their code, for use without us
+    folder/              *.py                           the code of the full model, for use without us
 
 `AutoModel`, the stock heads and pipelines read the root; `IJepaForPretraining.from_pretrained(folder)` finds the rest,
 and so does `AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)` where this package is missing.
@@ -36,7 +36,7 @@ from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, 
 WEIGHTS_FILE = "model.safetensors"
 BILINEAR = 2  # PIL's number, as image processors write it
 # What `IJepaForPretraining` is made of. These modules import each other relatively and nothing else of the package.
-CODE_FILES = ("configuration_ijepa.py", "masking.py", "modeling_ijepa.py")
+CODE_FILES = ("block_sizes.py", "configuration_ijepa.py", "masking.py", "modeling_ijepa.py")
 # Only for the full model: `AutoModel` and `AutoConfig` have to give the stock classes, with and without remote code.
 _AUTO_MAP = {"AutoModelForPreTraining": "modeling_ijepa.IJepaForPretraining"}
 

@@ -11,7 +11,8 @@ distribution of the published code: there the last row and column are never used
 targets move together, and the context gets smaller as the batch grows. `block`, `rasterized` and `random` are what the
 paper compares itself with (table 6): one large block, three quadrants, or scattered patches are the target, and the
 context is all the rest. Own targets (objects, say) need none of this: their patches are passed to the model, as
-docs/masks.md shows.
+docs/masks.md shows. `STRATEGIES`, at the end, has a record for each strategy: a new one is a function that draws, its
+record, and a field of `MaskSettings` for each number that it alone needs.
 
 Letters in shapes: B images, N patches of an image, K context patches kept, M target blocks, P patches in a target
 block, S context sets per image. Patch positions are row-major int64.
@@ -21,43 +22,31 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-# The fields of MaskSettings that each strategy uses, besides the grid; the others must stay as they are preset.
-STRATEGY_FIELDS = {
-    "multi_block": (
-        "num_context_sets",
-        "num_target_blocks",
-        "context_scale",
-        "target_scale",
-        "target_aspect_ratio",
-        "context_keep_ratio",
-        "allow_overlap",
-    ),
-    "multi_block_official": (
-        "num_context_sets",
-        "num_target_blocks",
-        "context_scale",
-        "target_scale",
-        "target_aspect_ratio",
-        "official_min_keep",
-        "allow_overlap",
-    ),
-    "block": ("mask_ratio", "target_aspect_ratio"),
-    "rasterized": (),
-    "random": ("mask_ratio",),
-}
+from .block_sizes import (  # relative: these files are shipped with models, see export.py
+    ASPECT_RATIO_LIMITS,
+    check_block_fits,
+    check_context_fits,
+    check_official_ends,
+    check_quadrants,
+    check_scatter,
+    context_block_size,
+    official_block_size,
+    round_half_up,
+    target_block_size,
+)
 
 # Far above what a transformer attends to. Beyond, a number is a slip of the pen, and checks and draws would take many
 # minutes or more memory than there is.
 MAX_PATCHES = 2**16  # of an image: 256 x 256 patches, for example 4096 pixels a side in patches of 16
 MAX_BLOCKS = 256  # target blocks, and context sets, of an image
 MAX_PATCHES_TRIED = 2**22  # patches x context sets x target blocks; a draw that fails often then takes 2 s an image
-ASPECT_RATIO_LIMITS = (1e-5, 1e5)  # longer than the longest grid
 
 # `multi_block`: how often an image's targets are drawn before targets are put on top of each other.
 MAX_TARGET_DRAWS = 20
@@ -82,24 +71,19 @@ class Masks(NamedTuple):
     redraw_rate: float
 
 
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class MaskSettings:
-    """What `draw_masks` needs to know, checked when it is made. Fields are named and preset as in `IJepaConfig`.
+    """What `draw_masks` needs to know, checked when it is made. `IJepaConfig` takes its mask fields from these.
 
     Args:
         grid_size: rows and columns of patches, each at least 1, together at most `MAX_PATCHES` patches.
-        masking_strategy: "multi_block", "multi_block_official", "block", "rasterized" or "random". Which of the fields
-            below it uses is in `STRATEGY_FIELDS`.
-        num_context_sets: S, context sets per image, 1 to `MAX_BLOCKS`.
-        num_target_blocks: M of the multi-block strategies, target blocks per image, 1 to `MAX_BLOCKS`; the product of
-            S, M and the patches is at most `MAX_PATCHES_TRIED`.
-        context_scale: lowest and highest share of the grid that the context block covers, above 0 and up to 1.
-        target_scale: lowest and highest share of the grid that one target block covers, above 0 and up to 1.
-        target_aspect_ratio: lowest and highest height / width of a target block, inside `ASPECT_RATIO_LIMITS`.
-        context_keep_ratio: share of the grid that the context keeps, above 0 and up to 1 (`multi_block` only).
-        official_min_keep: every block must have more than this many patches, at least 0 (`multi_block_official` only).
-        allow_overlap: leave target patches in the context.
-        mask_ratio: share of the grid that is target, above 0 and below 1 (`block` and `random` only).
+
+    The others say in `metadata["help"]` what they are. Which of them a strategy uses is in `STRATEGIES`; the rest must
+    stay as they are preset. S x M x patches is at most `MAX_PATCHES_TRIED`.
 
     Raises:
         ValueError: a value is out of range, a field that the strategy does not use is set, or the sizes that can be
@@ -107,16 +91,28 @@ class MaskSettings:
     """
 
     grid_size: tuple[int, int]
-    masking_strategy: str = "multi_block"
-    num_context_sets: int = 1
-    num_target_blocks: int = 4
-    context_scale: tuple[float, float] = (0.85, 1.0)
-    target_scale: tuple[float, float] = (0.15, 0.2)
-    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
-    context_keep_ratio: float = 0.25
-    official_min_keep: int = 10
-    allow_overlap: bool = False
-    mask_ratio: float = 0.6
+    masking_strategy: str = _setting(
+        "multi_block",
+        "How masks are drawn: multi_block, multi_block_official (as the published code), or block, rasterized, random "
+        "(table 6 of the paper).",
+    )
+    num_context_sets: int = _setting(1, "Context sets S drawn per image, 1 to 256 (multi-block strategies).")
+    num_target_blocks: int = _setting(4, "Target blocks M drawn per image, 1 to 256 (multi-block strategies).")
+    context_scale: tuple[float, float] = _setting(
+        (0.85, 1.0), "Lowest and highest share of the grid that the context block covers, above 0 and up to 1."
+    )
+    target_scale: tuple[float, float] = _setting(
+        (0.15, 0.2), "Lowest and highest share of the grid that a target block covers, above 0 and up to 1."
+    )
+    target_aspect_ratio: tuple[float, float] = _setting(
+        (0.75, 1.5), "Lowest and highest height / width of a target block, 1e-5 to 1e5."
+    )
+    context_keep_ratio: float = _setting(
+        0.25, "Share of the patches that the context encoder sees, above 0 and up to 1 (multi_block)."
+    )
+    official_min_keep: int = _setting(10, "Blocks keep more patches than this, at least 0 (multi_block_official).")
+    allow_overlap: bool = _setting(False, "Let context patches lie inside target blocks (multi-block strategies).")
+    mask_ratio: float = _setting(0.6, "Share of the patches that is target, above 0 and below 1 (block, random).")
 
     def __post_init__(self) -> None:
         self._check_pair("grid_size", whole=True)
@@ -160,17 +156,17 @@ class MaskSettings:
                 "masking_strategy='regions' is gone: write masking_strategy='multi_block', and pass the patches of "
                 "your own regions to the model as context_indices and target_indices (docs/masks.md shows how)."
             )
-        if not isinstance(self.masking_strategy, str) or self.masking_strategy not in STRATEGY_FIELDS:
+        if not isinstance(self.masking_strategy, str) or self.masking_strategy not in STRATEGIES:
             raise ValueError(
                 f"masking_strategy={self.masking_strategy!r} must be one of "
-                f"{', '.join(map(repr, STRATEGY_FIELDS))}; use masking_strategy='multi_block'."
+                f"{', '.join(map(repr, STRATEGIES))}; use masking_strategy='multi_block'."
             )
-        used = {"grid_size", "masking_strategy", *STRATEGY_FIELDS[self.masking_strategy]}
-        for name in [field.name for field in fields(self) if field.name not in used]:
-            self._check_unused(name)
-        check_geometry = _GEOMETRY_CHECKS.get(self.masking_strategy)
-        if check_geometry is not None:
-            check_geometry(self)
+        strategy = STRATEGIES[self.masking_strategy]
+        used = {"grid_size", "masking_strategy", *strategy.fields}
+        for entry in fields(self):
+            if entry.name not in used:
+                self._check_unused(entry.name)
+        strategy.check_sizes(self)
 
     @property
     def num_patches(self) -> int:
@@ -180,28 +176,23 @@ class MaskSettings:
     @property
     def num_targets(self) -> int:
         """M as it comes out: `num_target_blocks`, but 1 with `block` and `random` and 3 with `rasterized`."""
-        return {"block": 1, "random": 1, "rasterized": 3}.get(self.masking_strategy, self.num_target_blocks)
+        return STRATEGIES[self.masking_strategy].num_targets or self.num_target_blocks
 
     @property
     def num_context_patches(self) -> int:
         """K, the context patches of a context set, where it is the same in every batch.
 
-        `multi_block`: `context_keep_ratio` of the grid, rounded, at least 1; `random`: what `mask_ratio` of the grid,
-        rounded, leaves; `rasterized`: a quarter of the grid.
-
         Raises:
-            ValueError: with the other strategies, where it depends on the draws.
+            ValueError: with a strategy where it depends on the draws.
         """
-        if self.masking_strategy == "multi_block":
-            return max(1, _round(self.context_keep_ratio * self.num_patches))
-        if self.masking_strategy == "random":
-            return self.num_patches - _round(self.mask_ratio * self.num_patches)
-        if self.masking_strategy == "rasterized":
-            return self.num_patches // 4
-        raise ValueError(
-            f"masking_strategy={self.masking_strategy!r} does not have the same number of context patches in every "
-            "batch; only 'multi_block', 'random' and 'rasterized' have a fixed num_context_patches."
-        )
+        count = STRATEGIES[self.masking_strategy].num_context_patches
+        if count is None:
+            fixed = [repr(name) for name, strategy in STRATEGIES.items() if strategy.num_context_patches]
+            raise ValueError(
+                f"masking_strategy={self.masking_strategy!r} does not have the same number of context patches in "
+                f"every batch; only {', '.join(fixed)} have a fixed num_context_patches."
+            )
+        return count(self)
 
     def _check_pair(self, name: str, highest: float = math.inf, whole: bool = False) -> None:
         value = getattr(self, name)
@@ -273,16 +264,16 @@ def draw_masks(
     if not _is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, for example batch_size=1.")
     slots = slice(0, batch_size) if slots is None else _check_slots(slots, batch_size)
-    return _DRAWS[settings.masking_strategy](settings, batch_size, generator, slots)
+    return STRATEGIES[settings.masking_strategy].draw(settings, batch_size, generator, slots)
 
 
 def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
     grid, keep = settings.grid_size, settings.num_context_patches
     per_context, per_target = (batch_size, settings.num_context_sets), (batch_size, settings.num_target_blocks)
-    target_size = _target_size(
+    target_size = target_block_size(
         grid, generator.uniform(*settings.target_scale), generator.uniform(*settings.target_aspect_ratio)
     )
-    context_size = _context_size(grid, generator.uniform(*settings.context_scale))
+    context_size = context_block_size(grid, generator.uniform(*settings.context_scale))
     # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
     scans = generator.integers(NUM_SCANS, size=per_context)[slots]
     inside = _patches_inside(grid, context_size, _draw_corners(generator, grid, context_size, per_context)[slots])
@@ -319,8 +310,8 @@ def _draw_multi_block_official(
 ) -> Masks:
     grid, num_targets = settings.grid_size, settings.num_target_blocks
     per_context, per_target = (batch_size, settings.num_context_sets), (batch_size, num_targets)
-    target_size = _official_size(grid, generator.random(), settings.target_scale, settings.target_aspect_ratio)
-    context_size = _official_size(grid, generator.random(), settings.context_scale, (1.0, 1.0))
+    target_size = official_block_size(grid, generator.random(), settings.target_scale, settings.target_aspect_ratio)
+    context_size = official_block_size(grid, generator.random(), settings.context_scale, (1.0, 1.0))
     corners = _draw_corners(generator, grid, target_size, per_target, use_last=False)[slots]
     target_blocks = _block_indices(grid, target_size, corners)
     first_covering: np.ndarray | None = None
@@ -356,7 +347,7 @@ def _draw_multi_block_official(
 
 def _draw_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
     grid = settings.grid_size
-    size = _target_size(grid, settings.mask_ratio, generator.uniform(*settings.target_aspect_ratio))
+    size = target_block_size(grid, settings.mask_ratio, generator.uniform(*settings.target_aspect_ratio))
     corners = _draw_corners(generator, grid, size, (batch_size, 1))[slots]
     inside = _patches_inside(grid, size, corners)[:, 0]
     num_visible = settings.num_patches - size[0] * size[1]
@@ -380,15 +371,6 @@ def _draw_random(settings: MaskSettings, batch_size: int, generator: np.random.G
     return _as_masks(context, target[:, None], 0, settings)
 
 
-_DRAWS = {
-    "multi_block": _draw_multi_block,
-    "multi_block_official": _draw_multi_block_official,
-    "block": _draw_block,
-    "rasterized": _draw_rasterized,
-    "random": _draw_random,
-}
-
-
 def _as_masks(
     context_indices: np.ndarray, target_blocks: np.ndarray, num_redrawn: int, settings: MaskSettings
 ) -> Masks:
@@ -396,66 +378,6 @@ def _as_masks(
     if settings.num_context_sets > 1:
         context_indices = context_indices.reshape(num_images, settings.num_context_sets, -1)
     return Masks(torch.from_numpy(context_indices), torch.from_numpy(target_blocks), num_redrawn / num_images)
-
-
-# Sizes of blocks
-
-
-def _target_size(grid: tuple[int, int], scale: float, aspect_ratio: float) -> tuple[int, int]:
-    """Height and width of a target block. One too long for the grid takes the whole side and keeps its area."""
-    rows, columns = grid
-    area = scale * rows * columns
-    height, width = _round(math.sqrt(area * aspect_ratio)), _round(math.sqrt(area / aspect_ratio))
-    if height > rows:
-        height, width = rows, _round(area / rows)
-    elif width > columns:
-        height, width = _round(area / columns), columns
-    return max(1, height), max(1, width)
-
-
-def _target_sizes(grid: tuple[int, int], scale: float, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same for n aspect ratios at once, for checks: heights and widths, int64 `[n]`.
-
-    Arrays cost more than numbers where there is one ratio, as in each draw.
-    """
-    rows, columns = grid
-    area = scale * rows * columns
-    heights, widths = np.floor(np.sqrt(area * ratios) + 0.5), np.floor(np.sqrt(area / ratios) + 0.5)
-    is_tall, is_wide = heights > rows, widths > columns  # never both: a block has at most the area of the grid
-    heights, widths = (
-        np.where(is_tall, rows, np.where(is_wide, _round(area / columns), heights)),
-        np.where(is_tall, _round(area / rows), np.where(is_wide, columns, widths)),
-    )
-    return np.maximum(heights, 1).astype(np.int64), np.maximum(widths, 1).astype(np.int64)
-
-
-def _context_size(grid: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width of a context block of the grid's own shape; scale 1 is the whole grid."""
-    side = math.sqrt(scale)
-    return max(1, _round(grid[0] * side)), max(1, _round(grid[1] * side))
-
-
-def _official_size(
-    grid: tuple[int, int], uniform: float, scale: tuple[float, float], aspect_ratio: tuple[float, float]
-) -> tuple[int, int]:
-    """Height and width as in the published code: one number drives both ranges, and no block fills a side."""
-    rows, columns = grid
-    area = int(rows * columns * (scale[0] + uniform * (scale[1] - scale[0])))
-    ratio = aspect_ratio[0] + uniform * (aspect_ratio[1] - aspect_ratio[0])
-    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-    return min(height, rows - 1), min(width, columns - 1)
-
-
-def _official_sizes(
-    grid: tuple[int, int], uniforms: np.ndarray, scale: tuple[float, float], aspect_ratio: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same for n numbers from 0 to 1 at once, for checks: heights and widths, int64 `[n]`."""
-    rows, columns = grid
-    areas = np.floor(rows * columns * (scale[0] + uniforms * (scale[1] - scale[0])))
-    ratios = aspect_ratio[0] + uniforms * (aspect_ratio[1] - aspect_ratio[0])
-    # rint sends halves to the even neighbour, as Python's `round` does
-    heights, widths = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-    return np.minimum(heights, rows - 1).astype(np.int64), np.minimum(widths, columns - 1).astype(np.int64)
 
 
 # Blocks on the grid
@@ -542,190 +464,6 @@ def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, sca
     return np.sort(order.take(kept + first), axis=1)
 
 
-# Checks of MaskSettings and of the arguments
-
-
-def _check_context_fits(settings: MaskSettings) -> None:
-    keep, num_patches = settings.num_context_patches, settings.num_patches
-    fewest = _fewest_context_patches(settings, settings.target_scale)
-    if fewest >= keep:
-        return
-    shape = f"{settings.grid_size[0]}x{settings.grid_size[1]}"
-    if fewest >= 1:
-        raise ValueError(
-            f"context_keep_ratio={settings.context_keep_ratio} asks for {keep} of the {num_patches} patches of a "
-            f"{shape} grid, but with context_scale={settings.context_scale} and target_scale={settings.target_scale} "
-            f"only {fewest} are sure to be left outside a target block; use at most "
-            f"context_keep_ratio={fewest / num_patches:.6g}."
-        )
-    context_height, context_width = _context_size(settings.grid_size, settings.context_scale[0])
-    enough = min(keep, (context_height * context_width + 1) // 2)
-    low, high = settings.target_scale
-    while high > 1e-6:
-        low, high = min(low, high * 0.8), high * 0.8
-        fewest = _fewest_context_patches(settings, (low, high))
-        if fewest < enough:
-            continue
-        advice = f"target_scale=({_floor_digits(low)}, {_floor_digits(high)})"
-        if fewest < keep:
-            advice += f" with context_keep_ratio={fewest / num_patches:.6g}"
-        raise ValueError(
-            f"target_scale={settings.target_scale} lets one target block cover the whole context block of a {shape} "
-            f"grid with context_scale={settings.context_scale}, so that no patch is left to see; use for example "
-            f"{advice}."
-        )
-    raise ValueError(
-        f"grid_size={settings.grid_size} with context_scale={settings.context_scale} gives a context block of one "
-        "patch, which a target block can cover; use for example grid_size=(4, 4) or larger, with "
-        f"context_scale={_default('context_scale')}, target_scale={_default('target_scale')} and "
-        f"context_keep_ratio={_default('context_keep_ratio')}."
-    )
-
-
-def _check_block_fits(settings: MaskSettings) -> None:
-    """Refuse a block that could cover the grid."""
-    if _largest_block(settings, settings.mask_ratio) < settings.num_patches:
-        return
-    ratio = settings.mask_ratio
-    shape = f"{settings.grid_size[0]}x{settings.grid_size[1]}"
-    while ratio > 1e-6:
-        ratio *= 0.9
-        if _largest_block(settings, ratio) < settings.num_patches:
-            raise ValueError(
-                f"mask_ratio={settings.mask_ratio} lets the target block cover a whole {shape} grid, so that no patch "
-                f"is left to see; use for example mask_ratio={_floor_digits(ratio)}."
-            )
-    raise ValueError(
-        f"grid_size={settings.grid_size} has one patch only, which the target block covers; use for example "
-        "grid_size=(4, 4) or larger."
-    )
-
-
-def _largest_block(settings: MaskSettings, mask_ratio: float) -> int:
-    low, high = settings.target_aspect_ratio
-    ratios = _around(_ratios_that_round(mask_ratio * settings.num_patches, settings.grid_size, low, high), low, high)
-    heights, widths = _target_sizes(settings.grid_size, mask_ratio, ratios)
-    return int((heights * widths).max())
-
-
-def _check_quadrants(settings: MaskSettings) -> None:
-    rows, columns = settings.grid_size
-    if rows % 2 or columns % 2:
-        raise ValueError(
-            f"grid_size={settings.grid_size} cannot be cut into four equal quadrants; masking_strategy='rasterized' "
-            "needs an even number of rows and of columns (image_size / patch_size), for example "
-            f"grid_size=({rows + rows % 2}, {columns + columns % 2})."
-        )
-
-
-def _check_scatter(settings: MaskSettings) -> None:
-    num_patches = settings.num_patches
-    num_targets = _round(settings.mask_ratio * num_patches)
-    if 0 < num_targets < num_patches:
-        return
-    if num_patches == 1:
-        raise ValueError(
-            f"grid_size={settings.grid_size} has one patch only, which cannot be both context and target; use for "
-            "example grid_size=(4, 4) or larger."
-        )
-    nearest = 1 if num_targets == 0 else num_patches - 1
-    raise ValueError(
-        f"mask_ratio={settings.mask_ratio} of the {num_patches} patches, rounded, makes {num_targets} of them "
-        "targets; at least one must be target and one be left to see; use for example "
-        f"mask_ratio={nearest / num_patches:.6g}."
-    )
-
-
-def _fewest_context_patches(settings: MaskSettings, target_scale: tuple[float, float]) -> int:
-    """The fewest patches that any drawn sizes leave of a context block when all target blocks lie on one place."""
-    grid = settings.grid_size
-    # Both blocks grow with their scale, so the worst case is the smallest context with the largest target; only over
-    # aspect ratios is there anything to search.
-    height, width = _context_size(grid, settings.context_scale[0])
-    if settings.allow_overlap:
-        return height * width
-    area = target_scale[1] * settings.num_patches
-    low, high = settings.target_aspect_ratio
-    ratios = _around(_ratios_that_round(area, grid, low, high), low, high)
-    tall, wide = _target_sizes(grid, target_scale[1], ratios)
-    return height * width - int((np.minimum(height, tall) * np.minimum(width, wide)).max())
-
-
-def _check_official_ends(settings: MaskSettings) -> None:
-    """Refuse sizes for which the published rule would draw for ever."""
-    smallest = {
-        "target_scale": _smallest_official_block(settings, settings.target_scale, settings.target_aspect_ratio),
-        "context_scale": _smallest_official_block(settings, settings.context_scale, (1.0, 1.0)),
-    }
-    for name, patches in smallest.items():
-        if patches > settings.official_min_keep:
-            continue
-        advice = f"official_min_keep={min(smallest.values()) - 1} would work"
-        if min(smallest.values()) < 1:
-            advice = "use a larger grid or scale, or masking_strategy='multi_block', which has no such limit"
-        raise ValueError(
-            f"official_min_keep={settings.official_min_keep} asks for more than {settings.official_min_keep} patches "
-            f"in every block, but {name}={getattr(settings, name)} on grid_size={settings.grid_size} can give a block "
-            f"of {patches}, for which the published rule would search for ever; {advice}."
-        )
-
-
-_GEOMETRY_CHECKS = {
-    "multi_block": _check_context_fits,
-    "multi_block_official": _check_official_ends,
-    "block": _check_block_fits,
-    "rasterized": _check_quadrants,
-    "random": _check_scatter,
-}
-
-
-def _smallest_official_block(
-    settings: MaskSettings, scale: tuple[float, float], aspect_ratio: tuple[float, float]
-) -> int:
-    """The fewest patches of any block that `_official_size` can give."""
-    cells = settings.num_patches
-    areas = np.arange(int(cells * scale[0]), int(cells * scale[1]) + 1)
-    ends = _shares(areas / cells, scale)  # of the numbers that give an area, which is one number to the next
-    # While the area stays, the ratio goes on; where it rounds differently lies between the sides at both ends.
-    ratios = aspect_ratio[0] + np.append(ends, 1.0).clip(0, 1) * (aspect_ratio[1] - aspect_ratio[0])
-    steps = [ends]
-    for area, low, high in zip(areas.tolist(), ratios[:-1].tolist(), ratios[1:].tolist(), strict=True):
-        if low < high:
-            steps.append(_shares(_ratios_that_round(area, settings.grid_size, low, high), aspect_ratio))
-    heights, widths = _official_sizes(
-        settings.grid_size, _around(np.concatenate(steps), 0.0, 1.0), scale, aspect_ratio
-    )
-    return int((heights * widths).min())
-
-
-def _ratios_that_round(area: float, grid: tuple[int, int], low: float, high: float) -> np.ndarray:
-    """The aspect ratios from low to high at which the rounded height or width of a block of this area steps on.
-
-    Some outside of low and high may be among them. Past the grid's sides all blocks are cut to the same.
-    """
-    if area * ASPECT_RATIO_LIMITS[1] < 0.25:
-        return np.empty(0)  # always one patch
-    longest = max(grid) + 1
-
-    def halves(shortest: float, tallest: float) -> np.ndarray:
-        return np.arange(max(0, math.floor(shortest) - 1), min(longest, math.ceil(tallest) + 1)) + 0.5
-
-    tall = halves(min(longest, math.sqrt(area * low)), min(longest, math.sqrt(area * high)))
-    wide = halves(min(longest, math.sqrt(area / high)), min(longest, math.sqrt(area / low)))
-    return np.concatenate([tall * tall / area, area / (wide * wide)])
-
-
-def _around(steps: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Numbers that visit every piece of [low, high] between steps of a function: the ends and the middles."""
-    edges = np.unique(np.concatenate([[low, high], steps[(low < steps) & (steps < high)]]))
-    return np.concatenate([[low], (edges[:-1] + edges[1:]) / 2, [high]])
-
-
-def _shares(values: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
-    """Where in an interval values lie, 0 at its start and 1 at its end."""
-    return (values - interval[0]) / (interval[1] - interval[0]) if interval[1] > interval[0] else np.zeros(len(values))
-
-
 def _check_slots(slots: slice, batch_size: int) -> slice:
     if isinstance(slots, slice):
         ends = [end for end in (slots.start, slots.stop) if end is not None]
@@ -738,7 +476,7 @@ def _check_slots(slots: slice, batch_size: int) -> slice:
 
 
 def _default(name: str) -> object:
-    return next(field.default for field in fields(MaskSettings) if field.name == name)
+    return MaskSettings.__dataclass_fields__[name].default
 
 
 def _is_whole(value: object) -> bool:
@@ -754,12 +492,58 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def _round(value: float) -> int:
-    """To the nearest whole number, halves upwards (Python's `round` sends them to the even neighbour)."""
-    return math.floor(value + 0.5)
+class Strategy(NamedTuple):
+    """All that tells one strategy from the others.
+
+    Attributes:
+        fields: the fields of `MaskSettings` that it uses, besides the grid.
+        draw: gives the masks; takes what `draw_masks` takes, `slots` being a slice inside the batch.
+        check_sizes: raises a `ValueError` for sizes that can never fit the grid.
+        num_targets: target blocks of an image; `None` where `num_target_blocks` says it.
+        num_context_patches: gives the context patches of a set; `None` where they depend on the draws.
+    """
+
+    fields: tuple[str, ...]
+    draw: Callable[[MaskSettings, int, np.random.Generator, slice], Masks]
+    check_sizes: Callable[[MaskSettings], None]
+    num_targets: int | None = None
+    num_context_patches: Callable[[MaskSettings], int] | None = None
 
 
-def _floor_digits(value: float) -> float:
-    """Cut to three significant digits, never upwards."""
-    digits = 2 - math.floor(math.log10(value))
-    return math.floor(value * 10**digits) / 10**digits
+_SHARED_FIELDS = (
+    "num_context_sets",
+    "num_target_blocks",
+    "context_scale",
+    "target_scale",
+    "target_aspect_ratio",
+    "allow_overlap",
+)
+
+STRATEGIES = {
+    "multi_block": Strategy(
+        (*_SHARED_FIELDS, "context_keep_ratio"),
+        _draw_multi_block,
+        check_context_fits,
+        num_context_patches=lambda settings: max(1, round_half_up(settings.context_keep_ratio * settings.num_patches)),
+    ),
+    "multi_block_official": Strategy(
+        (*_SHARED_FIELDS, "official_min_keep"), _draw_multi_block_official, check_official_ends
+    ),
+    "block": Strategy(("mask_ratio", "target_aspect_ratio"), _draw_block, check_block_fits, num_targets=1),
+    "rasterized": Strategy(
+        (),
+        _draw_rasterized,
+        check_quadrants,
+        num_targets=3,
+        num_context_patches=lambda settings: settings.num_patches // 4,
+    ),
+    "random": Strategy(
+        ("mask_ratio",),
+        _draw_random,
+        check_scatter,
+        num_targets=1,
+        num_context_patches=lambda settings: (
+            settings.num_patches - round_half_up(settings.mask_ratio * settings.num_patches)
+        ),
+    ),
+}

@@ -47,7 +47,7 @@ from ijepa_hf.html_report import write_html_report
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, decode_image, normalize, resize, stack_images
 from ijepa_hf.loading import open_training_images
 from ijepa_hf.mask_audit import audit_masks, render_audit
-from ijepa_hf.masking import STRATEGY_FIELDS, draw_masks
+from ijepa_hf.masking import STRATEGIES, draw_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
@@ -146,7 +146,8 @@ def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArgument
     values = {name: value for name, value in load_recipe(named.masks).items() if f"--{name}" in known}
     if any(word.split("=")[0] == "--masking_strategy" for word in argv):
         # The recipe's numbers were meant for its own strategy; those that the new one has no use for go with it.
-        used = ("masking_strategy", *STRATEGY_FIELDS.get(named.masking_strategy, MASK_FIELDS))
+        strategy = STRATEGIES.get(named.masking_strategy)
+        used = ("masking_strategy", *(strategy.fields if strategy else MASK_FIELDS))
         values = {name: value for name, value in values.items() if name not in MASK_FIELDS or name in used}
     model, data, named = parser.parse_args_into_dataclasses(args=[*as_flags(values), *argv])
     return named, model, data

@@ -15,7 +15,7 @@ from ijepa_hf import IJepaConfig, IJepaForPretraining
 from ijepa_hf.masking import (
     ASPECT_RATIO_LIMITS,
     MAX_BLOCKS,
-    STRATEGY_FIELDS,
+    STRATEGIES,
     Masks,
     MaskSettings,
     draw_masks,
@@ -60,7 +60,7 @@ PLAUSIBLE = {
     "predictor_hidden_size": st.integers(1, 40),
     "predictor_num_hidden_layers": st.integers(1, 2),
     "predictor_num_attention_heads": st.one_of(st.none(), SMALL_WHOLE),
-    "masking_strategy": st.sampled_from([*STRATEGY_FIELDS, "blocks"]),
+    "masking_strategy": st.sampled_from([*STRATEGIES, "blocks"]),
     "num_context_sets": st.integers(1, 4),
     "num_target_blocks": st.integers(1, 6),
     "context_scale": pairs(0.01, 1.0),
@@ -83,9 +83,9 @@ def configs(draw: Any) -> dict[str, Any]:
     """The fields that differ from a small configuration that works."""
     own: dict[str, Any] = {}
     if draw(st.booleans()):  # a strategy with fields of its own, which is refused less often than one with others
-        strategy = draw(st.sampled_from(sorted(STRATEGY_FIELDS)))
+        strategy = draw(st.sampled_from(sorted(STRATEGIES)))
         own["masking_strategy"] = strategy
-        for name in draw(st.lists(st.sampled_from(STRATEGY_FIELDS[strategy] or ("masking_strategy",)), max_size=3)):
+        for name in draw(st.lists(st.sampled_from(STRATEGIES[strategy].fields or ("masking_strategy",)), max_size=3)):
             own[name] = own.get(name) or draw(PLAUSIBLE[name])
     for name in draw(st.lists(st.sampled_from(sorted(PLAUSIBLE)), max_size=3, unique=True)):
         own[name] = draw(PLAUSIBLE[name] if draw(st.booleans()) else ODD_VALUES)
@@ -202,7 +202,7 @@ def geometries(draw: Any) -> dict[str, Any]:
     columns = draw(st.integers(1, most if most <= 300 else max(1, 80_000 // rows)))
     patch = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     cut = draw(st.sampled_from([0, 0, 0, 0, 1]))  # an image that is no multiple of its patches
-    strategy = draw(st.sampled_from(sorted(STRATEGY_FIELDS)))
+    strategy = draw(st.sampled_from(sorted(STRATEGIES)))
     fields: dict[str, Any] = {
         "image_size": [rows * patch[0] + cut, columns * patch[1]],
         "patch_size": list(patch),
@@ -220,7 +220,7 @@ def geometries(draw: Any) -> dict[str, Any]:
         "allow_overlap": st.booleans(),
         "mask_ratio": st.one_of(st.floats(0.1, 0.9), st.floats(0, 1)),
     }
-    for name in STRATEGY_FIELDS[strategy]:
+    for name in STRATEGIES[strategy].fields:
         if draw(st.booleans()):
             fields[name] = draw(kinds[name])
     return fields
