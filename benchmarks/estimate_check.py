@@ -29,13 +29,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.argument_parsing import parse_arguments
+from ijepa_hf.mask_audit import TRIALS
 from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
+from ijepa_hf.modeling_ijepa import new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.step_cost import DRAWS, Sizes, count_parameters, draw_sizes, estimate_memory, model_work
+from ijepa_hf.step_cost import Sizes, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.step_timing import measure_step_time
 
 SECONDS_TO_PREDICT = 2.0
@@ -89,7 +91,7 @@ class Training:
         self.batches = []
         drawn = draw_sizes(self.config, size)
         self.mean_work = self._work(drawn)
-        for step in range(DRAWS):
+        for step in range(TRIALS):
             masks = draw_masks(self.config.mask_settings(), size, keyed_generator(1, step))
             named = {"context_indices": masks.context_indices, "target_indices": masks.target_indices}
             self.batches.append({"pixel_values": pixels, **named})
@@ -107,7 +109,7 @@ class Training:
     def step(self) -> float:
         """Seconds of one training step, scaled to masks of mean work."""
         accumulated = self.run.gradient_accumulation_steps
-        micro_batches = [self.batches[(self.number + one) % DRAWS] for one in range(accumulated)]
+        micro_batches = [self.batches[(self.number + one) % TRIALS] for one in range(accumulated)]
         self.number += accumulated
         values = StepValues(learning_rate=1e-4, weight_decay=0.04, ema_momentum=0.996)
         begin = time.perf_counter()
@@ -127,7 +129,7 @@ def compare_times(name: str, threads: int, rounds: int, seconds: float) -> dict[
         found = measure_step_time(training.config, training.run, training.accelerator, seconds=SECONDS_TO_PREDICT)
         training.step()  # what the prediction left in caches and allocators is not its own
         steps: list[float] = []
-        while len(steps) < 3 or (sum(steps) < seconds and len(steps) < DRAWS):
+        while len(steps) < 3 or (sum(steps) < seconds and len(steps) < TRIALS):
             steps.append(training.step())
         predicted.append(found.seconds)
         measured.append(statistics.median(steps))

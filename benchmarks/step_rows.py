@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, enable_gradient_checkpointing, new_model
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator

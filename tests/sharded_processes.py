@@ -14,22 +14,30 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tiny import scrambled_model, tiny_batch, tiny_config, tiny_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ijepa_hf import IJepaForPretraining
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.checkpointing import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
-from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing
 from ijepa_hf.optimization import make_optimizer, training_step
 from ijepa_hf.plan import StepValues
-from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, shard_model, whole_model, whole_tensor
+from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
 
 STEPS, SAVED_AT, BATCH = 20, 10, 8
 RUN = PretrainingArguments(learning_rate=1e-3)
 # Clips in every step, so that the norm of sharded gradients decides the weights.
 MAX_GRAD_NORM = 0.05
 WAYS = ("plain", "full checkpointing", "selective checkpointing", "bf16", "eager", "context sets")
+
+
+def shard_model(model: IJepaForPretraining, mesh: DeviceMesh | None = None) -> None:
+    """Leaves each process its part of a model: what accelerate does with `make_fsdp_plugin`, which needs GPUs."""
+    for part in (model.ijepa, model.context_encoder, model.predictor):
+        for layer in part.layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def take_steps(

@@ -14,7 +14,7 @@ from tiny import scrambled_model, tiny_batch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ijepa_hf import IJepaForPretraining, export
-from ijepa_hf.export import export_model, exported_step, image_processor_fields
+from ijepa_hf.export import CODE_FILES, export_model, exported_step, image_processor_fields
 from ijepa_hf.files import SaveError, file_bytes
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -170,6 +170,8 @@ def test_the_bytes_of_a_file_are_foretold(model, folder):
 def test_killed_at_any_moment_of_an_export_each_file_is_the_old_or_the_new_one(model, folder, tmp_path):
     parts = ("model.safetensors", "pretraining/model.safetensors")
     other = scrambled_model(5)
+    for name in CODE_FILES:  # of an older version: equal ones are not written again
+        (folder / name).write_text("older = True\n")
     export_model(other, tmp_path / "new", step=8, image_mean=MEAN, image_std=STD)
     old, new = [bits(folder / part) for part in parts], [bits(tmp_path / "new" / part) for part in parts]
     steps = []
@@ -180,6 +182,8 @@ def test_killed_at_any_moment_of_an_export_each_file_is_the_old_or_the_new_one(m
             assert same(bits(run / part), before) or same(bits(run / part), after)
         for name in ("config.json", "pretraining/config.json", "preprocessor_config.json"):
             json.loads((run / name).read_text())
+        for name in CODE_FILES:
+            assert (run / name).read_text() in ("older = True\n", (tmp_path / "new" / name).read_text())
         if steps[-1] is not None:
             expected = old if steps[-1] == 7 else new
             assert all(same(bits(run / part), tensors) for part, tensors in zip(parts, expected, strict=True))

@@ -11,14 +11,15 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_hf import step_timing
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
 from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.mask_audit import TRIALS
 from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, enable_gradient_checkpointing
+from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipe_files import load_recipe
 from ijepa_hf.step_cost import (
-    DRAWS,
     Parameters,
     Sizes,
     count_parameters,
@@ -127,7 +128,7 @@ def test_flops_are_the_mean_over_draws_of_the_masks():
 def test_sizes_are_those_of_drawn_masks():
     config = tiny_config()
     drawn = draw_sizes(config, 8)
-    assert len(drawn) == DRAWS
+    assert len(drawn) == TRIALS
     assert {sizes.context for sizes in drawn} == {config.mask_settings().num_context_patches}
     assert len({sizes.target for sizes in drawn}) > 1  # a new size at each step
     masks = draw_masks(config.mask_settings(), 8, keyed_generator(3))

@@ -15,8 +15,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from ijepa_hf.mask_audit import MaskAudit, Spread, audit_masks
-from ijepa_hf.masking import Masks, MaskSettings
-from ijepa_hf.visualization import draw_audit_figure, draw_curves_figure, draw_masks_figure, draw_strategies_figure
+from ijepa_hf.masking import MaskSettings
+from ijepa_hf.visualization import draw_audit_figure, draw_curves_figure, draw_masks_figure
 
 GRAY = 204  # a hidden patch
 BLOCK_COLORS = [(230, 159, 0), (86, 180, 233)]  # of the first two target blocks
@@ -174,72 +174,6 @@ def check_texts(figure: Figure) -> list[str]:
         for other, its_box in zip(texts[:number], boxes, strict=False):
             assert not box.overlaps(its_box), (text, other)
     return [text.get_text() for text in texts]
-
-
-def two_strategies() -> dict[str, Masks]:
-    """On a grid of 2x3: one context and two targets; two contexts and one target of patches that do not touch."""
-    return {
-        "one": Masks(torch.tensor([[0, 3]]), torch.tensor([[[1, 2], [4, 5]]]), 0.0),
-        "multi_block_official": Masks(torch.tensor([[[0, 1], [3, 4]]]), torch.tensor([[[2, 3]]]), 0.0),
-        "three": Masks(torch.tensor([[5]]), torch.tensor([[[0]]]), 0.0),
-    }
-
-
-def test_each_strategy_has_a_row_with_its_name_its_contexts_and_its_targets(tmp_path):
-    grid, patch, png = (2, 3), (8, 8), tmp_path / "strategies.png"
-    images, colors = patches_of_one_colour(1, 3, grid, patch)
-    figure = draw_strategies_figure(images[0], two_strategies(), patch, png)
-    assert len(figure.axes) == 3 * 4
-    titles = [axis.get_title(loc="left") or axis.get_title() for axis in figure.axes]
-    assert titles == [
-        *("one", "context", "target 1", "target 2"),
-        *("multi_block_official", "context 1", "context 2", "target 1"),
-        *("three", "context", "target 1", ""),
-    ]
-    assert set(check_texts(figure)) == set(titles) - {""}
-    contexts = {1: [0, 3], 5: [0, 1], 6: [3, 4], 9: [5]}
-    targets = {2: ([1, 2], 0), 3: ([4, 5], 1), 7: ([2, 3], 0), 10: ([0], 0)}
-    for panel in (0, 4, 8):
-        np.testing.assert_array_equal(patch_centres(figure, png, panel, grid), colors[0])
-    for panel, indices in contexts.items():
-        shown, visible = patch_centres(figure, png, panel, grid), at(indices, grid)
-        np.testing.assert_array_equal(shown[visible], colors[0][visible])
-        assert (shown[~visible] == GRAY).all()
-    for panel, (indices, number) in targets.items():
-        shown, block = patch_centres(figure, png, panel, grid), at(indices, grid)
-        tinted = 0.75 * colors[0] + 0.25 * np.array(BLOCK_COLORS[number])
-        assert np.abs(shown[block] - tinted[block]).max() <= 1
-        faded = 0.2 * colors[0].mean(axis=-1, keepdims=True) + 0.8 * GRAY
-        assert np.abs(shown[~block] - faded[~block]).max() <= 1
-    assert (patch_centres(figure, png, 11, grid) == 255).all()  # an unused panel
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"masks": {}}, "masks is empty; give the masks of at least one strategy"),
-        (
-            {"masks": {"two": Masks(torch.tensor([[0], [1]]), torch.tensor([[[1]], [[0]]]), 0.0)}},
-            "1 images, 2 rows of context_indices and 2 rows",
-        ),
-        ({"image": torch.zeros(1, 3, 8, 8)}, r"images of shape \(1, 1, 3, 8, 8\)"),
-        ({"patch_size": (3, 4)}, r"patch_size=\(3, 4\) must divide the images, which are 8 x 8"),
-        (
-            {"masks": {"one": Masks(torch.tensor([[0]]), torch.tensor([[[4]]]), 0.0)}},
-            "target_indices run from 4 to 4, but .* positions 0 to 3",
-        ),
-    ],
-)
-def test_strategies_that_do_not_belong_to_the_image_are_refused(tmp_path, change: dict, message: str):
-    arguments = {
-        "image": torch.zeros(3, 8, 8),
-        "masks": {"one": Masks(torch.tensor([[0]]), torch.tensor([[[1]]]), 0.0)},
-        "patch_size": (4, 4),
-        "path": tmp_path / "strategies.png",
-    }
-    with pytest.raises(ValueError, match=message):
-        draw_strategies_figure(**{**arguments, **change})
-    assert not (tmp_path / "strategies.png").exists()
 
 
 def audit_of(strategy: str = "multi_block", **changes) -> MaskAudit:
@@ -460,12 +394,9 @@ def test_pyplot_is_not_touched_and_a_missing_folder_is_named(tmp_path):
     indices = torch.tensor([[0]])
     draw_masks_figure(torch.zeros(1, 1, 8, 8), indices, indices[None], (8, 8), str(tmp_path / "masks.png"))
     draw_audit_figure(audit_of(), str(tmp_path / "audit.png"))
-    draw_strategies_figure(torch.zeros(1, 16, 24), two_strategies(), (8, 8), str(tmp_path / "strategies.png"))
     assert matplotlib.pyplot.get_fignums() == []
     missing = tmp_path / "figures" / "any.png"
     with pytest.raises(FileNotFoundError, match="figures"):
         draw_curves_figure([{"step": 1, "loss": 1.0}], missing)
     with pytest.raises(FileNotFoundError, match="figures"):
         draw_audit_figure(audit_of(), missing)
-    with pytest.raises(FileNotFoundError, match="figures"):
-        draw_strategies_figure(torch.zeros(1, 16, 24), two_strategies(), (8, 8), missing)

@@ -10,13 +10,12 @@ from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch
 from ijepa_hf.files import FIGURE_BYTES, saving
 from ijepa_hf.loading import TrainingImages
-from ijepa_hf.masking import draw_masks
+from ijepa_hf.mask_audit import trial_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.plan import Plan
-from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.visualization import draw_masks_figure
 
-MASK_TRIALS, MASK_TRIAL_IMAGES = 16, 64  # steps, and images in each, drawn to announce what the masks are like
+TRIAL_IMAGES = 64  # in each step whose masks are drawn to announce what they are like
 HIGH_REDRAW_RATE = 0.4
 
 logger = logging.getLogger(__name__)
@@ -67,10 +66,10 @@ def announce(
 def _announce_masks(config: IJepaConfig) -> None:
     """Says what the masks of this run are like, and warns where they are hard to fit."""
     settings = config.mask_settings()
-    trials = [draw_masks(settings, MASK_TRIAL_IMAGES, keyed_generator(step)) for step in range(MASK_TRIALS)]
-    redraw_rate = sum(masks.redraw_rate for masks in trials) / MASK_TRIALS
-    context = round(sum(masks.context_indices.shape[-1] for masks in trials) / MASK_TRIALS)
-    target = round(sum(masks.target_indices.shape[-1] for masks in trials) / MASK_TRIALS)
+    trials = trial_masks(settings, TRIAL_IMAGES)
+    redraw_rate = sum(masks.redraw_rate for masks in trials) / len(trials)
+    context = round(sum(masks.context_indices.shape[-1] for masks in trials) / len(trials))
+    target = round(sum(masks.target_indices.shape[-1] for masks in trials) / len(trials))
     rows, columns = config.grid_size
     print(
         f"  masks                   {context} context patches of {rows}x{columns}, {settings.num_targets} targets "

@@ -13,11 +13,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from ijepa_hf.arguments import PretrainingArguments
-from ijepa_hf.masking import draw_masks
+from ijepa_hf.mask_audit import trial_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.ranks import Ranks
-from ijepa_hf.step_cost import DRAWS
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +136,7 @@ def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_step
 def _inputs(model: IJepaForPretraining, size: int) -> dict[str, Tensor]:
     """A micro-batch with the largest masks of some steps."""
     config, device = model.config, model.device
-    settings = config.mask_settings()
-    drawn = [draw_masks(settings, size, keyed_generator(step)) for step in range(DRAWS)]
+    drawn = trial_masks(config.mask_settings(), size)
     largest = max(drawn, key=lambda masks: masks.context_indices.shape[-1] + masks.target_indices[0].numel())
     pixels = torch.zeros(size, config.num_channels, *config.image_shape, device=device)
     indices = {name: getattr(largest, name).to(device) for name in ("context_indices", "target_indices")}

@@ -36,7 +36,7 @@ from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, 
 WEIGHTS_FILE = "model.safetensors"
 BILINEAR = 2  # PIL's number, as image processors write it
 # What `IJepaForPretraining` is made of. These modules import each other relatively and nothing else of the package.
-CODE_FILES = ("block_sizes.py", "configuration_ijepa.py", "masking.py", "modeling_ijepa.py")
+CODE_FILES = ("block_sizes.py", "configuration_ijepa.py", "encoder_ijepa.py", "masking.py", "modeling_ijepa.py")
 # Only for the full model: `AutoModel` and `AutoConfig` have to give the stock classes, with and without remote code.
 _AUTO_MAP = {"AutoModelForPreTraining": "modeling_ijepa.IJepaForPretraining"}
 
@@ -90,7 +90,8 @@ def write_code_files(folder: Path) -> None:
     """
     for name in CODE_FILES:
         code = (resources.files("ijepa_hf") / name).read_bytes()
-        write_atomically(folder / name, functools.partial(Path.write_bytes, data=code))
+        if not (folder / name).is_file() or (folder / name).read_bytes() != code:  # a run saves often, and code stays
+            write_atomically(folder / name, functools.partial(Path.write_bytes, data=code))
 
 
 def exported_step(folder: Path) -> int | None:

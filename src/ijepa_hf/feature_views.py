@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, distance
 
 ROBUST_PERCENTILES = (1.0, 99.0)
 _MOST_SIMILARITIES = 2**24  # in memory at a time: 64 MB
@@ -236,8 +236,7 @@ def prediction_errors(
         float32 `[B, M, P]` on the CPU.
     """
     predictions, targets = _predict(model, pixel_values, context_indices, target_indices)
-    distance = nn.functional.smooth_l1_loss if model.config.loss_type == "smooth_l1" else nn.functional.mse_loss
-    errors = distance(predictions, targets[:, None].expand_as(predictions), reduction="none")
+    errors = distance(predictions, targets[:, None].expand_as(predictions), model.config.loss_type, reduction="none")
     return errors.mean(dim=-1).mean(dim=1).cpu()
 
 

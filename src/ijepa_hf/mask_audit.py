@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ijepa_hf.masking import Masks, MaskSettings, draw_masks
+from ijepa_hf.randomness import keyed_generator
+
+TRIALS = 16  # steps whose masks are drawn to tell what those of a run will be like
 
 # What is worth a note; sampling noise of the preset number of images stays well below.
 _NOTABLE_SHARE_CHANGE = 0.01  # of the grid, between batch sizes
@@ -85,6 +88,19 @@ class MaskAudit:
         return int((self.target_map == 0).sum())
 
 
+def trial_masks(settings: MaskSettings, batch_size: int) -> list[Masks]:
+    """Draw the masks of some steps, always the same ones, to tell before a run what its masks will be like.
+
+    Args:
+        settings: of any strategy.
+        batch_size: images in a step, at least 1. With `multi_block_official` the context depends on it.
+
+    Returns:
+        The masks of `TRIALS` steps.
+    """
+    return [draw_masks(settings, batch_size, keyed_generator(step)) for step in range(TRIALS)]
+
+
 def audit_masks(
     settings: MaskSettings,
     *,
@@ -108,17 +124,7 @@ def audit_masks(
     Raises:
         ValueError: a number is no whole number or below its least, or `batch_sizes` is empty.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
-        if not _is_whole(value, least):
-            raise ValueError(
-                f"{name}={value!r} must be a whole number of at least {least}, for example {name}={least}."
-            )
-    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(_is_whole(size, 1) for size in batch_sizes):
-        raise ValueError(
-            f"batch_sizes={batch_sizes!r} must be one or more whole numbers of at least 1, "
-            "for example batch_sizes=(64,)."
-        )
-
+    _check_arguments(batch_size, num_steps, seed, batch_sizes)
     context_counts, target_counts = np.zeros((2, settings.num_patches))
     redraw_rates, pieces, block_patches = [], [], []
     num_twice = num_inside = 0
@@ -152,6 +158,19 @@ def audit_masks(
         block_patches=_spread(block_patches),
         context_pieces=float(np.mean(pieces)),
     )
+
+
+def _check_arguments(batch_size: int, num_steps: int, seed: int, batch_sizes: Sequence[int]) -> None:
+    for name, value, least in (("batch_size", batch_size, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
+        if not _is_whole(value, least):
+            raise ValueError(
+                f"{name}={value!r} must be a whole number of at least {least}, for example {name}={least}."
+            )
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(_is_whole(size, 1) for size in batch_sizes):
+        raise ValueError(
+            f"batch_sizes={batch_sizes!r} must be one or more whole numbers of at least 1, "
+            "for example batch_sizes=(64,)."
+        )
 
 
 def render_audit(audit: MaskAudit) -> str:

@@ -10,8 +10,7 @@ import os
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, is_torch_version, str_to_bool
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaLayer
@@ -46,22 +45,6 @@ def is_sharded(model: nn.Module) -> bool:
         The answer; the same in all processes.
     """
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def shard_model(model: IJepaForPretraining, mesh: DeviceMesh | None = None) -> None:
-    """Leaves each process its part of a model, in place, with torch alone.
-
-    What accelerate does with the plugin of `make_fsdp_plugin`, which works on GPUs only. The optimiser is made, or
-    given its parameters, afterwards.
-
-    Args:
-        model: The same weights in all processes, which have to call this together.
-        mesh: The processes that share; all of them if not given.
-    """
-    for part in (model.ijepa, model.context_encoder, model.predictor):
-        for layer in part.layers:
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def make_fsdp_plugin() -> FullyShardedDataParallelPlugin | None:

@@ -15,11 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.masking import draw_masks
+from ijepa_hf.mask_audit import trial_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.randomness import keyed_generator
-
-DRAWS = 16  # steps whose masks are drawn, as many as a run draws to announce what its masks are like
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
@@ -51,12 +48,10 @@ def draw_sizes(config: IJepaConfig, batch_size: int) -> list[Sizes]:
         batch_size: Images of a device's micro-batch, on which the context of `multi_block_official` depends.
 
     Returns:
-        The sizes of `DRAWS` steps.
+        The sizes of each step of `mask_audit.trial_masks`.
     """
-    settings = config.mask_settings()
     found = []
-    for step in range(DRAWS):
-        masks = draw_masks(settings, batch_size, keyed_generator(step))
+    for masks in trial_masks(config.mask_settings(), batch_size):
         context, (blocks, target) = masks.context_indices.shape[-1], masks.target_indices.shape[1:]
         found.append(Sizes(config.num_patches, config.num_context_sets, context, blocks, target))
     return found

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import enable_gradient_checkpointing, new_model
+from ijepa_hf.mask_audit import trial_masks
+from ijepa_hf.modeling_ijepa import new_model
 from ijepa_hf.optimization import make_optimizer, set_attention, training_step
 from ijepa_hf.plan import StepValues
-from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.step_cost import DRAWS, draw_sizes, model_work
+from ijepa_hf.step_cost import draw_sizes, model_work
 
 MEASURING_ROUNDS = 4
 SHALLOW, LESS_SHALLOW = 2, 4  # blocks of the models that are timed; 2, so that a first and a last one can differ
@@ -229,8 +229,8 @@ def _typical_batch(config: IJepaConfig, batch_size: int, device: torch.device) -
     drawn = draw_sizes(config, batch_size)
     work = [sum(part.total for part in model_work(config, [sizes]).values()) for sizes in drawn]
     mean = statistics.mean(work)
-    step = min(range(DRAWS), key=lambda number: abs(work[number] - mean))
-    masks = draw_masks(config.mask_settings(), batch_size, keyed_generator(step))
+    step = min(range(len(work)), key=lambda number: abs(work[number] - mean))
+    masks = trial_masks(config.mask_settings(), batch_size)[step]
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "pixel_values": torch.randn(batch_size, config.num_channels, *config.image_shape, generator=generator),

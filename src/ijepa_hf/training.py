@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.announcement import announce, draw_first_masks
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.batch_fitting import (
@@ -53,7 +54,7 @@ from ijepa_hf.loading import (
     open_training_images,
 )
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line, log_line
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, enable_gradient_checkpointing, new_model
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.non_finite import first_non_finite
 from ijepa_hf.optimization import NonFiniteLossError, StepResult, make_optimizer, set_attention, training_step
 from ijepa_hf.plan import Plan, StepValues, make_plan, values_at

@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.mask_audit import MaskAudit
-from ijepa_hf.masking import Masks
 from ijepa_hf.panels import (
     BLOCK_COLORS,
     DPI,
@@ -99,48 +98,6 @@ def draw_masks_figure(
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9, color="#333333", pad=4)
     for row, image, contexts, targets in zip(axes, images, context_indices, target_indices, strict=True):
-        _draw_masks_of_image(row, to_pictures(image[None])[0], contexts, targets, patch_size)
-    figure.savefig(path, dpi=DPI)
-    return figure
-
-
-def draw_strategies_figure(
-    image: torch.Tensor, masks: Mapping[str, Masks], patch_size: tuple[int, int], path: str | Path
-) -> Figure:
-    """Draw the masks that several strategies gave one image, a row a strategy.
-
-    Panels and colours as in `draw_masks_figure`: the image, each context set, each target.
-
-    Args:
-        image: [C, height, width], shown as in `draw_masks_figure`.
-        masks: for each name, the masks of one image (B is 1). A name is written above its row and has room for about
-            25 characters.
-        patch_size: (height, width) of a patch in pixels; divides the image.
-        path: PNG to write; its folder must exist.
-
-    Returns:
-        The figure, a row for each name, with as many panels as the most blocks need; unused ones stay empty.
-
-    Raises:
-        ValueError: no masks, masks of several images, a patch size that does not divide the image, or an index outside
-            the grid.
-        FileNotFoundError: the folder of `path` does not exist.
-    """
-    if not masks:
-        raise ValueError("masks is empty; give the masks of at least one strategy, for example from draw_masks.")
-    rows = []
-    for given in masks.values():
-        context_indices = given.context_indices
-        context_indices = context_indices[:, None] if context_indices.ndim == 2 else context_indices
-        _check_masks(image[None], context_indices, given.target_indices, patch_size)
-        rows.append((context_indices[0], given.target_indices[0]))
-    panels = 1 + max(len(contexts) + len(targets) for contexts, targets in rows)
-    figure, axes = panel_grid(len(rows), panels, image.shape[-2] / image.shape[-1], row_titles=True)
-    for row, name, (contexts, targets) in zip(axes, masks, rows, strict=True):
-        row[0].set_title(name, fontsize=10, fontweight="bold", color="#222222", pad=4, loc="left", parse_math=False)
-        titles = _block_titles(len(contexts), len(targets))
-        for axis, title in zip(row[1:], titles, strict=False):
-            axis.set_title(title, fontsize=9, color="#333333", pad=4)
         _draw_masks_of_image(row, to_pictures(image[None])[0], contexts, targets, patch_size)
     figure.savefig(path, dpi=DPI)
     return figure
