@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
@@ -271,7 +270,6 @@ def settings_of_any_strategy(draw):
     return MaskSettings(grid, strategy, **own)
 
 
-@hypothesis_settings(deadline=None, max_examples=40, derandomize=True)
 @given(settings_of_any_strategy(), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9))
 def test_the_parts_of_any_audit_agree_with_each_other(settings, batch_size, num_steps, seed):
     audit = audit_masks(settings, batch_size=batch_size, num_steps=num_steps, seed=seed, batch_sizes=(batch_size, 7))
