@@ -2,7 +2,8 @@
 
 A rule is a threshold on numbers of one row. A failure has to hold in two rows in a row before it is said, so that the
 noise of one is no alarm. Thresholds were fixed on runs on `digits`, healthy and broken on purpose, and then tried on
-other data unchanged: docs/collapse.md has the table.
+other data unchanged: docs/collapse.md has the table. `SIGNS_OF_PARTS` and `SINGLE_SIGNS` say which numbers of a row
+are shown, and how: a new one is worked out in `collapse_monitor.py` and named here; a rule is one more of `_RULES`.
 """
 
 import dataclasses
@@ -30,6 +31,75 @@ FAILURES = (COMPLETE, DIMENSIONAL, POSITIONAL, PREDICTOR_DEAD, EMA_STUCK)
 VERDICTS = (HEALTHY, LOSS_RISING, *FAILURES, UNKNOWN)
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the picture of a run's rows, with a dashed line at a limit."""
+
+    title: str
+    unit: str
+    limit: float | None = None
+    limit_text: str = ""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A number of a row.
+
+    Args:
+        name: Its name in the row; where it is taken of each part, after `target_`, `context_` or `prediction_`.
+        words: What the table of `ijepa-hf diagnose` calls it; empty where it is in the picture only.
+        panel: The panel that it is drawn in, if any.
+        line: What the panel calls it; for a number of each part, the parts' names are taken.
+    """
+
+    name: str
+    words: str
+    panel: Panel | None = None
+    line: str = ""
+
+
+_GAP = Panel("Cross-image gap", "difference of cosines")
+_VARIATION = Panel("Variation of predictions", "times that of the targets")
+SIGNS_OF_PARTS = (
+    Sign("pooled_cosine", "mean pairwise cosine, images"),
+    Sign("patch_cosine", "mean pairwise cosine, patches"),
+    Sign("pooled_normalized_std", "normalised deviation, images"),
+    Sign(
+        "patch_normalized_std",
+        "normalised deviation, patches",
+        Panel("Normalised deviation of patches", "1 = all directions alike", LEAST_STD, "below: complete collapse"),
+    ),
+    Sign("pooled_rankme", "RankMe, images"),
+    Sign("patch_rankme", "RankMe, patches"),
+    Sign("pooled_effective_rank", "effective rank, images"),
+    Sign(
+        "patch_effective_rank",
+        "effective rank, patches",
+        Panel("Effective rank of patches", "directions", LEAST_RANK, "below: dimensional collapse"),
+    ),
+    Sign("patch_stable_rank", "stable rank, patches"),
+    Sign("patch_spectrum_slope", "spectrum slope, patches"),
+    Sign("patch_dead_dimensions", "dead dimensions, patches"),
+    Sign(
+        "position_share",
+        "variance explained by position",
+        Panel("Variance explained by position", "share", MOST_POSITION_SHARE, "target above: positional collapse"),
+    ),
+)
+SINGLE_SIGNS = (
+    Sign("context_lidar", "LiDAR of the context encoder, images"),
+    Sign("cross_image_gap", "cross-image gap", _GAP, "predictions"),
+    Sign("perfect_gap", "gap of perfect predictions", _GAP, "of perfect predictions"),
+    Sign("prediction_skill", "share of the targets' variance predicted"),
+    Sign("prediction_image_ratio", "variation of predictions between images", _VARIATION, "between images"),
+    Sign("prediction_place_ratio", "variation of predictions between places", _VARIATION, "between places"),
+    Sign("target_distance", "distance of the encoders' weights"),
+    Sign("target_moved", "way gone by the target encoder"),
+    Sign("ema_expected", "way that its momentum makes"),
+    Sign("loss", "", Panel("Loss on the fixed images", "mean over target values")),
+)
 
 
 @dataclass(frozen=True)

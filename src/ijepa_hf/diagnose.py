@@ -19,7 +19,15 @@ from ijepa_hf.argument_parsing import CommandParser, command_parser, parse_flags
 from ijepa_hf.arguments import flag
 from ijepa_hf.collapse_demo import run_demo
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
-from ijepa_hf.collapse_verdict import HEALTHY, LOSS_RISING, UNKNOWN, CollapseVerdict, judge_collapse
+from ijepa_hf.collapse_verdict import (
+    HEALTHY,
+    LOSS_RISING,
+    SIGNS_OF_PARTS,
+    SINGLE_SIGNS,
+    UNKNOWN,
+    CollapseVerdict,
+    judge_collapse,
+)
 from ijepa_hf.data import ImageRows
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
@@ -35,32 +43,6 @@ FAILURE_EXIT_CODE = 5
 
 # Flags about the images that a model is measured on.
 _OF_IMAGES = ("dataset_config_name", "split_name", "image_column_name", "max_samples", "model_revision")
-
-_TABLE = (
-    ("pooled_cosine", "mean pairwise cosine, images"),
-    ("patch_cosine", "mean pairwise cosine, patches"),
-    ("pooled_normalized_std", "normalised deviation, images"),
-    ("patch_normalized_std", "normalised deviation, patches"),
-    ("pooled_rankme", "RankMe, images"),
-    ("patch_rankme", "RankMe, patches"),
-    ("pooled_effective_rank", "effective rank, images"),
-    ("patch_effective_rank", "effective rank, patches"),
-    ("patch_stable_rank", "stable rank, patches"),
-    ("patch_spectrum_slope", "spectrum slope, patches"),
-    ("patch_dead_dimensions", "dead dimensions, patches"),
-    ("position_share", "variance explained by position"),
-)
-_SINGLE = (
-    ("context_lidar", "LiDAR of the context encoder, images"),
-    ("cross_image_gap", "cross-image gap"),
-    ("perfect_gap", "gap of perfect predictions"),
-    ("prediction_skill", "share of the targets' variance predicted"),
-    ("prediction_image_ratio", "variation of predictions between images"),
-    ("prediction_place_ratio", "variation of predictions between places"),
-    ("target_distance", "distance of the encoders' weights"),
-    ("target_moved", "way gone by the target encoder"),
-    ("ema_expected", "way that its momentum makes"),
-)
 
 
 @dataclass(kw_only=True)
@@ -255,8 +237,11 @@ def render_diagnosis(rows: Sequence[Mapping[str, Any]], verdict: CollapseVerdict
     titles = {"target": "target encoder", "context": "context encoder", "prediction": "predictor"}
     of_step = "" if last.get("step") is None else f" at step {last['step']}"
     lines = [f"{'':<42}" + "".join(f"{titles[part]:>17}" for part in parts)]
-    lines += [f"{text:<42}" + "".join(f"{last[f'{part}_{name}']:>17.4g}" for part in parts) for name, text in _TABLE]
-    lines += [f"{text:<42}{last[name]:>17.4g}" for name, text in _SINGLE if last.get(name) is not None]
+    for sign in SIGNS_OF_PARTS:
+        lines.append(f"{sign.words:<42}" + "".join(f"{last[f'{part}_{sign.name}']:>17.4g}" for part in parts))
+    for sign in SINGLE_SIGNS:
+        if sign.words and last.get(sign.name) is not None:
+            lines.append(f"{sign.words:<42}{last[sign.name]:>17.4g}")
     return "\n".join(
         [
             f"verdict{of_step}: {verdict.name}",

@@ -5,51 +5,30 @@ With one run, its parts (target encoder, context encoder, predictor) stand besid
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ijepa_hf.collapse_verdict import LEAST_RANK, LEAST_STD, MOST_POSITION_SHARE
+from ijepa_hf.collapse_verdict import SIGNS_OF_PARTS, SINGLE_SIGNS, Panel
 from ijepa_hf.panels import DPI, FAINT_COLOR, LINE_COLORS, TEXT_COLOR, plain_frame
 
 _COLUMNS = 3
 _LIMIT_COLOR = "#D55E00"
 
 
-class _Panel(NamedTuple):
-    title: str
-    unit: str
-    names: Mapping[str, str]
-    limit: float | None = None
-    limit_text: str = ""
-
-
 _PARTS = {"target encoder": "target", "context encoder": "context", "predictions": "prediction"}
-_PANELS = (
-    _Panel(
-        "Normalised deviation of patches", "1 = all directions alike",
-        {k: f"{v}_patch_normalized_std" for k, v in _PARTS.items()}, LEAST_STD, "below: complete collapse",
-    ),
-    _Panel(
-        "Effective rank of patches", "directions", {k: f"{v}_patch_effective_rank" for k, v in _PARTS.items()},
-        LEAST_RANK, "below: dimensional collapse",
-    ),
-    _Panel(
-        "Variance explained by position", "share", {k: f"{v}_position_share" for k, v in _PARTS.items()},
-        MOST_POSITION_SHARE, "target above: positional collapse",
-    ),
-    _Panel(
-        "Cross-image gap", "difference of cosines",
-        {"predictions": "cross_image_gap", "of perfect predictions": "perfect_gap"},
-    ),
-    _Panel(
-        "Variation of predictions", "times that of the targets",
-        {"between images": "prediction_image_ratio", "between places": "prediction_place_ratio"},
-    ),
-    _Panel("Loss on the fixed images", "mean over target values", {"": "loss"}),
-)  # fmt: skip
+
+
+def _lines_of_panels() -> dict[Panel, dict[str, str]]:
+    """Gives for each panel the names of its lines, and of the numbers that they show."""
+    found: dict[Panel, dict[str, str]] = {}
+    for sign in (*SIGNS_OF_PARTS, *SINGLE_SIGNS):
+        if sign.panel is not None:
+            of_parts = {line: f"{part}_{sign.name}" for line, part in _PARTS.items()}
+            found.setdefault(sign.panel, {}).update(of_parts if sign in SIGNS_OF_PARTS else {sign.line: sign.name})
+    return found
 
 
 def draw_diagnostics_figure(
@@ -72,12 +51,13 @@ def draw_diagnostics_figure(
     """
     if not runs or not all(runs.values()):
         raise ValueError("there are no rows to draw; a run has its first at step 0, in diagnostics.jsonl.")
-    lines = -(-len(_PANELS) // _COLUMNS)
+    panels = _lines_of_panels()
+    lines = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(3.3 * _COLUMNS, 2.6 * lines + 0.3), layout="constrained", facecolor="white")
     if title is not None:
         figure.suptitle(title, fontsize=11, color=TEXT_COLOR, x=0.01, ha="left", parse_math=False)  # a name
-    for axis, panel in zip(figure.subplots(lines, _COLUMNS).ravel(), _PANELS, strict=True):
-        draw_panel(axis, panel, runs)
+    for axis, (panel, shown) in zip(figure.subplots(lines, _COLUMNS).ravel(), panels.items(), strict=False):
+        _draw_panel(axis, panel, shown, runs)
     if len(runs) > 1:
         handles = figure.axes[0].get_lines()[: len(runs)]
         names = [run.replace("$", r"\$") for run in runs]  # no formulas
@@ -87,15 +67,12 @@ def draw_diagnostics_figure(
     return figure
 
 
-def draw_panel(axis: Axes, panel: _Panel, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draws one number of all runs over their steps.
-
-    Args:
-        axis: Where.
-        panel: Which.
-        runs: As for `draw_diagnostics_figure`.
-    """
-    names = panel.names if len(runs) == 1 else dict([next(iter(panel.names.items()))])
+def _draw_panel(
+    axis: Axes, panel: Panel, names: Mapping[str, str], runs: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Draws the numbers of one panel, of all runs, over their steps."""
+    if len(runs) > 1:
+        names = dict([next(iter(names.items()))])
     drawn = [(label if len(runs) == 1 else run.replace("$", r"\$"), name, rows) for run, rows in runs.items()
              for label, name in names.items()]  # fmt: skip
     for (label, name, rows), color in zip(drawn, LINE_COLORS, strict=False):
