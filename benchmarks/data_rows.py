@@ -24,12 +24,11 @@ from mask_speed import our_sampler, published_options, published_sampler
 from PIL import Image
 from side_by_side import Row, ratios, render_table, scaled, take_turns
 
-from ijepa_hf.data import CropReader, ImageRows, PretrainingImages, SampleKey
-from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, draw_crop_box, normalize, stack_images
+from ijepa_hf.data import CropReader, ImageRows, PretrainingImages, SampleKey, crop_numbers
+from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize, stack_images
 from ijepa_hf.masking import MaskSettings
 from ijepa_hf.memory_images import MemoryCrops, decode_all
 from ijepa_hf.preparation import prepare
-from ijepa_hf.randomness import DRAW_CROP, keyed_generator
 from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 MIN_CROP_SCALE = 0.3
@@ -98,8 +97,8 @@ def _prepared(photographs: Path, folder: Path, image_format: str) -> Pretraining
 def _boxes(sizes: Sequence[tuple[int, int]], keys: Sequence[SampleKey], size: tuple[int, int]) -> list[Box]:
     """The boxes that ours draws; `sizes` are widths and heights."""
     return [
-        draw_crop_box(height, width, size, MIN_CROP_SCALE, keyed_generator(0, DRAW_CROP, key.epoch, key.image))
-        for (width, height), key in zip(sizes, keys, strict=True)
+        crop_box(height, width, size, MIN_CROP_SCALE, numbers)
+        for (width, height), numbers in zip(sizes, crop_numbers(0, keys), strict=True)
     ]
 
 
@@ -221,7 +220,7 @@ def small_images_rows(rounds: int, cifar_folder: Path | None = None, count: int 
     rows = ImageRows(dataset, find_image_column(dataset), 3)
     size = (32, 32)
     memory = MemoryCrops(decode_all(rows, None, limit=None), CropReader(rows.images, size, MIN_CROP_SCALE, seed=0))
-    arrays = memory.images.pixels.permute(0, 1, 3, 2).contiguous().numpy()  # [n, height, width, 3], as loaders hold it
+    arrays = memory.images.pixels.permute(0, 2, 3, 1).contiguous().numpy()  # [n, height, width, 3], as loaders hold it
     turns = {name: itertools.count() for name in ("published", "ours", "ours, normalised", "bare")}
     epochs: dict[int, tuple[list[list[SampleKey]], list[Box]]] = {}
 
@@ -231,7 +230,7 @@ def small_images_rows(rounds: int, cifar_folder: Path | None = None, count: int 
 
     for epoch in range(rounds + 1):
         order = np.random.default_rng(epoch).permutation(len(memory))
-        keys = [SampleKey(epoch, 0, slot, int(image)) for slot, image in enumerate(order)]
+        keys = [SampleKey(epoch, epoch, slot, int(image)) for slot, image in enumerate(order)]
         whole = len(keys) // SMALL_BATCH * SMALL_BATCH or len(keys)
         boxes = _boxes([(32, 32)] * whole, keys[:whole], size)
         epochs[epoch] = ([keys[start : start + SMALL_BATCH] for start in range(0, whole, SMALL_BATCH)], boxes)

@@ -26,7 +26,7 @@ from published_step import PublishedStep, reference_name
 from side_by_side import Row, Spread
 
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
-from ijepa_hf.image_transforms import draw_crop_box
+from ijepa_hf.image_transforms import CROP_NUMBERS, crop_box
 from ijepa_hf.masking import MaskSettings, draw_masks
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipe_files import load_recipe
@@ -137,7 +137,7 @@ class _Images(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         picture = Image.fromarray(self.arrays[index])
         size = (picture.height, picture.width)
-        return published_crop(picture, draw_crop_box(*size, size, 0.3, self.generator), size)
+        return published_crop(picture, crop_box(*size, size, 0.3, self.generator.random(CROP_NUMBERS)), size)
 
 
 def published_loop(folder: Path, steps: int, checkout: Path | None) -> float:

@@ -23,7 +23,6 @@ LAYERS = {
     "block_sizes": -2,
     "masking": -1,
     "image_transforms": 0,
-    "keyed_crops": 1,
     "schedules": 0,
     "shapes": 0,
     "diagnostics": 0,

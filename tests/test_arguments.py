@@ -98,7 +98,7 @@ def test_an_argument_says_what_it_changes():
     ]  # fmt: skip
     assert sorted(argument_names("speed")) == [
         "attn_implementation", "dataloader_num_workers", "fit_batch_to_memory", "gradient_accumulation_steps",
-        "gradient_checkpointing", "keep_images_in_memory", "num_cpu_threads", "per_device_train_batch_size",
+        "gradient_checkpointing", "num_cpu_threads", "per_device_train_batch_size",
         "selective_checkpointing",
     ]  # fmt: skip
     assert sorted(argument_names("reporting")) == [

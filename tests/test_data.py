@@ -22,9 +22,11 @@ from ijepa_hf.data import (
     SampleKey,
     StepBatchSampler,
     build_loader,
+    crop_numbers,
     resized_pixels,
 )
-from ijepa_hf.randomness import keyed_generator
+from ijepa_hf.image_transforms import CROP_NUMBERS
+from ijepa_hf.randomness import DRAW_CROP, keyed_generator
 from ijepa_hf.sources import ImageSource, find_image_column, load_digits, load_split
 
 
@@ -127,30 +129,35 @@ def test_a_set_smaller_than_one_global_batch_is_refused_with_a_size_that_works()
 # -- crops and batches -----------------------------------------------------------------------------------------------
 
 
-def test_a_crop_depends_on_seed_epoch_and_image_and_not_on_step_or_slot(digits):
+def test_a_crop_depends_on_seed_step_and_slot_and_not_on_the_epoch(digits):
     rows = ImageRows(digits, "image", 3)
     images = PretrainingImages(rows, CropReader(rows.images, (32, 32), 0.3, seed=5))
     crop = images[SampleKey(1, 30, 2, 17)]["pixel_values"]
     assert crop.dtype == torch.uint8
-    assert torch.equal(crop, images[SampleKey(1, 99, 0, 17)]["pixel_values"])
-    for other in (SampleKey(2, 30, 2, 17), SampleKey(1, 30, 2, 18)):
-        assert not torch.equal(crop, images[other]["pixel_values"])
+    assert torch.equal(crop, images[SampleKey(2, 30, 2, 17)]["pixel_values"])
     other_seed = PretrainingImages(rows, CropReader(rows.images, (32, 32), 0.3, seed=6))
-    assert not torch.equal(crop, other_seed[SampleKey(1, 30, 2, 17)]["pixel_values"])
+    others = [images[SampleKey(1, 30, 3, 17)], images[SampleKey(1, 31, 2, 17)], other_seed[SampleKey(1, 30, 2, 17)]]
+    assert not any(torch.equal(crop, other["pixel_values"]) for other in others)
 
 
 def test_rows_asked_for_together_are_those_asked_for_one_by_one(digits):
     rows = ImageRows(digits, "image", 3)
     images = PretrainingImages(rows, CropReader(rows.images, (32, 32), 0.3, seed=5))
-    same_epoch = [SampleKey(1, 0, slot, image) for slot, image in enumerate((17, 3, 17, 900))]
-    many = [SampleKey(2, 0, slot, slot * slot) for slot in range(20)]
-    for keys in (same_epoch, many, same_epoch + many):
+    in_turn = [SampleKey(0, 3, 7 + place, image) for place, image in enumerate((17, 3, 17, 900))]
+    for keys in (in_turn, in_turn[::-1], [*in_turn, SampleKey(0, 4, 11, 5)]):
         for key, sample in zip(keys, images.__getitems__(keys), strict=True):
             assert sample["sample_key"] == key
             assert torch.equal(sample["pixel_values"], images[key]["pixel_values"])
     assert [row["image"]["bytes"] for row in rows.raw_rows(range(2, 5))] == [
         rows.rows[number]["image"]["bytes"] for number in (2, 3, 4)
     ]
+
+
+def test_the_numbers_of_a_step_are_one_generators_a_row_for_each_slot():
+    whole = keyed_generator(4, DRAW_CROP, 9).random((12, CROP_NUMBERS))
+    for first, count in ((0, 12), (1, 1), (5, 7), (11, 1)):
+        keys = [SampleKey(0, 9, slot, 99 - slot) for slot in range(first, first + count)]
+        assert crop_numbers(4, keys) == whole[first : first + count].tolist()
 
 
 def test_a_crop_that_cannot_be_drawn_is_refused_before_any_image_is_read(digits):

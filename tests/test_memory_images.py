@@ -1,4 +1,4 @@
-"""Images kept decoded: every bit as image by image, whatever is kept, read, broken or resumed."""
+"""Images kept decoded: crops of the same boxes as image by image, whatever is kept, read, broken or resumed."""
 
 import io
 
@@ -25,15 +25,7 @@ from ijepa_hf.data import (
     build_loader,
 )
 from ijepa_hf.loading import open_training_images
-from ijepa_hf.memory_images import (
-    BatchResizer,
-    CannotKeepError,
-    MemoryCrops,
-    PlacedWeights,
-    decode_all,
-    keep_in_memory,
-    resizing_weights,
-)
+from ijepa_hf.memory_images import CannotKeepError, MemoryCrops, decode_all, keep_in_memory, resize_parts
 from ijepa_hf.streaming import StreamLayout
 
 
@@ -64,20 +56,21 @@ def kept(rows: ImageRows, crops: CropReader) -> MemoryCrops:
 
 
 def assert_same(one: list, other: list) -> None:
+    """Everything but the pixels is equal, and they are within 2 of 255, seldom more than 1."""
     for mine, theirs in zip(one, other, strict=True):
-        assert mine.keys() == theirs.keys()
-        assert mine["sample_key"] == theirs["sample_key"]
-        assert mine["unreadable"] == theirs["unreadable"]
-        assert mine["pixel_values"].dtype == theirs["pixel_values"].dtype
-        assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
+        assert {**mine, "pixel_values": None} == {**theirs, "pixel_values": None}
+        assert mine["pixel_values"].dtype == theirs["pixel_values"].dtype == torch.uint8
+        off = (mine["pixel_values"].int() - theirs["pixel_values"].int()).abs()
+        assert off.max() <= 2
+        assert (off > 1).float().mean() < 0.01
 
 
 # -- the resizer -----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80)
-@given(data=st.data(), height=st.integers(1, 48), width=st.integers(1, 48), channels=st.sampled_from([1, 3]))
-def test_parts_resized_together_have_the_bits_of_torchs_filter(data, height, width, channels):
+@given(data=st.data(), height=st.integers(1, 60), width=st.integers(1, 60), channels=st.sampled_from([1, 3]))
+def test_parts_resized_together_are_those_of_torchs_filter(data, height, width, channels):
     size = data.draw(st.tuples(st.integers(2, 48), st.integers(2, 48)))
     boxes = []
     for _ in range(data.draw(st.integers(1, 5))):
@@ -85,41 +78,28 @@ def test_parts_resized_together_have_the_bits_of_torchs_filter(data, height, wid
         top, left = data.draw(st.integers(0, height - high)), data.draw(st.integers(0, width - wide))
         boxes.append((top, left, high, wide))
     generator = np.random.default_rng(data.draw(st.integers(0, 99)))
-    pixels = generator.integers(0, 256, (len(boxes), height, channels, width), dtype=np.uint8)
-    extreme = data.draw(st.booleans())  # black beside white makes the largest sums
+    pixels = generator.integers(0, 256, (len(boxes), channels, height, width), dtype=np.uint8)
+    extreme = data.draw(st.booleans())
     images = torch.from_numpy(np.where(pixels > 127, 255, 0).astype(np.uint8) if extreme else pixels)
-    resized = BatchResizer((height, width), size)(images, torch.tensor(boxes))
+    resized = resize_parts(images, boxes, size)
     for image, (top, left, high, wide), result in zip(images, boxes, resized, strict=True):
-        part = image.transpose(0, 1)[:, top : top + high, left : left + wide].contiguous()
+        part = image[:, top : top + high, left : left + wide].float()
         expected = functional.interpolate(part[None], size=size, mode="bilinear", antialias=True)[0]
-        assert torch.equal(result, expected)
+        assert (result.float() - expected).abs().max() < 2
 
 
-def test_small_images_are_resized_by_products_and_large_ones_one_by_one():
-    assert BatchResizer((32, 32), (32, 32)).tables
-    assert BatchResizer((28, 28), (32, 32)).tables
-    assert not BatchResizer((96, 96), (96, 96)).tables  # 171 MB of weights
-    images = torch.randint(0, 256, (3, 96, 3, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    boxes = torch.tensor([[0, 0, 96, 96], [5, 9, 60, 70], [36, 26, 60, 70]])
-    resized = BatchResizer((96, 96), (96, 96))(images, boxes)
-    assert torch.equal(resized[0], images[0].transpose(0, 1))
-    part = images[1, 5:65, :, 9:79].transpose(0, 1).contiguous()[None]
-    assert torch.equal(resized[1], functional.interpolate(part, size=(96, 96), mode="bilinear", antialias=True)[0])
+def test_a_part_of_the_results_size_keeps_its_pixels():
+    for side in (32, 64):
+        images = torch.arange(2 * side * side, dtype=torch.int32).to(torch.uint8).view(2, 1, side, side)
+        part = resize_parts(images, [(3, 5, 16, 20)] * 2, (16, 20))
+        assert torch.equal(part, images[:, :, 3:19, 5:25])
 
 
-def test_sums_that_float32_cannot_hold_are_not_left_to_it():
-    assert PlacedWeights(32, 32).is_exact
-    assert not PlacedWeights(64, 4).is_exact
-    assert not BatchResizer((64, 64), (4, 4)).tables
-
-
-def test_weights_are_a_triangle_that_sums_to_one():
-    for length, out in ((7, 7), (5, 12), (31, 8)):
-        weights, bits = resizing_weights(length, out)
-        assert weights.min() >= 0
-        assert np.abs(weights.sum(1) / 2**bits - 1).max() < 1e-3
-        assert weights.max() < 2**15
-    assert resizing_weights(7, 7)[0].tolist() == (2**14 * np.eye(7, dtype=int)).tolist()
+def test_more_images_than_are_resized_together_are_resized_each_by_itself():
+    images = torch.randint(0, 256, (150, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = [(number % 3, number % 5, 5 + number % 4, 7) for number in range(150)]
+    alone = [resize_parts(images[n : n + 1], boxes[n : n + 1], (8, 8)) for n in range(150)]
+    assert (resize_parts(images, boxes, (8, 8)).int() - torch.cat(alone).int()).abs().max() <= 1
 
 
 # -- the same crops --------------------------------------------------------------------------------------------------
@@ -128,7 +108,7 @@ def test_weights_are_a_triangle_that_sums_to_one():
 @pytest.mark.parametrize("scale", [0.3, 1.0])
 @pytest.mark.parametrize(("shape", "size"), [((32, 32, 3), (32, 32)), ((20, 28), (24, 16)), ((70, 66, 3), (64, 64))])
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_crops_from_memory_have_the_bits_of_crops_read_one_by_one(shape, size, scale, num_channels):
+def test_crops_from_memory_are_those_read_one_by_one(shape, size, scale, num_channels):
     rows = image_rows(noise(9, *shape), num_channels)
     crops = reader(rows, size, scale)
     from_memory, one_by_one = kept(rows, crops), PretrainingImages(rows, crops)
@@ -136,13 +116,6 @@ def test_crops_from_memory_have_the_bits_of_crops_read_one_by_one(shape, size, s
         keys = [SampleKey(epoch, epoch * 2, slot, image) for slot, image in enumerate((4, 8, 0, 4, 1))]
         assert_same(from_memory.__getitems__(keys), one_by_one.__getitems__(keys))
         assert_same([from_memory[keys[1]]], [one_by_one[keys[1]]])
-
-
-def test_a_batch_of_several_epochs_has_the_boxes_of_each():
-    rows = image_rows(noise(4, 32, 32, 3))
-    from_memory, one_by_one = kept(rows, reader(rows)), PretrainingImages(rows, reader(rows))
-    keys = [SampleKey(epoch, 0, slot, slot % 4) for slot, epoch in enumerate((0, 1, 0, 5))]
-    assert_same(from_memory.__getitems__(keys), one_by_one.__getitems__(keys))
 
 
 def test_jpegs_and_uint8_arrays_are_kept_as_well():
@@ -182,7 +155,7 @@ def test_too_many_unreadable_images_in_a_row_are_listed():
         images[SampleKey(0, 0, 0, 7)]
 
 
-def loaded(dataset, crops, *, workers=0, start=0, batch=6, rank=0, ranks=1):
+def loaded(dataset, *, workers=0, start=0, batch=6, rank=0, ranks=1):
     sampler = StepBatchSampler(40, batch, 9, 0, start_step=start, rank=rank, num_ranks=ranks)
     collator = IJepaDataCollator(tiny_config(), seed=0, global_batch_size=sampler.global_batch_size)
     batches = build_loader(dataset, sampler, BatchMaker(collator), num_workers=workers, pin_memory=False)
@@ -191,13 +164,16 @@ def loaded(dataset, crops, *, workers=0, start=0, batch=6, rank=0, ranks=1):
 
 @pytest.mark.parametrize("changes", [{"workers": 2}, {"start": 4}, {"batch": 3, "rank": 1, "ranks": 2}])
 def test_workers_restarts_and_ranks_get_the_same_batches_from_memory(changes):
-    rows = image_rows(noise(40, 32, 32, 3))
-    crops = reader(rows)
-    from_memory = loaded(kept(rows, crops), crops, **changes)
-    one_by_one = loaded(PretrainingImages(rows, crops), crops, **{**changes, "workers": 0})
-    assert len(from_memory) == len(one_by_one) > 0
-    for mine, theirs in zip(from_memory, one_by_one, strict=True):
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    pictures = noise(40, 32, 32, 3)
+    pictures[4] = pictures[31] = b"no picture"
+    rows = image_rows(pictures)
+    images = kept(rows, reader(rows))
+    whole = loaded(images)[changes.get("start", 0) :]
+    batches = loaded(images, **changes)
+    assert len(batches) == len(whole) > 0
+    for mine, theirs in zip(batches, whole, strict=True):
+        slots = slice(3, None) if "rank" in changes else slice(None)
+        assert all(torch.equal(mine[name], theirs[name][slots]) for name in theirs)
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------
@@ -250,24 +226,16 @@ def test_auto_keeps_what_fits_and_is_read_at_least_once(monkeypatch):
     assert keep_in_memory(rows, crops, "yes", num_reads=5) is not None
 
 
-def test_crops_of_one_pixel_are_read_one_by_one():
-    rows = image_rows(noise(2, 8, 8, 3))
-    crops = reader(rows, (1, 8))
-    assert keep_in_memory(rows, crops, "auto", num_reads=9) is None
-    with pytest.raises(ValueError, match="keep_images_in_memory='yes', but crops of one pixel"):
-        keep_in_memory(rows, crops, "yes", num_reads=9)
-
-
 # -- a run's images --------------------------------------------------------------------------------------------------
 
 
-def run_loader(keep: str, rank: int = 0, start_step: int = 0):
+def run_loader(keep: str, rank: int = 0, start_step: int = 0, num_steps: int = 6):
     data = DataArguments(dataset_name="digits", max_train_samples=48, keep_images_in_memory=keep)
     images = open_training_images(data, tiny_config(), num_ranks=1)
     crops = CropReader(images.column, (32, 32), 0.5, 0)
     make_batch = BatchMaker(IJepaDataCollator(tiny_config(), normalize=False, global_batch_size=8))
     return images.loader(
-        crops, make_batch, [StreamLayout(0, 1, 0, 8, 1)], seed=0, shuffle_buffer_size=1, num_steps=6,
+        crops, make_batch, [StreamLayout(0, 1, 0, 8, 1)], seed=0, shuffle_buffer_size=1, num_steps=num_steps,
         start_step=start_step, rank=rank, pin_memory=False,
     ), images, crops, make_batch  # fmt: skip
 
@@ -279,15 +247,12 @@ def test_a_run_keeps_its_images_where_it_reads_all_and_says_so_once(capsys):
     assert said.count("images in memory") == 1
     assert "48, decoded" in said
     assert isinstance(run_loader("auto", rank=1)[0].source, MemoryCrops)
-    for other in (run_loader("no")[0], run_loader("auto", start_step=1)[0]):
+    # a run that goes on decides as it did at its start
+    assert isinstance(run_loader("auto", start_step=5)[0].source, MemoryCrops)
+    for other in (run_loader("no")[0], run_loader("auto", num_steps=5)[0]):
         assert isinstance(other.source, PretrainingImages)
     capsys.readouterr()
     _, images, crops, make_batch = run_loader("yes")
     assert "images in memory" in capsys.readouterr().out
     images.first_batch(crops, make_batch, size=4, seed=0)  # a few are read faster than all are decoded
     assert not capsys.readouterr().out
-
-
-def test_a_run_has_the_same_batches_whether_or_not_its_images_are_kept():
-    for mine, theirs in zip(run_loader("yes", start_step=2)[0], run_loader("no", start_step=2)[0], strict=True):
-        assert all(torch.equal(mine.inputs[name], theirs.inputs[name]) for name in theirs.inputs)

@@ -78,11 +78,12 @@ def test_arguments_that_change_no_weight_may_differ_and_others_are_named():
     other = {
         **ARGUMENTS,
         "max_broken_share": 0.5,
-        "keep_images_in_memory": "no",
         "per_device_train_batch_size": 4,
         "seed": 1,
     }
     assert differing_arguments(ARGUMENTS, other) == ["seed is 0 there, 1 here"]
+    kept = [{**ARGUMENTS, "keep_images_in_memory": keep} for keep in ("auto", "no")]  # decides how crops are resized
+    assert differing_arguments(*kept) == ["keep_images_in_memory is 'auto' there, 'no' here"]
     official = {**ARGUMENTS, "masking_strategy": "multi_block_official"}
     named = differing_arguments(official, {**official, "per_device_train_batch_size": 4})
     assert named == ["per_device_train_batch_size is 8 there, 4 here"]

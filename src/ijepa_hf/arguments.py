@@ -194,9 +194,9 @@ class DataArguments:
     )
     dataloader_num_workers: int = flag("speed", "Processes that load images; 0 loads in the training process.", 0)
     keep_images_in_memory: str = flag(
-        "speed",
-        "Keep images decoded, which must be 8-bit pictures of one size; nothing but the speed depends on it. yes; no; "
-        "auto: where they are, take 1 GB at most in each process, and the run reads as many images as there are.",
+        "result",
+        "Keep images decoded, which must be 8-bit pictures of one size; pixels of crops may be off by 2 of 255. yes; "
+        "no; auto: where they are, take 1 GB at most in each process, and the run reads as many images as there are.",
         "auto",
     )
     max_broken_share: float = flag(

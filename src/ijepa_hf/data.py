@@ -1,9 +1,8 @@
 """Images for pretraining: one row to a crop, the order of map-style sets, and the collator that draws the masks.
 
-Every draw is a function of numbers that say where it happens: the order of an epoch of (seed, epoch), an image's
-crop of (seed, epoch, index), the masks of (seed, optimiser step, slot), where slot is the sample's place in the
-*global* batch. So a run is the same for any number of workers, and of ranks at a fixed global batch, and resuming at
-a step needs that step's number alone.
+Every draw is a function of numbers that say where it happens: the order of an epoch of (seed, epoch), a sample's crop
+and masks of (seed, optimiser step, slot), where slot is its place in the *global* batch. So a run is the same for any
+number of workers, and of ranks at a fixed global batch, and resuming at a step needs that step's number alone.
 
 An image that cannot be read never stops a run by itself: another one, drawn from the same numbers, stands in for it,
 and the batch says so. Where not the image is broken but what it is read from has failed (`retrying`), it is read again
@@ -24,9 +23,9 @@ from torch.utils.data import Sampler
 
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.image_transforms import (
+    CROP_NUMBERS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    CropDraws,
     check_crop,
     decode_image,
     normalize,
@@ -35,14 +34,12 @@ from ijepa_hf.image_transforms import (
     resize,
     stack_images,
 )
-from ijepa_hf.keyed_crops import keyed_draws
 from ijepa_hf.masking import Masks, draw_masks
 from ijepa_hf.randomness import DRAW_CROP, DRAW_MASKS, DRAW_ORDER, DRAW_SUBSTITUTE, keyed_generator
 from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
 from ijepa_hf.workers import PlainLoader
 
 SUBSTITUTE_TRIES = 10
-_DRAWN_TOGETHER = 10  # images, for which arrays of numbers cost less than a generator each
 
 _Row = TypeVar("_Row")
 _Read = TypeVar("_Read")
@@ -309,8 +306,30 @@ def first_readable(
         image, row = another(int(substitutes.integers(2**32)))
 
 
+def crop_numbers(seed: int, keys: Sequence[SampleKey]) -> list[list[float]]:
+    """Draw the numbers that say where the crops of some samples lie.
+
+    A step has one generator, of which each slot of the global batch has its own stretch. So the numbers of a sample
+    depend on no other, however many are asked for together.
+
+    Args:
+        seed: The run's seed.
+        keys: Where the samples stand; cheapest where their slots follow each other in one step.
+
+    Returns:
+        For each sample `CROP_NUMBERS` numbers, uniform in [0, 1).
+    """
+    first = keys[0]
+    if any((key.step, key.slot) != (first.step, first.slot + place) for place, key in enumerate(keys)):
+        return [crop_numbers(seed, [key])[0] for key in keys]
+    generator = keyed_generator(seed, DRAW_CROP, first.step)
+    # Philox makes four numbers each time that it counts
+    cast(np.random.Philox, generator.bit_generator).advance(first.slot * (CROP_NUMBERS // 4))
+    return cast(list[list[float]], generator.random((len(keys), CROP_NUMBERS)).tolist())
+
+
 class CropReader:
-    """Turns a row into a crop, a function of (seed, epoch, image); finds a substitute for a row that cannot be read.
+    """Turns rows into crops, drawn from (seed, step, slot); finds a substitute for a row that cannot be read.
 
     Args:
         images: Says how to decode a row.
@@ -338,53 +357,35 @@ class CropReader:
         rows: Sequence[Mapping[str, Any]],
         others: Sequence[Callable[[int], tuple[int, Mapping[str, Any]]]],
     ) -> list[dict[str, Any]]:
-        """Reads the samples of a batch, whose crops are drawn together.
+        """Reads the samples of a micro-batch.
 
         Args:
             keys: Where they stand.
             rows: The row of each.
-            others: For each, what `read` calls `another`.
+            others: For each, a function that gives the number and row of some image for any number from 0 to
+                2**32 - 1; asked when its row cannot be read.
 
         Returns:
-            What `read` says of each.
-
-        Raises:
-            ValueError: As `read` does.
-        """
-        draws: Sequence[CropDraws | None] = [None] * len(keys)
-        if len(keys) >= _DRAWN_TOGETHER and len({key.epoch for key in keys}) == 1:
-            draws = keyed_draws((self.seed, DRAW_CROP, keys[0].epoch), [key.image for key in keys])
-        return [self.read(*sample) for sample in zip(keys, rows, others, draws, strict=True)]
-
-    def read(
-        self,
-        key: SampleKey,
-        row: Mapping[str, Any],
-        another: Callable[[int], tuple[int, Mapping[str, Any]]],
-        draws: CropDraws | None = None,
-    ) -> dict[str, Any]:
-        """Reads one sample.
-
-        Args:
-            key: Where it stands.
-            row: Its row.
-            another: Gives the number and row of some image for any number from 0 to 2**32 - 1; asked when `row` cannot
-                be read.
-            draws: What its crop is drawn from, where that was made already.
-
-        Returns:
-            `pixel_values` uint8 or float32 `[num_channels, height, width]`, the `sample_key`, and the images that
-            were `unreadable`.
+            Of each sample `pixel_values` uint8 or float32 `[num_channels, height, width]`, the `sample_key`, and the
+            images that were `unreadable`.
 
         Raises:
             ValueError: If `SUBSTITUTE_TRIES` images in a row cannot be read; lists them.
         """
-        image, row, decoded, unreadable = first_readable(
+        numbers = crop_numbers(self.seed, keys)
+        return [self._read(*sample) for sample in zip(keys, rows, others, numbers, strict=True)]
+
+    def _read(
+        self,
+        key: SampleKey,
+        row: Mapping[str, Any],
+        another: Callable[[int], tuple[int, Mapping[str, Any]]],
+        numbers: Sequence[float],
+    ) -> dict[str, Any]:
+        _, _, decoded, unreadable = first_readable(
             key, self.seed, row, another, lambda _, row: self.images.decode(row)
         )
-        if draws is None or image != key.image:
-            draws = keyed_generator(self.seed, DRAW_CROP, key.epoch, image)
-        crop = random_resized_crop(decoded, self.size, self.min_crop_scale, draws)
+        crop = random_resized_crop(decoded, self.size, self.min_crop_scale, numbers)
         return {"pixel_values": crop, "sample_key": key, "unreadable": unreadable}
 
 
@@ -403,11 +404,11 @@ class PretrainingImages(TorchDataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Returns what `CropReader.read` says."""
+        """Returns one of what `CropReader.read_all` gives."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
-        """Returns what `CropReader.read` says of each."""
+        """Returns what `CropReader.read_all` gives."""
         rows = self.images.raw_rows([key.image for key in keys])
         return self.crops.read_all(keys, rows, [self._another] * len(keys))
 
@@ -512,7 +513,9 @@ class IJepaDataCollator:
         if "pixel_values" in row:
             return torch.as_tensor(row["pixel_values"])
         image = decode_image(row[self._image_column(row)], self.config.num_channels)
-        return random_resized_crop(image, self.config.image_shape, self.min_crop_scale, generator)
+        return random_resized_crop(
+            image, self.config.image_shape, self.min_crop_scale, generator.random(CROP_NUMBERS).tolist()
+        )
 
     def _image_column(self, row: dict[str, Any]) -> str:
         column = self.image_column_name or next((name for name in ("image", "img") if name in row), None)

@@ -19,7 +19,7 @@ import stat
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -46,21 +46,11 @@ _DAMAGE = (
     struct.error,
 )
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # in Pillow's words: another one in each run
-CROP_TRIES = 10
-LOG_ASPECT = math.log(4 / 3)
+CROP_NUMBERS = 40  # numbers from 0 to 1 that a crop is drawn from: four for each of ten tries
+_LOG_ASPECT = math.log(4 / 3)
 _LARGEST_FILE = 2**30  # bytes; what Pillow agrees to decode (179 million pixels) takes half of it uncompressed
 _PIXELS_COMPOSITED_AT_ONCE = 2**24
 _NORMALIZED_AT_ONCE = 2**18  # values, so that they stay in a core's cache between the three passes
-
-
-class CropDraws(Protocol):
-    """What a crop is drawn from: a `numpy.random.Generator`, or what gives the same numbers."""
-
-    def uniform(self, low: float, high: float) -> float:
-        """A number from low to high."""
-
-    def integers(self, low: int, high: int) -> Any:
-        """A whole number from low to high - 1."""
 
 
 def decode_image(value: Any, num_channels: int, *, channel_axis: int | None = None) -> Image.Image | np.ndarray:
@@ -146,7 +136,7 @@ def read_image_file(path: str) -> bytes:
 
 
 def random_resized_crop(
-    image: Image.Image | np.ndarray, size: tuple[int, int], min_crop_scale: float, generator: CropDraws
+    image: Image.Image | np.ndarray, size: tuple[int, int], min_crop_scale: float, numbers: Sequence[float]
 ) -> torch.Tensor:
     """Cut a random part out of an image and resize it: the only augmentation of the published runs.
 
@@ -154,8 +144,8 @@ def random_resized_crop(
         image: what `decode_image` returns: a picture of mode "L" or "RGB", or a float32 array [C, height, width].
         size: (height, width) of the result in pixels.
         min_crop_scale: smallest share of the image's area to keep, in (0, 1]; 0.3 as published. 1.0 means the whole
-            image and draws nothing from the generator.
-        generator: source of every draw.
+            image.
+        numbers: `CROP_NUMBERS` random numbers, uniform in [0, 1), which the part follows from.
 
     Returns:
         [C, height, width]: uint8 for a picture, resized by torch (see the top of this module); float32 for an array.
@@ -167,45 +157,42 @@ def random_resized_crop(
     Source: the published runs; the crop is that of GoogLeNet (arXiv 1409.4842), section 6.
     """
     height, width = _height_and_width(image)
+    check_crop(size, min_crop_scale)
     if min_crop_scale == 1.0:
         return resize(image, size)
-    top, left, crop_height, crop_width = draw_crop_box(height, width, size, min_crop_scale, generator)
+    top, left, crop_height, crop_width = crop_box(height, width, size, min_crop_scale, numbers)
     if isinstance(image, Image.Image):
         return _resized_part(image, (top, left, crop_height, crop_width), size)
     return resize(image[:, top : top + crop_height, left : left + crop_width], size)
 
 
-def draw_crop_box(
-    height: int, width: int, size: tuple[int, int], min_crop_scale: float, generator: CropDraws
+def crop_box(
+    height: int, width: int, size: tuple[int, int], min_crop_scale: float, numbers: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Draw the box that `random_resized_crop` cuts out.
+    """Work out the box that `random_resized_crop` cuts out.
 
     The area's share is uniform in [min_crop_scale, 1], the logarithm of width / height uniform within a factor 4/3
     of that of `size`, and the place uniform over all that fit. A box that does not fit is drawn again; after ten such
-    draws the largest centred box of an allowed shape is taken.
+    tries the largest centred box of an allowed shape is taken.
 
     Args:
         height: image height in pixels.
         width: image width in pixels.
         size: (height, width) of the result, which gives the aspect that the draws vary around.
         min_crop_scale: smallest share of the area, in (0, 1].
-        generator: source of every draw.
+        numbers: `CROP_NUMBERS` random numbers, uniform in [0, 1).
 
     Returns:
         (top, left, height, width) of the box in pixels, inside the image.
-
-    Raises:
-        ValueError: `min_crop_scale` outside (0, 1], or a size that is not two positive integers.
     """
-    check_crop(size, min_crop_scale)
     aspect = size[1] / size[0]
-    for _ in range(CROP_TRIES):
-        area = height * width * generator.uniform(min_crop_scale, 1.0)
-        ratio = aspect * math.exp(generator.uniform(-LOG_ASPECT, LOG_ASPECT))
+    for number in range(0, CROP_NUMBERS, 4):
+        area = height * width * (min_crop_scale + (1.0 - min_crop_scale) * numbers[number])
+        ratio = aspect * math.exp(_LOG_ASPECT * (2.0 * numbers[number + 1] - 1.0))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(generator.integers(0, height - crop_height + 1))
-            left = int(generator.integers(0, width - crop_width + 1))
+            top = int(numbers[number + 2] * (height - crop_height + 1))
+            left = int(numbers[number + 3] * (width - crop_width + 1))
             return top, left, crop_height, crop_width
     ratio = min(max(width / height, aspect * 3 / 4), aspect * 4 / 3)
     crop_width = max(1, min(width, round(height * ratio)))

@@ -167,7 +167,7 @@ class TrainingImages:
             rank=rank,
             num_ranks=layout.num_ranks,
         )
-        num_reads = (num_steps - start_step) * layout.global_batch_size
+        num_reads = num_steps * layout.global_batch_size  # of the whole run, so that a resumed one decides alike
         kept = keep_in_memory(self.rows, crops, self.keep_in_memory, num_reads=num_reads)
         if kept is not None and rank == 0:
             megabytes = kept.images.pixels.numel() / 1e6

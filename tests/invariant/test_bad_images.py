@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from ijepa_hf.data import CropReader, ImageColumn, SampleKey
-from ijepa_hf.image_transforms import decode_image, random_resized_crop
+from ijepa_hf.image_transforms import CROP_NUMBERS, decode_image, random_resized_crop
 
 SIZE = (12, 16)
 MODES = (
@@ -176,7 +176,7 @@ def outcome_of_image(value: Any, channels: int, seed: int) -> str:
             assert image.shape[0] == channels
             assert np.isfinite(image).all()
             kind = torch.float32
-        crop = random_resized_crop(image, SIZE, 0.3, np.random.default_rng(seed))
+        crop = random_resized_crop(image, SIZE, 0.3, np.random.default_rng(seed).random(CROP_NUMBERS))
         assert crop.shape == (channels, *SIZE)
         assert crop.dtype == kind
         assert torch.isfinite(crop.float()).all()
@@ -242,7 +242,7 @@ READER = make_reader()
 def outcome_of_row(content: bytes) -> str:
     with bounded(seconds=1, megabytes=150):
         row = {"image": {"bytes": content, "path": "folder/odd.png"}}
-        sample = READER.read(SampleKey(0, 0, 0, 5), row, lambda _: (1, GOOD_ROW))
+        sample = READER.read_all([SampleKey(0, 0, 0, 5)], [row], [lambda _: (1, GOOD_ROW)])[0]
     crop = sample["pixel_values"]
     assert crop.shape == (3, *SIZE)
     assert torch.isfinite(crop.float()).all()
@@ -251,7 +251,8 @@ def outcome_of_row(content: bytes) -> str:
     (skipped,) = sample["unreadable"]
     assert skipped.image == 5
     assert "folder/odd.png" in skipped.reason
-    assert torch.equal(crop, READER.read(SampleKey(0, 0, 0, 1), GOOD_ROW, lambda _: (1, GOOD_ROW))["pixel_values"])
+    good = READER.read_all([SampleKey(0, 0, 0, 1)], [GOOD_ROW], [lambda _: (1, GOOD_ROW)])[0]
+    assert torch.equal(crop, good["pixel_values"])
     return "another image instead"
 
 

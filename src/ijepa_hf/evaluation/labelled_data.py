@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 from ijepa_hf.arguments import flag
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.image_settings import ImageSettings
-from ijepa_hf.image_transforms import normalize, random_resized_crop, resize
+from ijepa_hf.image_transforms import CROP_NUMBERS, normalize, random_resized_crop, resize
 from ijepa_hf.randomness import DRAW_LABELLED_CROP, DRAW_LABELS, DRAW_ORDER, keyed_generator
 from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split
 
@@ -106,7 +106,8 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
             pixels = resize(image, self.settings.shape)
         else:
             generator = keyed_generator(self.seed, DRAW_LABELLED_CROP, epoch, index)
-            pixels = random_resized_crop(image, self.settings.shape, self.min_crop_scale, generator)
+            numbers = generator.random(CROP_NUMBERS).tolist()
+            pixels = random_resized_crop(image, self.settings.shape, self.min_crop_scale, numbers)
             if self.horizontal_flip and generator.random() < 0.5:
                 pixels = pixels.flip(-1)
         pixels = normalize(pixels, self.settings.mean, self.settings.std)
