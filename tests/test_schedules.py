@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, rate_share_at, weight_decay_at
+from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden" / "schedules.json").read_text())
 SETTINGS = GOLDEN["settings"]
@@ -72,13 +72,6 @@ def test_a_final_learning_rate_above_the_peak_is_a_floor_after_the_warmup():
     rates = {"learning_rate": 1e-4, "start_learning_rate": 0.0, "final_learning_rate": 1e-3}
     assert learning_rate_at(5, **rates, warmup_steps=10, total_steps=50) == pytest.approx(5e-5, rel=1e-12)
     assert learning_rate_at(10, **rates, warmup_steps=10, total_steps=50) == 1e-3
-
-
-def test_a_share_of_the_rate_rises_and_falls_as_a_cosine_that_never_stands_still():
-    shares = [rate_share_at(step, warmup_steps=10, total_steps=100) for step in range(100)]
-    assert shares[:10] == pytest.approx([step / 10 for step in range(1, 11)])
-    assert shares[9:] == pytest.approx([(1 + math.cos(math.pi * i / 91)) / 2 for i in range(91)], abs=1e-12)
-    assert rate_share_at(0, total_steps=1) == 0.5
 
 
 def test_weight_decay_may_also_fall():

@@ -53,33 +53,6 @@ def learning_rate_at(
     return max(final_learning_rate, _half_cosine(progress, learning_rate, final_learning_rate))
 
 
-def rate_share_at(step0: int, *, warmup_steps: int = 0, total_steps: int) -> float:
-    """Share of the learning rate at one step of a short training: a linear warm-up from 0, then half a cosine to 0.
-
-    As `torch.optim.lr_scheduler.LambdaLR` asks for it. The cosine ends one step after the last one, for a step at 0
-    would be idle.
-
-    Args:
-        step0: number of steps already made, so 0 for the first.
-        warmup_steps: steps until the share is 1; 0 for none.
-        total_steps: steps of the training.
-
-    Returns:
-        The share, in (0, 1].
-
-    Raises:
-        ValueError: `step0` below 0, `warmup_steps` below 0, `total_steps` below 0 or not whole.
-    """
-    return learning_rate_at(
-        step0 + 1,
-        learning_rate=1.0,
-        start_learning_rate=0.0,
-        final_learning_rate=0.0,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps + 1,
-    )
-
-
 def weight_decay_at(step: int, *, weight_decay: float, final_weight_decay: float, total_steps: int) -> float:
     """Weight decay of one optimiser step: half a cosine from the first value to the final one, without warm-up.
 

@@ -1,4 +1,4 @@
-"""Attentive probe: a small cross-attention block learns which patches of a frozen encoder tell the class.
+"""Classifies by an attentive probe: a small cross-attention block learns which frozen patches tell the class.
 
 A linear probe on the mean of the patches misses what only few patches show. Here one learned query attends to them.
 """
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 from ijepa_hf.evaluation.splits import check_classes, check_features, hold_out
-from ijepa_hf.schedules import rate_share_at
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def predict_attentive(
     num_heads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Labels that an attentive probe, trained on frozen patch features, gives to test images.
+    """Predicts labels of test images by an attentive probe that is trained on frozen patch features.
 
     The probe, for patches s, a learned query q and layer norms: h = q + attention(q, norm(s)); h = h + mlp(norm(h)),
     two layers with GELU and four times the width between them; logits = linear(norm(h)). It is trained with AdamW
@@ -161,13 +161,12 @@ def _train(
         for decays in (True, False):
             # The query is a token with a place of its own, and no matrix.
             chosen = [p for name, p in probe.named_parameters() if (p.ndim == 2) == decays]
-            groups.append({"params": chosen, "lr": rate, "weight_decay": weight_decay if decays else 0.0})
+            decay = weight_decay if decays else 0.0
+            groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(groups)
     steps = epochs * -(-len(rows) // batch_size)
-    warmup = int(_WARMUP_SHARE * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_share_at(step, warmup_steps=warmup, total_steps=steps)
-    )
+    # The schedule starts at its second step and ends one step late: steps with a rate of 0 would be idle.
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(_WARMUP_SHARE * steps), steps + 1, last_epoch=0)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(epochs), desc=f"attentive probe, {len(probes)} at once", unit="epoch", disable=None):
         order = rows[torch.randperm(len(rows), generator=generator).numpy()]

@@ -1,4 +1,4 @@
-"""Where things are, read off frozen patch features: linear segmentation, and the box of the largest object."""
+"""Predicts from frozen patch features where things are: masks of classes, and the box of the largest object."""
 
 import functools
 import logging
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 from ijepa_hf.evaluation.regression_probe import predict_ridge
 from ijepa_hf.evaluation.splits import check_features, hold_out, in_pieces
-from ijepa_hf.schedules import rate_share_at
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def predict_segmentation(
     learning_rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """The class of each pixel, by a linear layer on frozen patch features.
+    """Predicts the class of each pixel by a linear layer on frozen patch features.
 
     Features are standardised with the mean and deviation of the training images' patches. A linear layer gives each
     patch its logits; these are resized bilinearly to the mask's size, so that the borders of grid and mask agree; the
@@ -167,10 +167,14 @@ class _SegmentationProbe:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
             layers.append(layer)
-        groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, rates, strict=True)]
+        groups = [
+            {"params": layer.parameters(), "lr": rate, "initial_lr": rate}
+            for layer, rate in zip(layers, rates, strict=True)
+        ]
         optimizer = torch.optim.Adam(groups)
         steps = self.epochs * -(-len(rows) // self.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share_at(step, total_steps=steps))
+        # The cosine starts at its second step and ends one step late: a step with a rate of 0 would be idle.
+        schedule = get_cosine_schedule_with_warmup(optimizer, 0, steps + 1, last_epoch=0)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in tqdm(range(self.epochs), desc=f"segmentation, {len(rates)} at once", unit="epoch", disable=None):
             order = rows[torch.randperm(len(rows), generator=generator).numpy()]

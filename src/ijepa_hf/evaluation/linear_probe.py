@@ -27,13 +27,13 @@ _MOMENTUM = 0.9
 
 
 def predict_linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Labels that a logistic regression, trained on frozen features, gives to test images.
+    """Predicts labels of test images by a logistic regression on frozen features.
 
     Features are standardised with the training images' mean and deviation. The L2 penalty is chosen from six strengths
     on a fifth of the *training* images (drawn by class where every class has two or more), from strong to weak, until
     two in a row do no better than the best before them; the strongest wins a tie. The classifier is then fitted again
-    on all training images. The fits run to convergence in float64; should one not
-    converge, scikit-learn's ConvergenceWarning reaches the caller.
+    on all training images. The fits run to convergence in float64; should one not converge, scikit-learn's
+    ConvergenceWarning reaches the caller.
 
     Args:
         train_x: [n_train, D] features, finite; n_train at least 5.
@@ -108,7 +108,7 @@ def predict_linear_sgd(
     weight_decays: Sequence[float] = (5e-4, 0.0),
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Labels that the paper's linear probe gives: a sweep of heads trained by SGD, the best one chosen on train.
+    """Predicts labels by the paper's linear probe: a sweep of heads trained by SGD, the best one chosen on train.
 
     Every combination of head (linear, or batch normalisation and linear), learning rate and weight decay is trained
     on four fifths of the training images. The combination that gets most of the other fifth right (the first of

@@ -1,4 +1,4 @@
-"""Regression on frozen features: ridge regression, and the bins that turn a quantity into classes.
+"""Predicts quantities from frozen features by ridge regression, and cuts quantities into bins.
 
 Low-level properties (how many objects, how far the nearest one) are the paper's second use of a frozen encoder. Its
 table is of accuracies: the number of objects is taken as a class, the distance is cut into six. So
@@ -9,10 +9,11 @@ table is of accuracies: the number of objects is taken as a class, the distance 
 import logging
 
 import numpy as np
-from scipy import linalg
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ijepa_hf.evaluation.splits import check_features, hold_out, in_pieces
+from ijepa_hf.evaluation.splits import check_features, hold_out
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +24,14 @@ _MOST_COUNTS = 20  # different whole numbers that are classes of their own
 
 
 def predict_ridge(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Quantities that a ridge regression, trained on frozen features, gives to test images.
+    """Predicts quantities of test images by a ridge regression on frozen features.
 
     Features are standardised with the deviation of the images that are fitted. The penalty of each target is chosen,
     by squared error, on a fifth of the *training* images (the strongest wins a tie); the regression is then fitted
-    again on all of them. Targets do not influence each other. All is float64 and solved exactly; where there are more
-    columns than images, through the images' inner products.
+    again on all of them. Targets do not influence each other. All is float64; where there are more columns than
+    images, scikit-learn solves through the images' inner products.
 
-    Memory: a float64 copy of the training features and a square matrix of min(n_train, D) rows.
+    Memory: float64 copies of both arrays and a square matrix of min(n_train, D) rows.
 
     Args:
         train_x: [n_train, D] features, finite; n_train at least 5.
@@ -54,18 +55,19 @@ def predict_ridge(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, 
     columns = targets.reshape(len(targets), -1)
     features = np.asarray(train_x, dtype=np.float64)
     fit, held_out = hold_out(len(features), seed=seed)
-    candidates = _fit(features[fit], columns[fit], _PENALTIES)
-    errors = [((_predict(one, features[held_out]) - columns[held_out]) ** 2).mean(axis=0) for one in candidates]
+    scaler = StandardScaler().fit(features[fit])
+    fit_x, held_x = scaler.transform(features[fit]), scaler.transform(features[held_out])
+    candidates = [Ridge(alpha=penalty * len(fit)).fit(fit_x, columns[fit]) for penalty in _PENALTIES]
+    predictions = [each.predict(held_x).reshape(-1, columns.shape[1]) for each in candidates]
+    errors = [((each - columns[held_out]) ** 2).mean(axis=0) for each in predictions]
     chosen = np.argmin(errors, axis=0)  # [T], the first of equals
     logger.info(
         "ridge regression: penalties per image %s were chosen on %d training images",
         [_PENALTIES[each] for each in chosen], len(held_out),
     )  # fmt: skip
-    needed = sorted(set(chosen.tolist()))
-    fitted = dict(zip(needed, _fit(features, columns, [_PENALTIES[each] for each in needed]), strict=True))
-    predictions = {each: _predict(one, np.asarray(test_x)) for each, one in fitted.items()}
-    result = np.stack([predictions[each][:, target] for target, each in enumerate(chosen.tolist())], axis=1)
-    return result.reshape(len(result), *targets.shape[1:])
+    alphas = len(columns) * np.array(_PENALTIES)[chosen]
+    probe = make_pipeline(StandardScaler(), Ridge(alpha=alphas)).fit(features, columns)
+    return probe.predict(np.asarray(test_x, dtype=np.float64)).reshape(len(test_x), *targets.shape[1:])
 
 
 def distance_bins(train_values: np.ndarray, num_bins: int = 6) -> np.ndarray:
@@ -147,30 +149,3 @@ def _quantities(name: str, values: np.ndarray, *, axes: tuple[int, ...] | None) 
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity: leave these images out, or mend their values.")
     return array.astype(np.float64)
-
-
-# What _predict needs: the scaler, weights [D, T], and the mean of each target.
-_Fitted = tuple[StandardScaler, np.ndarray, np.ndarray]
-
-
-def _fit(x: np.ndarray, y: np.ndarray, penalties: "tuple[float, ...] | list[float]") -> list[_Fitted]:
-    """One ridge regression a penalty, from one product of the features with themselves."""
-    scaler = StandardScaler().fit(x)
-    x, mean = scaler.transform(x), y.mean(axis=0)
-    dual = x.shape[1] > len(x)
-    product = x @ x.T if dual else x.T @ x
-    right = y - mean if dual else x.T @ (y - mean)
-    fitted = []
-    for penalty in penalties:
-        loaded = product.copy()
-        loaded.flat[:: len(loaded) + 1] += penalty * len(x)
-        weights = linalg.solve(loaded, right, assume_a="pos", overwrite_a=True)
-        fitted.append((scaler, x.T @ weights if dual else weights, mean))
-    return fitted
-
-
-def _predict(fitted: _Fitted, x: np.ndarray) -> np.ndarray:
-    scaler, weights, mean = fitted
-    return np.concatenate(
-        [scaler.transform(np.asarray(x[rows], dtype=np.float64)) @ weights + mean for rows in in_pieces(x)]
-    )
