@@ -29,12 +29,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.mask_audit import TRIALS
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import new_model
-from ijepa_hf.optimization import make_optimizer, set_attention, training_step
+from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.step_cost import Sizes, count_parameters, draw_sizes, estimate_memory, model_work
@@ -78,13 +77,7 @@ class Training:
 
     def build(self) -> None:
         """Makes model, optimiser and the micro-batches of several steps."""
-        self.model = new_model(self.config, 0)
-        set_attention(self.model, None, self.accelerator)
-        if self.run.gradient_checkpointing:
-            enable_gradient_checkpointing(self.model)
-        self.optimizer = make_optimizer(self.model, self.run)
-        self.prepared = self.accelerator.prepare(self.model)
-        self.model.train()
+        self.ready = set_up_model(new_model(self.config, 0), self.run, self.accelerator)
         size = self.run.per_device_train_batch_size
         generator = torch.Generator().manual_seed(1)
         pixels = torch.randn(size, self.config.num_channels, *self.config.image_shape, generator=generator)
@@ -113,7 +106,7 @@ class Training:
         self.number += accumulated
         values = StepValues(learning_rate=1e-4, weight_decay=0.04, ema_momentum=0.996)
         begin = time.perf_counter()
-        training_step(self.accelerator, self.prepared, self.model, self.optimizer, micro_batches, values)
+        self.ready.step(micro_batches, values)
         seconds = time.perf_counter() - begin
         return seconds * self.mean_work / self._work([self._sizes(batch) for batch in micro_batches])
 

@@ -22,11 +22,12 @@ from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_moni
 from ijepa_hf.diagnostics import rankme
 from ijepa_hf.masking import draw_masks
 from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipe_files import load_recipe
 from ijepa_hf.run_diagnostics import steps_between
-from ijepa_hf.training import CHUNK_OF_BATCHES, make_optimizer, training_step
+from ijepa_hf.training import CHUNK_OF_BATCHES
 
 RECIPES = ("digits", "cifar10-vit-micro", "cifar10-vit-tiny")
 STEPS_A_ROUND = {"digits": 20, "cifar10-vit-micro": 2, "cifar10-vit-tiny": 1}
@@ -36,9 +37,7 @@ def measure(recipe: str, rounds: int) -> dict[str, Any]:
     """Returns the medians over rounds for one recipe."""
     model_arguments, _, run = parse_arguments(as_flags({**load_recipe(recipe), "output_dir": "unused"}))
     config = model_arguments.to_config()
-    model = new_model(config, 0).train()
-    optimizer = make_optimizer(model, run)
-    accelerator = Accelerator(cpu=True)
+    ready = set_up_model(new_model(config, 0), run, Accelerator(cpu=True))
     batch = run.per_device_train_batch_size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch, config.num_channels, *config.image_shape, generator=generator)
@@ -58,9 +57,9 @@ def measure(recipe: str, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         begin = time.perf_counter()
         for _ in range(steps):
-            training_step(accelerator, model, model, optimizer, [inputs], values)
+            ready.step([inputs], values)
         between = time.perf_counter()
-        monitor.measure(model)
+        monitor.measure(ready.model)
         end = time.perf_counter()
         if number:  # the first warms up
             step_times.append((between - begin) / steps)

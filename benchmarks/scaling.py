@@ -51,7 +51,8 @@ def measure(group: str, rounds: int) -> dict[str, Any]:
         made = make_training("cifar10-vit-tiny", value if group == "batch" else BATCH, **changes)
         trainings[made.config.num_patches if group == "image_size" else value] = made
     peaks = [
-        peak_mib(made.step, lambda made=made: held_by([made.model], made.optimizer)) for made in trainings.values()
+        peak_mib(made.step, lambda made=made: held_by([made.ready.model], made.ready.optimizer))
+        for made in trainings.values()
     ]
     sides = {str(value): made.step for value, made in trainings.items()}
     times = take_turns(sides, rounds, clock=time.process_time)

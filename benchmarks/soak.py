@@ -311,9 +311,9 @@ def fail_to_read_for_good(campaign: Campaign) -> None:
 
 
 def _spoil(first: int) -> None:
-    from ijepa_hf import training
+    from ijepa_hf import training_loop
 
-    whole, count = training._take_step, iter(range(1, 10**6))
+    whole, count = training_loop._take_step, iter(range(1, 10**6))
 
     def take(state: Any, step: int, micro_batches: Any, values: Any) -> Any:
         if next(count) >= first:
@@ -322,7 +322,7 @@ def _spoil(first: int) -> None:
             micro_batches[0].inputs["pixel_values"] = pixels
         return whole(state, step, micro_batches, values)
 
-    training._take_step = take
+    training_loop._take_step = take
 
 
 def make_numbers_break(campaign: Campaign) -> None:
@@ -332,16 +332,16 @@ def make_numbers_break(campaign: Campaign) -> None:
 
 
 def _run_out_of_memory(first: int) -> None:
-    from ijepa_hf import training
+    from ijepa_hf import optimization
 
-    whole, count = training.training_step, iter(range(1, 10**6))
+    whole, count = optimization.training_step, iter(range(1, 10**6))
 
     def step(*arguments: Any, **options: Any) -> Any:
         if next(count) == first:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*arguments, **options)
 
-    training.training_step = step
+    optimization.training_step = step
 
 
 def exhaust_memory(campaign: Campaign) -> None:

@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, new_model
-from ijepa_hf.optimization import make_optimizer, set_attention, training_step
+from ijepa_hf.modeling_ijepa import IJepaModel, new_model
+from ijepa_hf.optimization import ReadyModel, set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipe_files import load_recipe
@@ -43,14 +42,12 @@ class Training:
     """A model of a recipe, ready to take steps on one fixed batch."""
 
     config: IJepaConfig
-    model: IJepaForPretraining
-    optimizer: torch.optim.Optimizer
-    accelerator: Accelerator
+    ready: ReadyModel
     batch: dict[str, Tensor]
 
     def step(self) -> None:
         """One optimiser step, as the training loop takes it."""
-        training_step(self.accelerator, self.model, self.model, self.optimizer, [self.batch], VALUES)
+        self.ready.step([self.batch], VALUES)
 
 
 def make_training(
@@ -62,12 +59,8 @@ def make_training(
     config = model_arguments.to_config()
     AcceleratorState._reset_state(reset_partial_state=True)  # else the precision of the first one stays
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu")
-    model = new_model(config, 0).train().to(device)
-    set_attention(model, None, accelerator)
-    if run.gradient_checkpointing or run.selective_checkpointing:
-        enable_gradient_checkpointing(model, selective=run.selective_checkpointing)
-    optimizer = make_optimizer(model, run)
-    return Training(config, accelerator.prepare(model), optimizer, accelerator, make_batch(config, batch_size, device))
+    ready = set_up_model(new_model(config, 0), run, accelerator)
+    return Training(config, ready, make_batch(config, batch_size, device))
 
 
 def make_batch(config: IJepaConfig, batch_size: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -242,13 +235,13 @@ def update_share_row(recipe: str, batch_size: int, rounds: int, *, device: str =
     """AdamW and the moving average beside the whole step."""
     ours = make_training(recipe, batch_size, device=device)
     ours.step()
-    gradients = [parameter.grad for parameter in ours.model.parameters()]
+    gradients = [parameter.grad for parameter in ours.ready.model.parameters()]
 
     def update() -> None:
-        for parameter, gradient in zip(ours.model.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(ours.ready.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        ours.optimizer.step()
-        ours.model.update_target_encoder(VALUES.ema_momentum)
+        ours.ready.optimizer.step()
+        ours.ready.model.update_target_encoder(VALUES.ema_momentum)
         finished(None, device)
 
     times = take_turns({"step": lambda: finished(ours.step(), device), "update": update}, rounds)
@@ -267,7 +260,7 @@ def update_share_row(recipe: str, batch_size: int, rounds: int, *, device: str =
 def half_patches_row(recipe: str, batch_size: int, rounds: int, *, device: str = "cpu") -> Row:
     """The encoder on every second patch beside the encoder on all."""
     ours = make_training(recipe, batch_size, device=device)
-    encoder = ours.model.target_encoder
+    encoder = ours.ready.model.target_encoder
     half = torch.arange(0, ours.config.num_patches, 2, device=device).expand(batch_size, -1)
     pixels = ours.batch["pixel_values"]
     times = take_turns(
@@ -290,7 +283,7 @@ def inference_row(recipe: str, batch_size: int, rounds: int, *, device: str = "c
     """This package's encoder beside the stock one, both loaded from one saved folder."""
     ours = make_training(recipe, batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        ours.model.target_encoder.save_pretrained(folder)
+        ours.ready.model.target_encoder.save_pretrained(folder)
         encoder, stock = IJepaModel.from_pretrained(folder).to(device), AutoModel.from_pretrained(folder).to(device)
     pixels = ours.batch["pixel_values"].to(device)
     difference = float((_encode(encoder, pixels) - _encode(stock, pixels)).abs().max())
@@ -378,7 +371,7 @@ def memory_rows(
         ("with gradient checkpointing", {"gradient_checkpointing": True}, (0.4, 0.3)),
     ):
         ours = make_training(recipe, batch_size, **precision, **flags)
-        peak = peak_mib(ours.step, lambda ours=ours: held_by([ours.model], ours.optimizer), device)
+        peak = peak_mib(ours.step, lambda ours=ours: held_by([ours.ready.model], ours.ready.optimizer), device)
         rows.append(
             Row(
                 f"peak memory of a step {name}, {device}, {_precision(bf16)}, {recipe}, batch {batch_size}",

@@ -65,15 +65,15 @@ def start_run(
 
 def slow_steps(seconds: float) -> None:
     """Makes each step of this process's runs take longer, for `prepare`: so that they are caught in the middle."""
-    from ijepa_hf import training
+    from ijepa_hf import optimization
 
-    step = training.training_step
+    step = optimization.training_step
 
     def slow(*args, **options):
         time.sleep(seconds)
         return step(*args, **options)
 
-    training.training_step = slow
+    optimization.training_step = slow
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess | None = None) -> None:

@@ -50,7 +50,7 @@ def test_a_row_is_held_against_its_goals_by_its_median(benchmark_module, ratio, 
 def test_the_floor_multiplies_as_much_as_the_step(benchmark_module):
     rows = benchmark_module("step_rows")
     training = rows.make_training("digits", 4, attn_implementation="eager")
-    training.model.set_attn_implementation("eager")  # torch does not count a CPU's fused attention
+    training.ready.model.set_attn_implementation("eager")  # torch does not count a CPU's fused attention
     with FlopCounterMode(display=False) as step:
         training.step()
     floor = rows.products_alone(training.step)
@@ -67,7 +67,7 @@ def test_the_floor_of_fused_attention_is_what_it_is_made_of(benchmark_module):
     fused = rows.products_alone(training.step)
     with FlopCounterMode(display=False) as counted:
         fused()
-    training.model.set_attn_implementation("eager")
+    training.ready.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as eager:
         training.step()
     # backwards the scores are computed once more
@@ -98,7 +98,7 @@ def test_both_sides_learn_from_the_same_batch(benchmark_module):
     assert last < first
     assert sum(
         p.numel() for network in reference.networks[:2] for p in network.parameters() if p.requires_grad
-    ) == sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    ) == sum(p.numel() for p in training.ready.model.parameters() if p.requires_grad)
 
 
 def test_rows_about_steps_have_their_numbers(benchmark_module):

@@ -31,7 +31,7 @@ from ijepa_hf.checkpointing import (
     save_checkpoint,
 )
 from ijepa_hf.files import SaveError
-from ijepa_hf.training import make_optimizer
+from ijepa_hf.optimization import make_optimizer
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 

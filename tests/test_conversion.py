@@ -23,7 +23,8 @@ from ijepa_hf.checkpointing import config_fields, find_latest, read_checkpoint, 
 from ijepa_hf.conversion import convert, convert_to_official
 from ijepa_hf.export import export_model
 from ijepa_hf.official_checkpoint import PARTS, model_from_official, read_official_checkpoint, translate
-from ijepa_hf.training import StepValues, make_optimizer, training_step
+from ijepa_hf.optimization import make_optimizer, training_step
+from ijepa_hf.plan import StepValues
 
 HEADS = plain_ijepa.SMALL["heads"]
 

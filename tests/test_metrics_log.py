@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line, log_line
+from ijepa_hf.optimization import StepResult
 from ijepa_hf.plan import StepValues, make_plan
 
 
@@ -20,11 +22,10 @@ def plan():
 
 
 def write_one(log, step=5, seconds=2.0):
-    clock = Clock()
-    clock.steps, clock.waited, clock.since = 4, 0.5, clock.since - seconds
+    clock = log.clock
+    clock.steps, clock.waited, clock.since = 4, 0.5, time.perf_counter() - seconds
     targets = torch.randn(2, 4, 3, 16, generator=torch.Generator().manual_seed(0))
-    values = StepValues(1e-3, 0.04, 0.996)
-    row = log.write(step, loss=0.25, grad_norms=(1.0, 2.0), targets=targets, values=values, clock=clock)
+    row = log.write(step, StepResult(0.25, 1.0, 2.0, targets), StepValues(1e-3, 0.04, 0.996))
     return row, targets
 
 

@@ -10,16 +10,15 @@ import pytest
 from tiny import scrambled_model
 
 from ijepa_hf import run_state
-from ijepa_hf.arguments import DataArguments, PretrainingArguments
+from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
-from ijepa_hf.loading import UnreadableLog
-from ijepa_hf.optimization import NonFiniteLossError, make_optimizer
+from ijepa_hf.optimization import NonFiniteLossError, ReadyModel, make_optimizer
 from ijepa_hf.ranks import Ranks
 from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_lock import OutputDirInUseError
-from ijepa_hf.run_state import RunState
+from ijepa_hf.run_state import RunSetup, RunState
 from ijepa_hf.workers import DataWorkerError
 
 
@@ -44,33 +43,27 @@ def written(folder):
     return [path.name for path in folder.iterdir() if path.name != "run.json"]
 
 
-def make_state(folder, ranks=None, on_save_error="stop", lock=None, **changes):
+def make_state(folder, ranks=None, on_save_error="stop", lock=None):
     if folder.is_dir():
         (folder / "run.json").write_text("{}")
     model = scrambled_model()
     run = PretrainingArguments(learning_rate=1e-3, on_save_error=on_save_error)
-    values = {
-        "accelerator": SimpleNamespace(is_main_process=ranks is None or ranks.rank == 0),
-        "ranks": ranks or Ranks(),
-        "signals": StopSignals(),
-        "lock": lock,
-        "model": model,
-        "prepared": model,
-        "optimizer": make_optimizer(model, run),
-        "config": model.config,
-        "data": DataArguments(),
-        "run": run,
-        "plan": SimpleNamespace(num_steps=9, steps_per_epoch=3),
-        "output_dir": folder,
-        "arguments": {},
-        "evaluation": None,
-        "stream": None,
-        "unreadable": UnreadableLog(folder / "unreadable_images.jsonl", 10, 0.1),
-        "uploader": None,
-        "diagnostics": None,
-        "last_save": 0,
-    }
-    return RunState(**{**values, **changes})
+    accelerator = SimpleNamespace(is_main_process=ranks is None or ranks.rank == 0)
+    setup = RunSetup(
+        folder,
+        model.config,
+        ModelArguments(),
+        DataArguments(),
+        run,
+        plan=SimpleNamespace(num_steps=9, global_batch_size=4),
+        images=SimpleNamespace(num_images=10),
+        evaluation=None,
+        accelerator=accelerator,
+        ranks=ranks or Ranks(),
+        signals=StopSignals(),
+        lock=lock,
+    )
+    return RunState(setup, ReadyModel(accelerator, model, model, make_optimizer(model, run)))
 
 
 def test_where_nobody_has_a_reason_to_stop_all_go_on_and_nothing_is_written(tmp_path):
@@ -82,7 +75,7 @@ def test_where_nobody_has_a_reason_to_stop_all_go_on_and_nothing_is_written(tmp_
 @pytest.mark.parametrize("here", [True, False])
 def test_a_signal_to_any_process_saves_the_step_and_stops_this_one(tmp_path, here):
     state = make_state(tmp_path, TwoRanks(0 if here else signal.SIGUSR1))
-    state.signals.received = signal.SIGUSR1 if here else 0
+    state.setup.signals.received = signal.SIGUSR1 if here else 0
     with pytest.raises(StoppedBySignal, match=r"stopped by SIGUSR1 at step 4 of 9; the state is in .*checkpoint-4;"):
         state.agree(4)
     assert find_latest(tmp_path).step == 4
@@ -92,7 +85,7 @@ def test_a_step_that_is_saved_already_is_not_saved_again(tmp_path):
     state = make_state(tmp_path)
     state.save(4)
     written = (tmp_path / "checkpoint-4" / "checkpoint.json").stat().st_mtime_ns
-    state.signals.received = signal.SIGTERM
+    state.setup.signals.received = signal.SIGTERM
     with pytest.raises(StoppedBySignal):
         state.agree(4)
     assert (tmp_path / "checkpoint-4" / "checkpoint.json").stat().st_mtime_ns == written
@@ -103,7 +96,7 @@ def test_what_stops_another_process_is_raised_here_too_with_its_type_and_number(
     state = make_state(tmp_path, TwoRanks(run_state._FAILED, (kind, "the shard is gone.")))
     # the second gathering, after the save, is about saving alone
     told = iter([[None, (kind, "the shard is gone.")], [None, None]])
-    state.ranks.gather = lambda message: [message] if isinstance(message, list) else next(told)
+    state.setup.ranks.gather = lambda message: [message] if isinstance(message, list) else next(told)
     with pytest.raises(kind, match=r"stopped at step 4 of 9: process 1: the shard is gone\. The state is in"):
         state.agree(4)
     assert find_latest(tmp_path).step == 4
@@ -177,7 +170,7 @@ def test_the_end_of_a_run_is_tried_for_an_hour_and_then_given_up(tmp_path, monke
     state = make_state(tmp_path, on_save_error="continue")
     monkeypatch.setattr(state, "save", lambda step: None)  # a disk that stays full
     with pytest.raises(SaveError, match="the end of the run could not be written to"):
-        state.save_at_the_end(9, SimpleNamespace(file=None))
+        state.save_at_the_end(9, None)
     assert len(waited) == 4
     assert set(waited) == {run_state.SAVE_AGAIN_SECONDS}
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training
+from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training_loop
 from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.training import pretrain
@@ -123,11 +123,11 @@ def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 def signal_in_step(monkeypatch: Any, step: int, number: int) -> None:
     """Sends this process a signal when a run begins a step, counted from 1."""
-    take = training._take_step
+    take = training_loop._take_step
 
     def signalled(state: Any, done: int, *rest: Any) -> Any:
         if done + 1 == step:
             os.kill(os.getpid(), number)
         return take(state, done, *rest)
 
-    monkeypatch.setattr(training, "_take_step", signalled)
+    monkeypatch.setattr(training_loop, "_take_step", signalled)

@@ -1,18 +1,15 @@
-"""What a run says of itself before its first step: what is trained on what, and what its masks are like."""
+"""Announces a run before its first step: what is trained, on what images, with what masks."""
 
 import logging
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch
+from ijepa_hf.expected_band import band_notice
 from ijepa_hf.files import FIGURE_BYTES, saving
-from ijepa_hf.loading import TrainingImages
 from ijepa_hf.mask_audit import trial_masks
 from ijepa_hf.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.plan import Plan
+from ijepa_hf.run_state import RunSetup
 from ijepa_hf.visualization import draw_masks_figure
 
 TRIAL_IMAGES = 64  # in each step whose masks are drawn to announce what they are like
@@ -21,26 +18,15 @@ HIGH_REDRAW_RATE = 0.4
 logger = logging.getLogger(__name__)
 
 
-def announce(
-    accelerator: Accelerator,
-    model: IJepaForPretraining,
-    images: TrainingImages,
-    run: PretrainingArguments,
-    plan: Plan,
-    start_step: int,
-    band_notice: str | None = None,
-) -> None:
-    """Prints what is going to be trained, on what, and what the masks are like.
+def announce(setup: RunSetup, model: IJepaForPretraining, start_step: int) -> None:
+    """Prints what is going to be trained, on what, with what masks, and what it is compared with.
 
     Args:
-        accelerator: Says device and processes.
+        setup: The run.
         model: The model.
-        images: The images.
-        run: The run.
-        plan: Its length.
         start_step: Optimiser steps already done.
-        band_notice: What the run is compared with, or why not; `None` says nothing.
     """
+    run, plan, images = setup.run, setup.plan, setup.images
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print("***** Running training *****")
     shards = f", streamed from {len(images.shard_lengths)} shards" if images.stream is not None else ""
@@ -48,23 +34,24 @@ def announce(
     print(f"  epochs, steps           {plan.num_steps / plan.steps_per_epoch:.4g}, {plan.num_steps}")
     print(
         f"  global batch            {plan.global_batch_size} = {run.per_device_train_batch_size} x "
-        f"{run.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes"
+        f"{run.gradient_accumulation_steps} micro-batches x {setup.ranks.number} processes"
     )
     print(f"  trained parameters      {trained:,}")
-    print(f"  device, precision       {accelerator.device}, {run.mixed_precision}")
+    print(f"  device, precision       {setup.accelerator.device}, {run.mixed_precision}")
     _announce_masks(model.config)
     if run.model_name_or_path is not None:
         print(f"  weights from            {run.model_name_or_path}")
     if plan.predictor_warmup_steps:
         print(f"  predictor warm-up       {plan.predictor_warmup_steps} steps with frozen encoders")
-    if band_notice is not None:
-        print(f"  expected band           {band_notice}")
+    notice = band_notice(setup.arguments, setup.model_arguments.given)
+    if notice is not None:
+        print(f"  expected band           {notice}")
     if start_step:
         print(f"  continuing at step      {start_step}")
 
 
 def _announce_masks(config: IJepaConfig) -> None:
-    """Says what the masks of this run are like, and warns where they are hard to fit."""
+    """Prints what the masks of this run are like, and warns where they are hard to fit."""
     settings = config.mask_settings()
     trials = trial_masks(settings, TRIAL_IMAGES)
     redraw_rate = sum(masks.redraw_rate for masks in trials) / len(trials)
@@ -77,9 +64,8 @@ def _announce_masks(config: IJepaConfig) -> None:
     )
     if redraw_rate > HIGH_REDRAW_RATE and settings.masking_strategy == "multi_block":
         logger.warning(
-            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then "
-            "overlap more "
-            "than they should; a lower --context_keep_ratio or fewer --num_target_blocks gives them room.",
+            "context_keep_ratio=%g leaves little room: %.0f %% of images redraw their targets, which then overlap "
+            "more than they should; a lower --context_keep_ratio or fewer --num_target_blocks gives them room.",
             config.context_keep_ratio,
             100 * redraw_rate,
         )
@@ -90,7 +76,7 @@ def draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> Non
 
     Args:
         batch: Some of the run's first images.
-        config: Says the grid.
+        config: The model's; says the grid.
         output_dir: The run's folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How many images of a micro-batch fit into memory, found by trying forward and backward pass beside AdamW's state."""
+"""Finds how many images of a micro-batch fit into memory, by trying forward and backward pass beside AdamW's state."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ class DoesNotFitError(MemoryError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of a GPU or of the CPU."""
+    """Says whether an error means that memory ran out, of a GPU or of the CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, Exception) and should_reduce_batch_size(error)
     )
@@ -38,11 +38,11 @@ def largest_micro_batch(
     num_ranks: int = 1,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> int | None:
-    """The largest micro-batch that fits, among those that divide the one that was asked for.
+    """Finds the largest micro-batch that fits, among the divisors of the one that was asked for.
 
-    A trial takes forward and backward pass of the largest masks that the first steps draw, while as much memory is
-    held as AdamW's two moments take, and with several ranks the buffers in which gradients are averaged. Weights are
-    left as they are; gradients are cleared.
+    A trial is a forward and backward pass with the largest masks that the first steps draw. Meanwhile as much memory
+    is held as AdamW's two moments take and, with several ranks, the buffers in which gradients are averaged. Weights
+    stay as they are; gradients are cleared.
 
     Args:
         model: On its device, not sharded; in training mode, with its checkpointing set.
@@ -65,19 +65,19 @@ def fit_batch(
     accelerator: Accelerator,
     ranks: Ranks,
 ) -> PretrainingArguments:
-    """The run with micro-batches that fit into the memory of all processes, at the same global batch.
+    """Cuts micro-batches until they fit into the memory of all processes, at the same global batch.
 
     Args:
-        model: On its device, not sharded.
+        model: On its device, not sharded, with `choose_kernels` done.
         run: The run; says the batch that was asked for.
         accelerator: Says device, precision and way of sharding.
         ranks: The processes, which all call this.
 
     Returns:
-        The run, as it is where all fits.
+        The run with smaller micro-batches and more of them; as it is, where all fits.
 
     Raises:
-        ValueError: If that would change the run, or cannot be tried.
+        ValueError: If smaller micro-batches would change the run, or cannot be tried.
         DoesNotFitError: If not even one image fits.
     """
     if model.config.masking_strategy == "multi_block_official":
@@ -108,7 +108,7 @@ def fit_batch(
 
 
 def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_steps: int, device: torch.device) -> str:
-    """What to do where a micro-batch does not fit.
+    """Says what to do where a micro-batch does not fit.
 
     Args:
         batch_size: Images asked for.
@@ -134,7 +134,7 @@ def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_step
 
 
 def _inputs(model: IJepaForPretraining, size: int) -> dict[str, Tensor]:
-    """A micro-batch with the largest masks of some steps."""
+    """Makes a micro-batch with the largest masks of some steps."""
     config, device = model.config, model.device
     drawn = trial_masks(config.mask_settings(), size)
     largest = max(drawn, key=lambda masks: masks.context_indices.shape[-1] + masks.target_indices[0].numel())

@@ -1,8 +1,8 @@
-"""Stopping when a signal asks for it: between two steps, with the state saved.
+"""Takes the signals that ask a run to stop, so that it stops between two steps with its state saved.
 
 Schedulers warn before they take a machine away (SIGTERM, often SIGUSR1 some minutes before), people press Ctrl-C. The
-first signal lets the step that is under way end; a second one of the same kind, some seconds later, does what it would
-do without us.
+first signal lets the step under way end. A second one of the same kind, some seconds later, ends the process at once,
+as it would without this module.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+GOES_ON = "the same command with --resume_from_checkpoint latest goes on"
 # A scheduler signals every process of a job, and a launcher among them passes it on to the others: one request.
 SAME_REQUEST_SECONDS = 3.0
 # Set by `torchrun` and by `accelerate launch`: such a parent does not leave a run behind on purpose, as a shell may.
@@ -26,14 +27,12 @@ class StoppedBySignal(KeyboardInterrupt):
     """A signal asked the run to stop. No `Exception`, so that nothing takes it for a failure.
 
     Args:
-        signal_number: Which.
-        text: What was saved, and what goes on.
+        signal_number: The signal's number.
+        text: Says what was saved and how to go on.
     """
 
     def __init__(self, signal_number: int, text: str = "") -> None:
-        name = signal.Signals(signal_number).name
-        goes_on = "the same command with --resume_from_checkpoint latest goes on."
-        super().__init__(text or f"stopped by {name}; {goes_on}")
+        super().__init__(text or f"stopped by {signal.Signals(signal_number).name}; {GOES_ON}.")
         self.signal_number = signal_number
 
     @property
@@ -73,7 +72,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Around what must not be torn: a signal is noted, and `raise_if_received` acts on it."""
+        """Lets what is inside run to its end: a signal is only noted in `received`."""
         before, self._defers = self._defers, True
         try:
             yield
@@ -82,7 +81,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Inside `deferred`, around what may take for ever and leaves nothing half done, such as waiting for data."""
+        """Lets a signal raise again, inside `deferred`: for waits that leave nothing half done, such as for data."""
         self.raise_if_received()
         before, self._defers = self._defers, False
         try:

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: the lines of `metrics.jsonl`, the same on the screen and to the trackers."""
+"""Logs a run while it goes on: lines of `metrics.jsonl`, which the screen and the trackers get too."""
 
 import contextlib
 import logging
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
+from tqdm.auto import tqdm
 
 from ijepa_hf.diagnostics import feature_std, rankme
+from ijepa_hf.optimization import StepResult
 from ijepa_hf.plan import Plan, StepValues
 from ijepa_hf.run_folder import METRICS_FILE
 from ijepa_hf.run_rows import RowFile
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_line(row: dict[str, Any]) -> str:
-    """A line of `metrics.jsonl` as it stands on the screen."""
+    """Formats a line of `metrics.jsonl` for the screen."""
     return (
         f"step {row['step']} loss {row['loss']:.4f} lr {row['learning_rate']:.3g} decay {row['weight_decay']:.3g} "
         f"momentum {row['ema_momentum']:.5f} grad {row['grad_norm_encoder']:.3g} {row['grad_norm_predictor']:.3g} "
@@ -31,13 +32,13 @@ def log_line(row: dict[str, Any]) -> str:
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """A line of `evaluations.jsonl` as it stands on the screen."""
+    """Formats a line of `evaluations.jsonl` for the screen."""
     when = " (before training)" if row["step"] == 0 else ""
     return f"step {row['step']} kNN {100 * row['knn']:.1f}{when} rankme of pooled features {row['rankme']:.1f}"
 
 
 class Clock:
-    """Time since the last log line: all of it, and the part spent waiting for data; saving does not count."""
+    """Measures the time since the last log line, and the part spent waiting for data; saving does not count."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -46,20 +47,20 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Counts the time inside as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Around what is no training: saving, scoring."""
+        """Does not count the time inside, which is no training: saving, scoring."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def read(self, global_batch_size: int) -> dict[str, float]:
-        """Seconds of training, images per second and share of waiting for data since the last reading; starts again.
+        """Returns seconds of training, images per second and share of waiting since the last reading; starts again.
 
         Args:
             global_batch_size: Images in a step.
@@ -78,18 +79,35 @@ class Clock:
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl` and tells the trackers; a tracker that fails is dropped with a warning, not the run."""
+    """Writes `metrics.jsonl`, shows a bar of progress and tells the trackers.
+
+    A tracker that fails is dropped with a warning; the run goes on.
+
+    Args:
+        accelerator: Starts the trackers, on the main process.
+        plan: Length of the run.
+        output_dir: The run's folder.
+        report_to: Names of the trackers.
+        arguments: The run's, for the trackers.
+        start_step: Optimiser steps already done.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, plan: Plan, output_dir: Path, report_to: list[str], arguments: dict[str, Any]
+        self,
+        accelerator: Accelerator,
+        plan: Plan,
+        output_dir: Path,
+        report_to: list[str],
+        arguments: dict[str, Any],
+        start_step: int = 0,
     ) -> None:
-        self.is_main = accelerator.is_main_process
+        is_main = accelerator.is_main_process
         self.plan = plan
+        self.clock = Clock()
         self.file = RowFile(output_dir / METRICS_FILE)
+        self.bar = tqdm(total=plan.num_steps, initial=start_step, unit="step", disable=not is_main, mininterval=1.0)
         self.trackers: list[Any] = []
-        if not self.is_main:
-            return
-        if report_to:
+        if is_main and report_to:
             flat = {
                 name: value if isinstance(value, int | float | bool) else str(value)
                 for name, value in arguments.items()
@@ -100,19 +118,23 @@ class MetricsLog:
             except Exception as error:  # as in tell_trackers
                 logger.warning("the trackers %s failed to start and are dropped: %s", report_to, error)
 
-    def write(
-        self, step: int, *, loss: float, grad_norms: tuple[float, float], targets: Tensor, values: StepValues,
-        clock: Clock,
-    ) -> dict[str, Any]:  # fmt: skip
+    def count_step(self) -> None:
+        """Counts a step, for the bar and for images per second."""
+        self.bar.update()
+        self.clock.steps += 1
+
+    @staticmethod
+    def show(text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        tqdm.write(text)
+
+    def write(self, step: int, result: StepResult, values: StepValues) -> dict[str, Any]:
         """Writes one line, and those that could not be written before. On the main process only.
 
         Args:
             step: Optimiser steps done.
-            loss: Mean over the global batch.
-            grad_norms: Of the context encoder and of the predictor, before clipping.
-            targets: `[B, M, P, D]` of this process.
-            values: What the schedules said.
-            clock: Read and started again.
+            result: Of the last of them.
+            values: What the schedules said for it.
 
         Returns:
             The line.
@@ -120,23 +142,25 @@ class MetricsLog:
         Raises:
             OSError: If the file cannot be written; the line is kept for the next time.
         """
-        rows = targets.flatten(0, 2).float()
+        rows = result.targets.flatten(0, 2).float()
         rows = rows[:: max(1, len(rows) // RANKME_ROWS)][:RANKME_ROWS]
         line = {
             "step": step,
-            "epoch": round(step / self.plan.steps_per_epoch, 4),
-            "loss": loss,
+            "epoch": self.plan.epoch(step),
+            "loss": result.loss,
             "learning_rate": values.learning_rate,
             "weight_decay": values.weight_decay,
             "ema_momentum": values.ema_momentum,
-            "grad_norm_encoder": grad_norms[0],
-            "grad_norm_predictor": grad_norms[1],
+            "grad_norm_encoder": result.grad_norm_encoder,
+            "grad_norm_predictor": result.grad_norm_predictor,
             "target_std": feature_std(rows),
             "target_rankme": rankme(rows),
-            **clock.read(self.plan.global_batch_size),
+            **self.clock.read(self.plan.global_batch_size),
         }
         self.tell_trackers(line, step)
         self.file.append(line)
+        self.show(log_line(line))
+        self.bar.set_postfix(loss=f"{line['loss']:.4f}", rankme=f"{line['target_rankme']:.1f}", refresh=False)
         return line
 
     def tell_trackers(self, line: dict[str, Any], step: int) -> None:
@@ -149,9 +173,10 @@ class MetricsLog:
                 self.trackers.remove(tracker)
 
     def close(self) -> None:
-        """Finishes the trackers."""
+        """Finishes the trackers and the bar."""
         for tracker in self.trackers:
             try:
                 tracker.finish()
             except Exception as error:  # as in tell_trackers
                 logger.warning("tracker %s failed to finish: %s", tracker.name, error)
+        self.bar.close()

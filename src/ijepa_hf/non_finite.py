@@ -1,4 +1,4 @@
-"""Where numbers first became NaN or infinite, found by taking the step that failed once more, watched."""
+"""Finds where numbers first became NaN or infinite, by watching the failed step once more."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ def first_non_finite(
     micro_batches: Sequence[Mapping[str, Tensor]],
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> str | None:
-    """The first module of a step whose numbers are not finite.
+    """Finds the first numbers of a step that are not finite.
 
-    Looked for in the order in which they would spread: inputs, weights, outputs of modules in the order in which they
-    are computed, then gradients in the order in which the backward pass reaches them. Gradients are taken as the
-    failed step left them; the forward pass is taken again, without gradients. Call it before they are cleared. Of a
-    sharded model all processes call it, and each looks at its parts.
+    The search follows the order in which such numbers spread: inputs, weights, outputs of modules as they are
+    computed, then gradients as the backward pass reaches them. The forward pass is taken again, without gradients; the
+    gradients are those that the failed step left, so call it before they are cleared. With a sharded model all
+    processes call it, and each looks at its parts.
 
     Args:
         model: The model of the step, with its gradients.
@@ -27,7 +27,7 @@ def first_non_finite(
         autocast: Makes the context in which the step's forward pass runs.
 
     Returns:
-        What it is, with the module's name, such as "the output of predictor.layer.3.mlp"; `None` where all is finite.
+        A name, such as "the output of predictor.layer.3.mlp"; `None` where all is finite.
     """
     found = [f"the input {name}" for batch in micro_batches for name, value in batch.items() if not _is_finite(value)]
     found += [f"the weight {name}" for name, parameter in model.named_parameters() if not _is_finite(parameter)]
@@ -52,7 +52,7 @@ def first_non_finite(
 
 @contextlib.contextmanager
 def _watching(model: nn.Module, order: list[str], broken: list[str]) -> Iterator[None]:
-    """Notes the names of modules as they finish, and of those whose output is not finite."""
+    """Records the names of modules as they finish, and of those whose output is not finite."""
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""One optimiser step: the groups of AdamW, forward and backward pass, clipping, the moving average."""
+"""Sets a model up for training and takes one optimiser step: forward and backward pass, clipping, moving average."""
 
 import contextlib
 import math
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput
 from ijepa_hf.plan import StepValues
@@ -18,15 +20,141 @@ class NonFiniteLossError(ArithmeticError):
     """Loss or gradient became NaN or infinite; the run stopped before it could spoil the weights."""
 
 
-def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> torch.optim.AdamW:
-    """AdamW in the published groups: biases and 1-D parameters do not decay; the (3-D) mask token does.
+@dataclass
+class StepResult:
+    """The numbers of one optimiser step.
 
     Args:
-        model: Whose context encoder and predictor are trained; the target encoder is in no group.
-        run: Betas and epsilon.
+        loss: Mean over the global batch.
+        grad_norm_encoder: Norm of the context encoder's gradient, before clipping.
+        grad_norm_predictor: Norm of the predictor's gradient, before clipping.
+        targets: `[B, M, P, D]` of this rank's last micro-batch.
+    """
+
+    loss: float
+    grad_norm_encoder: float
+    grad_norm_predictor: float
+    targets: Tensor
+
+
+# -- setting up ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReadyModel:
+    """A model that is ready to take optimiser steps, made by `set_up_model`.
+
+    Args:
+        accelerator: Runs the backward pass and averages over ranks.
+        model: The model itself.
+        prepared: The model as accelerate runs it: wrapped for DDP, else the model itself.
+        optimizer: AdamW.
+        max_grad_norm: The norm to which gradients are clipped; `None` clips nothing.
+    """
+
+    accelerator: Accelerator
+    model: IJepaForPretraining
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float | None = None
+
+    def step(self, micro_batches: list[dict[str, Tensor]], values: StepValues) -> StepResult:
+        """Takes one optimiser step, see `training_step`."""
+        return training_step(
+            self.accelerator,
+            self.prepared,
+            self.model,
+            self.optimizer,
+            micro_batches,
+            values,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    def release(self) -> None:
+        """Lets go of DDP's wrapper after the last step, before the processes part.
+
+        DDP must not be the last that holds gloo's group. It would free the group with Python's lock held, for which
+        gloo's own thread may be waiting, and the process would never end.
+        """
+        self.prepared = self.model
+
+
+def set_up_model(
+    model: IJepaForPretraining,
+    run: PretrainingArguments,
+    accelerator: Accelerator,
+    attn_implementation: str | None = None,
+) -> ReadyModel:
+    """Makes a model ready for training: attention, activation checkpointing, optimiser, device, ranks, train mode.
+
+    Args:
+        model: The model, on any device; changed in place.
+        run: Says which activations are kept, AdamW's numbers and the clipping.
+        accelerator: Says device, precision and ranks.
+        attn_implementation: See `choose_kernels`.
 
     Returns:
-        The optimiser; its groups keep `param_names`, learning rate and decay are set at each step.
+        The model with its optimiser, on the accelerator's device.
+    """
+    choose_kernels(model, run, accelerator, attn_implementation)
+    optimizer: torch.optim.Optimizer = make_optimizer(model, run)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        prepared, wrapped = accelerator.prepare(model, optimizer)  # shards in place; the optimiser gets the shards
+        optimizer = wrapped.optimizer  # bare, because `training_step` itself drives it
+    else:
+        prepared = accelerator.prepare(model)
+    model.train()
+    return ReadyModel(accelerator, model, prepared, optimizer, run.max_grad_norm)
+
+
+def choose_kernels(
+    model: IJepaForPretraining,
+    run: PretrainingArguments,
+    accelerator: Accelerator,
+    attn_implementation: str | None = None,
+) -> None:
+    """Sets how a model computes attention, and which activations it keeps for the backward pass.
+
+    Args:
+        model: The model, changed in place.
+        run: Says which activations are kept.
+        accelerator: Says device and precision.
+        attn_implementation: A name that transformers knows; `None` takes the fastest: `eager` where
+            `eager_is_faster` says so, else `sdpa`.
+    """
+    if attn_implementation is None and eager_is_faster(accelerator.device.type, accelerator.mixed_precision):
+        attn_implementation = "eager"
+    if attn_implementation is not None:  # else as the model came: sdpa
+        model.set_attn_implementation(attn_implementation)
+    if run.gradient_checkpointing or run.selective_checkpointing:
+        enable_gradient_checkpointing(model, selective=run.selective_checkpointing)
+
+
+def eager_is_faster(device_type: str, mixed_precision: str) -> bool:
+    """Says whether eager attention trains faster than torch's fused one, which it does on a CPU in bf16.
+
+    There the fused backward pass is slow on short sequences; eager trained 1.3 to 1.5 times as fast on a processor
+    with bf16 instructions.
+
+    Args:
+        device_type: `cpu`, `cuda`, ...
+        mixed_precision: `no` or `bf16`.
+
+    Returns:
+        Whether it does.
+    """
+    return device_type == "cpu" and mixed_precision == "bf16"
+
+
+def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> torch.optim.AdamW:
+    """Makes AdamW in the published groups: biases and 1-D parameters do not decay; the (3-D) mask token does.
+
+    Args:
+        model: The model. Context encoder and predictor are trained; the target encoder is in no group.
+        run: Says betas and epsilon.
+
+    Returns:
+        The optimiser. Its groups keep `param_names`; `training_step` sets learning rate and decay.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     plain: list[tuple[str, nn.Parameter]] = []
@@ -38,21 +166,7 @@ def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> tor
     return torch.optim.AdamW(groups, lr=0.0, betas=(run.adam_beta1, run.adam_beta2), eps=run.adam_epsilon, fused=True)
 
 
-@dataclass
-class StepResult:
-    """What came of one optimiser step.
-
-    Args:
-        loss: Mean over the global batch.
-        grad_norm_encoder: Of the context encoder, before clipping.
-        grad_norm_predictor: Of the predictor, before clipping.
-        targets: `[B, M, P, D]` of this rank's last micro-batch.
-    """
-
-    loss: float
-    grad_norm_encoder: float
-    grad_norm_predictor: float
-    targets: Tensor
+# -- one step --------------------------------------------------------------------------------------------------------
 
 
 def training_step(
@@ -65,7 +179,7 @@ def training_step(
     *,
     max_grad_norm: float | None = None,
 ) -> StepResult:
-    """One optimiser step: forward and backward of each micro-batch, AdamW, then the moving average.
+    """Takes one optimiser step: forward and backward of each micro-batch, AdamW, then the moving average.
 
     Args:
         accelerator: Runs the backward pass and averages over ranks.
@@ -74,7 +188,7 @@ def training_step(
         optimizer: From `make_optimizer`.
         micro_batches: `pixel_values` float, `context_indices`, `target_indices`, on the device, of equal size.
         values: Learning rate, weight decay and momentum of this step, and whether only the predictor learns.
-        max_grad_norm: Clip to this norm; `None` is off.
+        max_grad_norm: The norm to which gradients are clipped; `None` clips nothing.
 
     Returns:
         Loss, gradient norms and targets.
@@ -105,8 +219,8 @@ def training_step(
     if not all(map(math.isfinite, norms)):  # the same on every rank: gradients are averaged
         raise NonFiniteLossError(f"the gradient norm is {norms[0]} in the encoder, {norms[1]} in the predictor")
     if values.encoder_is_frozen:
-        # Dropped and not left out of the backward pass: DDP expects every gradient in every step, and with one it
-        # drops out, AdamW makes no state and no step for a parameter.
+        # DDP expects every gradient in every step, so the encoder takes part in the backward pass. Its gradients are
+        # dropped afterwards: AdamW makes neither state nor step for a parameter without a gradient.
         for parameter in model.context_encoder.parameters():
             parameter.grad = None
     if max_grad_norm is not None:
@@ -120,35 +234,3 @@ def training_step(
 def _grad_norm(module: nn.Module) -> Tensor:
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def eager_is_faster(device_type: str, mixed_precision: str) -> bool:
-    """Whether eager attention trains faster than torch's fused one: on a CPU in bf16.
-
-    There the fused backward pass is slow on short sequences; eager trained 1.3 to 1.5 times as fast on a processor
-    with bf16 instructions.
-
-    Args:
-        device_type: `cpu`, `cuda`, ...
-        mixed_precision: `no` or `bf16`.
-
-    Returns:
-        The answer.
-    """
-    return device_type == "cpu" and mixed_precision == "bf16"
-
-
-def set_attention(model: IJepaForPretraining, attn_implementation: str | None, accelerator: Accelerator) -> None:
-    """Chooses how attention is computed.
-
-    Args:
-        model: The model.
-        attn_implementation: As transformers names it; `None` takes what is fastest: `eager` where
-            `eager_is_faster` says so, else `sdpa`.
-        accelerator: Says device and precision.
-    """
-    if attn_implementation is None:
-        if not eager_is_faster(accelerator.device.type, accelerator.mixed_precision):
-            return  # as the model came: sdpa
-        attn_implementation = "eager"
-    model.set_attn_implementation(attn_implementation)

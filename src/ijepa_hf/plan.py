@@ -1,8 +1,8 @@
-"""How long a run is and what its schedules say at each step: pure functions of its arguments and of the step.
+"""Plans a run: its length and the values of its schedules, as pure functions of its arguments and of the step.
 
-A run that starts from weights without a predictor begins with a predictor warm-up: the encoders stand still, the new
-predictor learns to predict what they give, and only then do the schedules begin. A random predictor would otherwise
-send large, meaningless gradients into an encoder that is worth keeping.
+A run that starts from weights without a predictor begins with a predictor warm-up: the encoders stay as they are, the
+new predictor learns to predict their features, and only then do the schedules begin. A random predictor would
+otherwise send large, meaningless gradients into an encoder that is worth keeping.
 """
 
 import math
@@ -18,17 +18,17 @@ PREDICTOR_RAMP_SHARE = 0.1  # of the predictor's warm-up, in which the learning 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is and what its schedules span, in optimiser steps.
+    """Length of a run and of its schedules, in optimiser steps.
 
     Args:
         global_batch_size: Images in an optimiser step.
-        steps_per_epoch: The last incomplete global batch of an epoch is dropped.
-        num_steps: Of the whole run.
-        predictor_warmup_steps: At the start, with the encoders frozen; the schedules begin after them.
-        warmup_steps: Of the learning rate.
-        schedule_steps: What learning rate and weight decay span (published `int(ipe_scale * steps)`).
-        momentum_steps: What the momentum spans (published `ipe_scale * steps`, not cut to whole steps).
-        learning_rate: The highest.
+        steps_per_epoch: Whole global batches in an epoch; what is left over is dropped.
+        num_steps: Steps of the whole run.
+        predictor_warmup_steps: First steps, with the encoders frozen; the schedules begin after them.
+        warmup_steps: Steps in which the learning rate rises.
+        schedule_steps: Length of the schedules of learning rate and weight decay (published `int(ipe_scale * steps)`).
+        momentum_steps: Length of the momentum's schedule (published `ipe_scale * steps`, not cut to whole steps).
+        learning_rate: The highest learning rate.
     """
 
     global_batch_size: int
@@ -39,6 +39,10 @@ class Plan:
     schedule_steps: int
     momentum_steps: float
     learning_rate: float
+
+    def epoch(self, step: int) -> float:
+        """Returns the epochs done after a step, to four digits, as the logs have them."""
+        return round(step / self.steps_per_epoch, 4)
 
 
 def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int, *, has_new_predictor: bool = False) -> Plan:
@@ -89,7 +93,7 @@ def make_plan(run: PretrainingArguments, num_samples: int, num_ranks: int, *, ha
 
 
 def _finite(name: str, value: float, times: int) -> float:
-    """An argument times a whole number, refused where no float can hold it."""
+    """Multiplies an argument by a whole number; refuses a product that no float can hold."""
     try:
         product = value * times
     except OverflowError:
@@ -101,12 +105,12 @@ def _finite(name: str, value: float, times: int) -> float:
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the schedules say for one optimiser step.
+    """Values of the schedules for one optimiser step.
 
     Args:
-        learning_rate: AdamW's.
-        weight_decay: AdamW's, of matrices and the mask token.
-        ema_momentum: Of the target encoder, in [0, 1].
+        learning_rate: AdamW's learning rate.
+        weight_decay: AdamW's decay of matrices and the mask token.
+        ema_momentum: Momentum of the target encoder's moving average, in [0, 1].
         encoder_is_frozen: Whether only the predictor learns in this step.
     """
 
@@ -117,7 +121,7 @@ class StepValues:
 
 
 def values_at(step: int, run: PretrainingArguments, plan: Plan) -> StepValues:
-    """The schedules at a step.
+    """Works out the values of the schedules at a step.
 
     Args:
         step: Optimiser steps already done. The published code counts learning rate and weight decay before use, so the

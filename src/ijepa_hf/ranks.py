@@ -1,7 +1,7 @@
-"""What the processes of a run tell each other beside gradients: go on, stop, and why.
+"""Exchanges messages between the processes of a run: whether to go on or to stop, and why.
 
-All that is said here goes over gloo and memory of the CPU, also where gradients go over NCCL: it does not wait for the
-GPU, and a process that has died closes its connections, which the others notice at once.
+Messages go through gloo and the CPU's memory, also where gradients go through NCCL. So they do not wait for the GPU,
+and a process that has died closes its connections, which the others notice at once.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The main process alone scores and draws, while the others wait for its word.
+# The main process alone scores and draws, while the others wait for its message.
 WAIT_AT_MOST = timedelta(hours=4)
-# How gloo and NCCL call a peer that is gone; they raise plain RuntimeErrors.
+# Words of gloo and NCCL for a peer that is gone; both raise plain RuntimeErrors.
 _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused",
     "remote process exited", "Timed out waiting", "TCPStore",
@@ -38,13 +38,13 @@ class Ranks:
         self.group = dist.new_group(backend="gloo", timeout=WAIT_AT_MOST) if number > 1 else None
 
     def highest(self, code: int) -> int:
-        """The highest of a number that each process gives; all have to call it.
+        """Returns the highest of the numbers that the processes give; all have to call it.
 
         Args:
-            code: This process's, at least 0.
+            code: This process's number, at least 0.
 
         Returns:
-            The highest.
+            The highest number.
         """
         if self.group is None:
             return code
@@ -53,13 +53,13 @@ class Ranks:
         return int(codes)
 
     def gather(self, message: Any) -> list[Any]:
-        """What each process says; all have to call it.
+        """Returns the messages of all processes; all have to call it.
 
         Args:
-            message: This one's word, a small picklable object.
+            message: This process's message, a small picklable object.
 
         Returns:
-            Those of all, by rank.
+            The messages, by rank.
         """
         if self.group is None:
             return [message]
@@ -68,15 +68,15 @@ class Ranks:
         return messages
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Waits until all processes have come here."""
         self.highest(0)
 
     @contextlib.contextmanager
     def naming_the_lost(self, advice: str) -> Iterator[None]:
-        """Calls the errors that the loss of another process makes, inside, by their name.
+        """Turns the errors inside that the loss of another process causes into `LostRankError`.
 
         Args:
-            advice: How to go on; ends the message.
+            advice: The end of the message: how to go on.
 
         Raises:
             LostRankError: Instead of such an error.

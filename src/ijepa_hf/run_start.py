@@ -1,8 +1,8 @@
-"""What a run begins with: a checkpoint of its own, weights that exist, or fresh ones.
+"""Finds what a run begins with: its own checkpoint, weights that exist, or fresh weights.
 
-A run from weights takes what neither recipe nor flag sets of the model from them. Its record (`run.json`, and each
-checkpoint) then holds the whole configuration, so that the weights are needed once: a run that goes on, also on
-another machine, asks its own record.
+In a run from weights, every setting of the model that neither recipe nor flag gives is as in the weights. The run's
+record (`run.json`, and each checkpoint) then holds the whole configuration. So the weights are needed only once: a run
+that goes on, also on another machine, reads its own record.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with.
+    """A checkpoint, weights or nothing, and the arguments of a run that begins with it.
 
     Args:
         config: The model's configuration.
         model_arguments: With the configuration's values where they come from weights.
         data: With the normalisation of the weights, where none was asked for.
-        run: With `predictor_warmup_steps`, the licence and the commit of the weights as the run's record has them.
-        checkpoint: What it goes on from, if anything.
-        weights: What it starts from, if it starts now and from weights.
+        run: With `predictor_warmup_steps`, the licence and the commit of the weights as in the run's record.
+        checkpoint: The run goes on from it; `None` in a run that starts now.
+        weights: The run starts from them; `None` in a run that goes on or starts from nothing.
     """
 
     config: IJepaConfig
@@ -49,10 +49,10 @@ class Start:
         return self.weights is not None and (self.run.new_predictor or not self.weights.has_predictor)
 
     def build_model(self) -> tuple[IJepaForPretraining, list[str]]:
-        """Makes the model; what a checkpoint holds is put in place later, by `restore`.
+        """Makes the model; `restore` later puts the values of a checkpoint in place.
 
         Returns:
-            The model on the CPU, and a sentence for everything that was changed, dropped or made new.
+            The model on the CPU, and a sentence for each thing that was changed, dropped or made new.
         """
         if self.weights is None:
             return new_model(self.config, self.run.seed), []
@@ -62,7 +62,7 @@ class Start:
 def find_start(
     model_arguments: ModelArguments, data: DataArguments, run: PretrainingArguments, output_dir: Path
 ) -> Start:
-    """Finds what a run begins with, and checks that it fits what was asked for.
+    """Finds the checkpoint or weights that a run begins with, and checks that they fit the arguments.
 
     Args:
         model_arguments: The model.
@@ -118,14 +118,14 @@ def find_start(
 
 
 def load_starting_encoder(run: PretrainingArguments, config: IJepaConfig) -> IJepaModel | None:
-    """The encoder of a run from weights as it was before the first step, to be scored beside the trained one.
+    """Loads the encoder that a run from weights started with, to be scored beside the trained one.
 
     Args:
         run: Names the weights.
         config: The model's configuration.
 
     Returns:
-        The encoder; `None` for a run that started from nothing, or, said in the log, where the weights have gone.
+        The encoder. `None` for a run that started from nothing, and, with a warning, where the weights have gone.
     """
     if run.model_name_or_path is None:
         return None
@@ -140,12 +140,12 @@ def load_starting_encoder(run: PretrainingArguments, config: IJepaConfig) -> IJe
 
 
 def check_checkpoint(checkpoint: Checkpoint, arguments: dict[str, Any], plan: Plan) -> None:
-    """Refuses a checkpoint from beyond the run's end, and names in the log what it was made with otherwise.
+    """Refuses a checkpoint from beyond the run's end, and warns of arguments that differ from the checkpoint's.
 
     Args:
-        checkpoint: What the run is to go on from.
-        arguments: Of the run.
-        plan: Of the run.
+        checkpoint: The run is to go on from it.
+        arguments: The run's.
+        plan: The run's.
 
     Raises:
         ValueError: If the checkpoint's step is after the run's last.
@@ -177,7 +177,7 @@ def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint 
 
 
 def _newest_of_hub_and_folder(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
-    """The Hub's last checkpoint, unless the folder has one as new: the same command then serves every machine."""
+    """Finds the Hub's last checkpoint, or the folder's if that is as new; so one command serves every machine."""
     assert run.hub_model_id is not None  # PretrainingArguments.check
     # a run that uploads makes its repository, so the first start finds none
     path = fetch_checkpoint(run.hub_model_id, revision=run.hub_revision, missing_ok=run.push_to_hub)
@@ -199,7 +199,7 @@ def _newest_of_hub_and_folder(run: PretrainingArguments, output_dir: Path) -> Ch
 def _record(
     checkpoint: Checkpoint | None, run: PretrainingArguments, output_dir: Path
 ) -> tuple[dict[str, Any], IJepaConfig] | None:
-    """Arguments and configuration that this run has begun with, if it has begun."""
+    """Reads arguments and configuration that this run has begun with, if it has begun."""
     if checkpoint is not None:
         return checkpoint.arguments, IJepaConfig(**checkpoint.config)
     stored = None if run.overwrite_output_dir else read_run(output_dir, run)

@@ -1,7 +1,7 @@
-"""How long a training step takes: on hardware that is named, by its peak; on the machine at hand, by real steps.
+"""Estimates how long a training step takes: on named hardware by its peak, on the machine at hand by real steps.
 
-Of named hardware, FLOPs over a stated share of its peak, and the bytes of an update over its bandwidth. Here, measured
-on shallow models of the same widths, since the time of a step grows by the same amount with each block.
+On named hardware that is FLOPs over a stated share of its peak, and the bytes of an update over its bandwidth. Here it
+is measured on shallow models of the same widths, since the time of a step grows by the same amount with each block.
 """
 
 import statistics
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.mask_audit import trial_masks
 from ijepa_hf.modeling_ijepa import new_model
-from ijepa_hf.optimization import make_optimizer, set_attention, training_step
+from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.step_cost import draw_sizes, model_work
 
@@ -32,8 +31,8 @@ class StepTime:
 
     Args:
         seconds: The estimate.
-        low: Quarter of the measured rounds that are below; as `seconds` where nothing was measured.
-        high: Likewise, above.
+        low: Lower quartile of the measured rounds; as `seconds` where nothing was measured.
+        high: Upper quartile.
     """
 
     seconds: float
@@ -77,7 +76,7 @@ HARDWARE = {
 def step_time_on(
     hardware: Hardware, flops: float, moved_bytes: float, *, bf16: bool, utilization: float
 ) -> StepTime | None:
-    """The time of an optimiser step on named hardware.
+    """Estimates the time of an optimiser step on named hardware.
 
     Args:
         hardware: From `HARDWARE`.
@@ -100,7 +99,7 @@ def step_time_on(
 
 
 class _TimedModel:
-    """A model of some depth, with its optimiser and a batch, whose steps are timed."""
+    """A shallow model with its optimiser and a batch, for timing its steps."""
 
     def __init__(
         self,
@@ -110,41 +109,27 @@ class _TimedModel:
         micro_batches: list[dict[str, torch.Tensor]],
         attn_implementation: str | None,
     ) -> None:
-        self.model = new_model(config, run.seed)
-        set_attention(self.model, attn_implementation, accelerator)
-        if run.gradient_checkpointing or run.selective_checkpointing:
-            enable_gradient_checkpointing(self.model, selective=run.selective_checkpointing)
-        self.optimizer = make_optimizer(self.model, run)
-        self.prepared = accelerator.prepare(self.model)
-        self.model.train()
-        self.accelerator, self.micro_batches, self.max_grad_norm = accelerator, micro_batches, run.max_grad_norm
+        self.ready = set_up_model(new_model(config, run.seed), run, accelerator, attn_implementation)
+        self.micro_batches = micro_batches
         self.values = StepValues(run.final_learning_rate, run.weight_decay, run.ema_momentum)
 
     def step(self) -> None:
         """Takes a training step."""
-        training_step(
-            self.accelerator,
-            self.prepared,
-            self.model,
-            self.optimizer,
-            self.micro_batches,
-            self.values,
-            max_grad_norm=self.max_grad_norm,
-        )
+        self.ready.step(self.micro_batches, self.values)
 
     def _update(self) -> None:
-        self.optimizer.step()
-        self.model.update_target_encoder(self.values.ema_momentum)
+        self.ready.optimizer.step()
+        self.ready.model.update_target_encoder(self.values.ema_momentum)
 
     def _seconds(self, action: Callable[[], None]) -> float:
         begin = time.perf_counter()
         action()
-        if self.accelerator.device.type == "cuda":
+        if self.ready.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
     def time(self) -> tuple[float, float]:
-        """Seconds of a step, and of what in a step does not depend on the number of images."""
+        """Returns the seconds of a step, and of its part that does not depend on the number of images."""
         return self._seconds(self.step), self._seconds(self._update)
 
 
@@ -225,7 +210,7 @@ def measure_step_time(
 
 
 def _typical_batch(config: IJepaConfig, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Noise as pixels, and the masks of the step whose work is nearest to the mean."""
+    """Makes a batch of noise with the masks of the step whose work is nearest to the mean."""
     drawn = draw_sizes(config, batch_size)
     work = [sum(part.total for part in model_work(config, [sizes]).values()) for sizes in drawn]
     mean = statistics.mean(work)

@@ -14,7 +14,7 @@ from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
 from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
-from ijepa_hf import checkpointing, report, run_rows, run_state, training
+from ijepa_hf import checkpointing, report, run_rows, run_state, training_loop
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal
@@ -26,7 +26,7 @@ from ijepa_hf.retrying import DataSourceError
 
 def spoil(monkeypatch, *steps):
     """Makes the pixels of some steps (from 1 on) NaN."""
-    whole, taken = training._take_step, []
+    whole, taken = training_loop._take_step, []
 
     def take(state, step, micro_batches, values):
         taken.append(step + 1)
@@ -36,7 +36,7 @@ def spoil(monkeypatch, *steps):
             micro_batches[0].inputs["pixel_values"] = pixels
         return whole(state, step, micro_batches, values)
 
-    monkeypatch.setattr(training, "_take_step", take)
+    monkeypatch.setattr(training_loop, "_take_step", take)
     return taken
 
 
@@ -252,7 +252,7 @@ def test_of_two_failures_the_disk_is_the_one_that_is_said(tmp_path, monkeypatch)
         def close(self):
             self.batches.close()
 
-    monkeypatch.setattr(training, "iter", Failing, raising=False)
+    monkeypatch.setattr(training_loop, "iter", Failing, raising=False)
     with pytest.raises(SaveError, match="stopped at step 2 of 6: .*No space left"):
         tiny_run(tmp_path / "run")
     assert len(fetched) == 2, "a run that cannot go on asks for no more images"
