@@ -59,7 +59,7 @@ def make_training(
     config = model_arguments.to_config()
     AcceleratorState._reset_state(reset_partial_state=True)  # else the precision of the first one stays
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu")
-    ready = set_up_model(new_model(config, 0), run, accelerator)
+    ready = set_up_model(new_model(config, 0), run, accelerator, model_arguments.attn_implementation)
     return Training(config, ready, make_batch(config, batch_size, device))
 
 

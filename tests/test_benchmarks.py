@@ -49,8 +49,8 @@ def test_a_row_is_held_against_its_goals_by_its_median(benchmark_module, ratio, 
 
 def test_the_floor_multiplies_as_much_as_the_step(benchmark_module):
     rows = benchmark_module("step_rows")
+    # torch does not count a CPU's fused attention
     training = rows.make_training("digits", 4, attn_implementation="eager")
-    training.ready.model.set_attn_implementation("eager")  # torch does not count a CPU's fused attention
     with FlopCounterMode(display=False) as step:
         training.step()
     floor = rows.products_alone(training.step)
