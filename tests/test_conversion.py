@@ -91,7 +91,7 @@ def test_the_card_has_the_licence_and_code_that_runs(tmp_path, monkeypatch):
     convert(write_checkpoint(tmp_path / "small.pth.tar"), tmp_path / "encoder", num_attention_heads=HEADS)
     card = (tmp_path / "encoder" / "README.md").read_text()
     assert "\nlicense: cc-by-nc-4.0\n" in card.split("---")[1]
-    assert "ijepa-hf pretrain adapt --model_name_or_path encoder" in card
+    assert "MODEL=encoder  # " in card
     blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)

@@ -52,10 +52,11 @@ def test_weights_are_linked_and_what_grows_is_copied_up_to_its_last_whole_line(r
         lines = (staged.path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
         assert not os.path.samefile(staged.path / "metrics.jsonl", run / "metrics.jsonl")
-        assert not staged.card_is_stand_in
         staged.address("me/x", "dev")
-        assert 'AutoModel.from_pretrained("me/x", revision="dev")' in (staged.path / "README.md").read_text()
-        assert f'AutoModel.from_pretrained("{run}")' in (run / "README.md").read_text()
+        card = (staged.path / "README.md").read_text()
+        assert 'model_id = "me/x"  # its branch dev\n' in card
+        assert "MODEL=me/x  # its branch dev\n" in card
+        assert f'model_id = "{run}"  # `ijepa-hf push`' in (run / "README.md").read_text()
     finally:
         staged.remove()
     assert not staged.path.exists()

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from tiny import tiny_run
 
 from ijepa_hf.arguments import ModelArguments, argument_values
-from ijepa_hf.model_card import read_license, render_card, render_eval_results, render_unfinished_card, verdict
+from ijepa_hf.model_card import read_license, render_card, render_eval_results, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,13 +104,6 @@ def test_a_learning_rate_of_zero_is_a_learning_rate(report):
     assert "| 0.001 after" in render_card(changed, configuration(report))  # times 8 / 256
 
 
-def test_the_card_of_a_run_under_way_has_its_licence_and_its_step(report):
-    arguments = {**report["arguments"], "license": "cc-by-nc-4.0", "model_name_or_path": "you/ijepa"}
-    text = render_unfinished_card(arguments, 40)
-    assert ModelCard(text).data.license == "cc-by-nc-4.0"
-    assert "starting from `you/ijepa`. This is step 40" in text
-
-
 def test_metadata_that_cannot_be_read_is_an_error_and_no_missing_licence(tmp_path):
     card = tmp_path / "README.md"
     assert read_license(None) is None
@@ -133,7 +126,7 @@ def test_licence_base_model_and_repository_come_from_the_run(report):
     text = render_card(changed, configuration(report))
     data = ModelCard(text).data
     assert (data.license, data.base_model) == ("cc-by-nc-4.0", "you/ijepa")
-    assert 'AutoModel.from_pretrained("me/adapted")' in text
+    assert 'model_id = "me/adapted"' in text
     assert "starting from `you/ijepa`" in text
     assert "first 3 trained the predictor alone" in text
     assert "under `cc-by-nc-4.0`" in text

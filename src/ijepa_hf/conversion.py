@@ -33,11 +33,11 @@ from ijepa_hf.checkpointing import (
     save_checkpoint,
 )
 from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.escaping import code_span, python_string
+from ijepa_hf.escaping import code_span
 from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step
 from ijepa_hf.files import flush_to_disk, read_json, write_text_atomically
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_hf.model_card import TAGS, shell_word
+from ijepa_hf.model_card import TAGS, address_line
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name, to_file_name
 from ijepa_hf.official_checkpoint import (
     ADAMW_SLOTS,
@@ -64,8 +64,7 @@ from ijepa_hf.official_checkpoint import (
     unpickle,
 )
 from ijepa_hf.published_code import check_checkout, compare_with_published_code
-
-REPORT_FILE = "conversion.json"
+from ijepa_hf.run_folder import CONVERSION_FILE
 
 # What a gradient scaler starts with. The published code calls its load under bf16, and an error there sends it back to
 # epoch 0; the scale changes nothing in bf16.
@@ -177,7 +176,7 @@ def _write_folder(
     for path, tensors in written.items():
         _check_written(folder / path, tensors)
     report["bit_equal"] = {path: {"tensors": len(tensors)} for path, tensors in written.items()}
-    write_text_atomically(folder / REPORT_FILE, _report_text(report))
+    write_text_atomically(folder / CONVERSION_FILE, _report_text(report))
     write_text_atomically(folder / "README.md", _card(model.config, report, name))
 
 
@@ -309,7 +308,6 @@ def _card(config: IJepaConfig, report: Mapping[str, Any], name: str) -> str:
         tags=TAGS,
     )
     height, width = config.image_shape
-    reference = python_string(name)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -317,8 +315,8 @@ def _card(config: IJepaConfig, report: Mapping[str, Any], name: str) -> str:
 # I-JEPA, converted from {code_span(report["source"]["name"])}
 
 The weights of a checkpoint published with [I-JEPA](https://arxiv.org/abs/2301.08243), every bit compared: the target
-encoder at the root, both encoders and the predictor in `pretraining/`. `{REPORT_FILE}` has the SHA-256 of the file and
-lists each tensor.
+encoder at the root, both encoders and the predictor in `pretraining/`. `{CONVERSION_FILE}` has the SHA-256 of the
+file and lists each tensor.
 
 - {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads
 - images of {height}x{width} pixels, patches of {config.patch_shape[0]}x{config.patch_shape[1]}
@@ -333,8 +331,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-processor = AutoImageProcessor.from_pretrained({reference})
-model = AutoModel.from_pretrained({reference})
+{address_line(name)}
+processor = AutoImageProcessor.from_pretrained(model_id)
+model = AutoModel.from_pretrained(model_id)
 with torch.no_grad():
     patches = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")).last_hidden_state
 features = patches.mean(dim=1)  # [1, {config.hidden_size}], as evaluated in the paper
@@ -345,14 +344,15 @@ features = patches.mean(dim=1)  # [1, {config.hidden_size}], as evaluated in the
 ```python
 from transformers import AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained({reference}, num_labels=10)  # only the last layer is new
+model = AutoModelForImageClassification.from_pretrained(model_id, num_labels=10)  # only the last layer is new
 ```
 
 ## Go on pretraining, on your own images
 
 ```bash
 pip install ijepa-hf
-ijepa-hf pretrain adapt --model_name_or_path {shell_word(name)} --dataset_name path/to/images
+{address_line(name, shell=True)}
+ijepa-hf pretrain adapt --model_name_or_path "$MODEL" --dataset_name path/to/images
 ```
 """
     return str(ModelCard(text))
@@ -489,7 +489,7 @@ def _join(tensors: Mapping[str, Tensor], part: str, name: str, slot: str = "") -
 
 def _entries_of(folder: Path, checkpoint: Checkpoint | None) -> dict[str, int | float | None]:
     """The numbers beside the networks: those of the file that a folder came from, or of the run; else `None`."""
-    report = read_json(folder / REPORT_FILE)
+    report = read_json(folder / CONVERSION_FILE)
     if report is not None:
         return {name: report.get("entries", {}).get(name) for name in SCALARS}
     run = read_json(folder / "run.json") or {}

@@ -1,10 +1,10 @@
-"""Everything that goes to the Hub and comes from it: models, a run's last checkpoint, and what lies beside them.
+"""Uploads beside the training, pushes folders, and fetches a run's last checkpoint.
 
-A push makes the repository hold what the folder holds, in one commit, so no revision is ever half of one state and
-half of another, and one that is cut short changes nothing. A look at the repository comes first: it may hold another
+A push makes the repository hold what the folder holds, in one commit, so that no revision is half of one state and
+half of another, and a push that is cut short changes nothing. The repository is looked at first: it may hold another
 run, a later step of this one, or another kind of model (`hub_contents.py`).
 
-The requests are made by a process of its own, see `hub_process.py`.
+A process of its own makes the requests, see `hub_process.py`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,19 @@ from ijepa_hf.export import exported_step
 from ijepa_hf.hub_contents import (
     ABOUT_THE_MODEL,
     LAST_CHECKPOINT,
-    TELLING_FILES,
+    STATE_FILES,
     RepositoryContents,
     StagedFolder,
 )
-from ijepa_hf.model_card import render_unfinished_card
 from ijepa_hf.run_folder import GROWING_FILES, REPORT_FILE, RUN_FILE
 
-# Seconds before the 2nd, ... 7th try: 126 in all. A server may ask for more, up to hub_process.LONGEST_WAIT each time;
-# bytes that arrive start the count again.
+# Seconds before the 2nd, ... 7th try: 126 in all. A server may ask for more, up to hub_process.LONGEST_WAIT each time.
 RETRY_WAITS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 START_WAITS = RETRY_WAITS[:2]  # before a run starts
 REQUEST_TIMEOUT = 60.0  # seconds that a connection may be silent
-NO_NEWS_LIMIT = 7200.0  # seconds in which no file arrived and no request failed, after which `finish` gives up
+NO_NEWS_LIMIT = 7200.0  # seconds without a file that arrived or a request that failed, after which `finish` gives up
 
-# What is fetched: the checkpoint, and the log that `run_folder.prepare_output_dir` takes over.
+# What is fetched: the checkpoint, and the log, which `run_folder.prepare_output_dir` takes over.
 _FETCHED = (f"{LAST_CHECKPOINT}/*", *GROWING_FILES, RUN_FILE)
 
 logger = logging.getLogger(__name__)
@@ -69,15 +67,15 @@ def push_folder(
     with_checkpoint: bool = False,
     commit_message: str | None = None,
 ) -> str:
-    """Pushes the folder of a run, a converted model or a fine-tuned model, in one commit.
+    """Pushes the folder of a run, a converted model or a fine-tuned model in one commit.
 
     Args:
-        folder: The folder. Of a run's, nothing but what the run wrote is taken; of others, nothing but the model.
+        folder: The folder. Only what the run wrote is taken, and of another model's folder only the model.
         repo_id: The repository, `name/repository`; made if it is missing.
-        private: Make it private; one that exists and is public is refused then.
+        private: Make it private; an existing public one is an error then.
         revision: Branch; made if it is missing; `main` if not given.
         with_checkpoint: Push the newest checkpoint of a run as well, to resume from.
-        commit_message: Its first line; says the step if not given.
+        commit_message: Its first line; names the step if not given.
 
     Returns:
         The URL of what was pushed.
@@ -120,7 +118,7 @@ def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: b
     Args:
         repo_id: The repository.
         revision: Branch, tag or commit; the newest of `main` if not given.
-        missing_ok: A repository or branch that does not exist has no checkpoint, and is no error.
+        missing_ok: A repository or branch that does not exist is no error; it has no checkpoint.
 
     Returns:
         The checkpoint's folder, for `checkpointing.read_checkpoint`, which checks it; the log lies in the folder
@@ -142,27 +140,33 @@ def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: b
 
 @dataclass
 class _Upload:
-    """A state on its way."""
+    """A state that is to be uploaded, and what became of it."""
 
     step: int
     staged: StagedFolder
-    sent: int = 0  # bytes
-    total: int = 0
-    outcome: dict[str, Any] | None = None  # the event that ended it
+    sent: dict[str, Any] = field(
+        default_factory=lambda: {"event": "sent", "bytes": 0, "total": 0}
+    )  # the last such event
+    url: str | None = None
+    failure: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.url is not None or self.failure is not None
 
 
 class HubUploader:
     """Uploads beside the training; whatever happens to an upload, the run goes on.
 
-    After `start`, `submit` and `finish` or `stop` are to be called by one thread; a second one listens to the process
-    that makes the requests.
+    `start` comes first, `finish` or `stop` last; all are called by one thread. A thread of the uploader waits for
+    states and pushes one after the other.
 
     Args:
         output_dir: The run's folder.
         repo_id: The repository, `name/repository`.
-        private: Make it private; one that exists and is public is refused.
+        private: Make it private; an existing public one is an error.
         revision: Branch; `main` if not given.
-        strategy: `end` uploads the finished model; `checkpoint` each state that is submitted, with its checkpoint.
+        strategy: `end` uploads the finished model; `checkpoint` also each submitted state, with its checkpoint.
     """
 
     def __init__(self, output_dir: Path, repo_id: str, *, private: bool, revision: str | None, strategy: str) -> None:
@@ -173,17 +177,20 @@ class HubUploader:
         self._private = private
         self._revision = revision
         self._with_checkpoint = strategy == "checkpoint"
+        self._thread = threading.Thread(target=self._work, name="ijepa-hf-hub", daemon=True)
         self._changed = threading.Condition()  # guards all below
         self._process: _HubProcess | None = None
-        self._listener: threading.Thread | None = None
         self._running: _Upload | None = None
-        self._pending: _Upload | None = None
+        self._waiting: _Upload | None = None
+        self._has_ended = False
         self._held: RepositoryContents | None = None  # what the repository held; `None` until it could be looked at
         self._submitted: int | None = None  # newest step that was to be uploaded
         self._arrived: int | None = None  # newest step of this run that the repository has
-        self._has_report = False  # the repository, of that step
-        self._failure: str | None = None  # why the upload that ended last did not arrive
-        self._heard = 0.0  # when there is nothing to worry about until, as time.monotonic()
+        self._has_report = False  # the repository has the report of that step
+        self._failure: str | None = None  # why the newest step did not arrive
+        self._last_news = 0.0  # as time.monotonic()
+
+    # -- what the run calls --
 
     def start(self, arguments: Mapping[str, Any], start_step: int, *, replace: bool = False) -> None:
         """Makes the repository and the branch where they are missing, and looks at what they hold.
@@ -191,7 +198,7 @@ class HubUploader:
         Args:
             arguments: Of the run, as in `run.json`.
             start_step: Optimiser steps done; of a finished run its last.
-            replace: Whatever model the repository holds, this run takes its place.
+            replace: Replace whatever model the repository holds.
 
         Raises:
             ValueError: If the user has to change something: no token, no permission, a bad name, a licence that the
@@ -202,21 +209,20 @@ class HubUploader:
             shutil.rmtree(left_over, ignore_errors=True)
         self._arguments = json.loads(json.dumps(arguments))  # as the repository's are read
         self._start_step, self._replace = start_step, replace
-        self._process = process = _HubProcess(quiet=True)
+        self._process = _HubProcess(quiet=True)
         try:
-            self._check_card(process)
-            self._look_into(process)
+            self._look_into_repository(self._process, START_WAITS, start_step)
         except ConnectionError as error:
             logger.warning("%s. The run starts all the same, and uploads are tried as it goes.", error)
         except BaseException:
             self._end()
             raise
-        self._listen_to(process)
+        self._thread.start()
 
     def submit(self, step: int) -> None:
         """Uploads the model and the checkpoint as they are now, while the run goes on; returns at once.
 
-        Where an upload is still under way, this state waits for it to end, and gives way to a newer one.
+        While an upload is under way, the newest submitted state waits for its end, and older ones are dropped.
 
         Args:
             step: Of the export and of `checkpoint-<step>`.
@@ -228,21 +234,21 @@ class HubUploader:
                 logger.warning("step %d is not uploaded: %s", step, error)
 
     def finish(self, step: int) -> str:
-        """Uploads the final state and waits for it, at most as long as something moves.
+        """Uploads the final state and waits for it, for as long as there is news of it.
 
         Args:
             step: Of the export, and with strategy `checkpoint` of `checkpoint-<step>`.
 
         Returns:
-            For the user: where it is.
+            A sentence that says where it is.
 
         Raises:
-            UploadIncompleteError: If it did not arrive; with what did, and the command that finishes it.
+            UploadIncompleteError: If it did not arrive; says what did, and the command that finishes it.
         """
         try:
             upload = self._add(step, f"{step}-final")
-            outcome = self._wait_for(upload)
-            reason = outcome.get("reason")
+            self._wait_for(upload)
+            reason = upload.failure
         except KeyboardInterrupt:
             reason = "interrupted"
         except Exception as error:  # the run is complete; its upload can be done again
@@ -250,7 +256,7 @@ class HubUploader:
         finally:
             self._end()
         if reason is None:
-            return f"Step {step} is on the Hub: {outcome['url']}"
+            return f"Step {step} is on the Hub: {upload.url}"
         raise UploadIncompleteError(
             f"Step {step} is complete in {self._output_dir}, but did not arrive on the Hub ({reason}). "
             f"{self._repo_id} has {self._what_arrived(step)}. This finishes the upload:\n    {self._command()}"
@@ -260,18 +266,17 @@ class HubUploader:
         """Ends the uploads of a run that does not reach its end. The repository stays whole.
 
         Args:
-            wait: Seconds, at most, for what is under way or waits for its turn; 0 ends it at once.
+            wait: Seconds, at most, for the upload under way and the one that waits; 0 ends them at once.
 
         Returns:
-            `None` if all that was submitted has arrived; else, for the user, what did not, and the command that
-            finishes it.
+            `None` if the newest submitted state has arrived; else a sentence that says what did not, and the command
+            that finishes it.
         """
-        end = time.monotonic() + wait
         try:
-            self._wait_until_idle(end)
+            self._wait_until_idle(wait)
         except KeyboardInterrupt:
             logger.warning("interrupted; not waiting for the upload any longer")
-        under_way = self._running is not None or self._pending is not None
+        under_way = not self._is_idle()
         self._end()
         if self._submitted is None or self._arrived == self._submitted:
             return None
@@ -282,64 +287,6 @@ class HubUploader:
             f"{self._what_arrived(None)}. This finishes the upload:\n    {self._command()}"
         )
 
-    def _check_card(self, process: "_HubProcess") -> None:
-        """Has the Hub look at what the card of this run says of it, such as the licence."""
-        card = render_unfinished_card(self._arguments, self._start_step)
-        job = {"job": "validate", "repo_id": self._repo_id, "card": card, "waits": START_WAITS}
-        refused = self._run(process, job)["refused"]
-        if refused is not None:
-            raise ValueError(
-                f"license={self._arguments.get('license')!r}: the Hub does not take the card of this run: {refused}. "
-                "Write an identifier that it knows, such as --license apache-2.0, or --license other."
-            )
-
-    def _look_into(self, process: "_HubProcess") -> None:
-        job = _prepare_job(self._repo_id, private=self._private, revision=self._revision, waits=START_WAITS)
-        self._accept(RepositoryContents.of(self._run(process, job)), self._start_step)
-
-    def _run(self, process: "_HubProcess", job: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return process.run(job, lambda event: None)
-        except ValueError as error:
-            raise ValueError(f"hub_model_id={self._repo_id!r} cannot be pushed to: {error}") from None
-
-    def _accept(self, held: RepositoryContents, step: int) -> None:
-        """Takes the repository as this run's, unless it holds something else or is further than `step`."""
-        name = f"hub_model_id={self._repo_id!r}" + (f", branch {self._revision!r}," if self._revision else "")
-        other = held.other_than(self._arguments)
-        if not self._replace:
-            if other is not None:
-                raise ValueError(
-                    f"{name} holds {other}. Choose another --hub_model_id, or --hub_revision NAME, a branch of its "
-                    "own, or add --overwrite_output_dir to replace it."
-                )
-            if max(held.checkpoint_step, held.report_step) > step:
-                raise ValueError(f"{name} {_further(held, step)}")
-            if held.checkpoint_step >= 0 or held.report_step >= 0:
-                self._arrived = max(held.checkpoint_step, held.report_step)
-                self._has_report = held.report_step == self._arrived
-        self._held = held
-
-    def _what_arrived(self, final_step: int | None) -> str:
-        if self._arrived is None:
-            return "nothing of this run"
-        incomplete = self._arrived == final_step and not self._has_report
-        return f"step {self._arrived}" + (" without its card and report" if incomplete else "")
-
-    def _end(self) -> None:
-        """Ends whatever is under way, at once, and removes what was gathered for it."""
-        with self._changed:
-            process, self._process = self._process, None
-            uploads = [upload for upload in (self._running, self._pending) if upload is not None]
-            self._running = self._pending = None
-        if process is not None:
-            process.kill()
-            if self._listener is not None:
-                self._listener.join()  # it reads the end of what it listens to
-            process.close()
-        for upload in uploads:
-            upload.staged.remove()
-
     def _add(self, step: int, label: str) -> _Upload:
         self._submitted = step
         checkpoint = self._output_dir / f"checkpoint-{step}" if self._with_checkpoint else None
@@ -349,124 +296,150 @@ class HubUploader:
             self._failure = str(error)
             raise
         with self._changed:
-            replaced, self._pending = self._pending, upload
-            self._keep_going()
-        if replaced is not None:
-            logger.info("step %d is not uploaded: a newer state is there", replaced.step)
-            replaced.staged.remove()
+            dropped, self._waiting = self._waiting, upload
+            self._changed.notify_all()
+        if dropped is not None:
+            logger.info("step %d is not uploaded: a newer state is there", dropped.step)
+            dropped.staged.remove()
         return upload
 
-    def _keep_going(self) -> None:
-        if self._process is None:  # it was killed, or ended by itself
-            self._listen_to(_HubProcess(quiet=True))
-        self._send_next()
+    def _is_idle(self) -> bool:
+        return self._running is None and self._waiting is None
 
-    def _send_next(self) -> None:
-        if self._running is None and self._pending is not None and self._process is not None:
-            self._running, self._pending = self._pending, None
-            self._heard = time.monotonic()
-            self._send(self._running)
-
-    def _send(self, upload: _Upload) -> None:
-        assert self._process is not None
-        try:
-            if self._held is None:
-                job = _prepare_job(self._repo_id, private=self._private, revision=self._revision, waits=RETRY_WAITS)
-            else:
-                job = _push_job(upload.staged, self._held, revision=self._revision)
-        except (OSError, ValueError) as error:  # a disk that is full, a card that is no text
-            self._close(upload, {"event": "failed", "reason": str(error)})
-        else:
-            self._process.send(job)
-
-    def _listen_to(self, process: "_HubProcess") -> None:
-        self._process = process
-        self._listener = threading.Thread(target=self._listen, args=(process,), name="ijepa-hf-hub", daemon=True)
-        self._listener.start()
-
-    def _listen(self, process: "_HubProcess") -> None:
-        for event in process.events():
-            with self._changed:
-                if process is not self._process:
-                    return  # stopped
-                try:
-                    self._handle(event)
-                except Exception as error:  # a thread that dies in silence would let `finish` wait
-                    logger.warning("an upload's event could not be handled: %r", event, exc_info=True)
-                    if self._running is not None and event["event"] in ("done", "failed", "ended"):
-                        self._running.outcome = {"event": "failed", "reason": f"its end could not be handled: {error}"}
-                        self._running = None
-                self._changed.notify_all()
-
-    def _handle(self, event: dict[str, Any]) -> None:
-        upload, kind = self._running, event["event"]
-        self._heard = time.monotonic() + event.get("seconds", 0.0)
-        if kind == "ended":  # with whatever was under way; the next `_add` starts another
-            process, self._process = self._process, None
-            assert process is not None
-            process.close()
-        if upload is None:
-            return
-        if kind == "sent":
-            upload.sent, upload.total = event["bytes"], event["total"]
-        elif kind == "retry":
-            logger.warning(
-                "uploading step %d: %s; trying again in %g s", upload.step, event["reason"], event["seconds"]
-            )
-        elif kind == "done" and self._held is None:  # the repository, which could not be looked at before
-            try:
-                self._accept(RepositoryContents.of(event), max(upload.step, self._start_step))
-            except ValueError as error:
-                self._close(upload, {"event": "failed", "reason": str(error)})
-            else:
-                self._send(upload)
-        else:
-            self._close(upload, event)
-
-    def _close(self, upload: _Upload, event: dict[str, Any]) -> None:
-        has_report = (upload.staged.path / REPORT_FILE).is_file()
-        upload.outcome = event
-        upload.staged.remove()
-        self._running = None
-        if upload.step == self._submitted:  # an older state says nothing of why a newer one did not arrive
-            self._failure = event.get("reason")
-        if event["event"] == "done":
-            assert self._held is not None
-            self._arrived, self._has_report = upload.step, has_report
-            self._held = RepositoryContents(self._held.repo_id)  # what it held before is gone
-            logger.info("step %d is on the Hub: %s", upload.step, event["url"])
-        else:
-            logger.warning("step %d was not uploaded: %s. The run goes on.", upload.step, event["reason"])
-            logger.debug("%s", event.get("details"))
-        self._send_next()
-
-    def _wait_until_idle(self, end: float) -> None:
-        waits = False
+    def _wait_until_idle(self, seconds: float) -> None:
         with self._changed:
-            while self._running is not None or self._pending is not None:
-                left = end - time.monotonic()
-                if left <= 0:
-                    return
-                if not waits:
-                    logger.warning("waiting up to %.0f s for step %s to arrive on the Hub", left, self._submitted)
-                    waits = True
-                self._keep_going()
-                self._changed.wait(timeout=min(left, 0.5))
+            if seconds > 0 and not self._is_idle():
+                logger.warning("waiting up to %.0f s for step %s to arrive on the Hub", seconds, self._submitted)
+                self._changed.wait_for(self._is_idle, seconds)
 
-    def _wait_for(self, upload: _Upload) -> dict[str, Any]:
+    def _wait_for(self, upload: _Upload) -> None:
+        self._last_news = time.monotonic()
         with _progress_bar() as bar:
-            while True:
+            while not upload.has_ended:
                 with self._changed:
-                    if upload.outcome is None:
-                        self._keep_going()
-                        self._changed.wait(timeout=0.5)
-                    outcome, sent, total = upload.outcome, upload.sent, upload.total
-                    silent = time.monotonic() - self._heard
-                _show_progress(bar, {"event": "sent", "bytes": sent, "total": total})
-                if outcome is not None:
-                    return outcome
-                if silent > NO_NEWS_LIMIT:
+                    self._changed.wait_for(lambda: upload.has_ended, 0.5)
+                _show_progress(bar, upload.sent)
+                if time.monotonic() - self._last_news > NO_NEWS_LIMIT and not upload.has_ended:
                     raise TimeoutError(f"nothing arrived for {NO_NEWS_LIMIT:g} s")
+
+    def _end(self) -> None:
+        """Ends whatever is under way, at once, and removes what was gathered for it."""
+        with self._changed:
+            self._has_ended = True
+            process, self._process = self._process, None
+            uploads = [upload for upload in (self._running, self._waiting) if upload is not None]
+            self._running = self._waiting = None
+            self._changed.notify_all()
+        if process is not None:
+            process.kill()  # which also ends what the thread waits for
+        if self._thread.ident is not None:
+            self._thread.join()
+        if process is not None:
+            process.close()
+        for upload in uploads:
+            upload.staged.remove()
+
+    # -- what the thread does --
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_ended or self._waiting is not None)
+                if self._has_ended:
+                    return
+                upload, self._waiting = self._waiting, None
+                self._running = upload
+                self._last_news = time.monotonic()
+            assert upload is not None
+            url, failure = None, None
+            try:
+                url = self._push(upload)
+            except Exception as error:  # such as a full disk; a thread that dies in silence would let `finish` wait
+                failure = str(error)
+            with self._changed:
+                if not self._has_ended:
+                    self._record(upload, url, failure)
+                    self._changed.notify_all()
+
+    def _push(self, upload: _Upload) -> str:
+        with self._changed:
+            if self._has_ended:
+                raise ConnectionError("the run has stopped")
+            if self._process is None or not self._process.is_alive():
+                if self._process is not None:
+                    self._process.close()
+                self._process = _HubProcess(quiet=True)
+            process = self._process
+
+        def watch(event: dict[str, Any]) -> None:
+            self._last_news = time.monotonic() + event.get("seconds", 0.0)
+            if event["event"] == "sent":
+                upload.sent = event
+            else:
+                logger.warning(
+                    "uploading step %d: %s; trying again in %g s", upload.step, event["reason"], event["seconds"]
+                )
+
+        if self._held is None:  # it could not be looked at before
+            self._look_into_repository(process, RETRY_WAITS, max(upload.step, self._start_step), watch)
+        assert self._held is not None
+        return process.run(_push_job(upload.staged, self._held, revision=self._revision), watch)["url"]
+
+    def _record(self, upload: _Upload, url: str | None, failure: str | None) -> None:
+        has_report = (upload.staged.path / REPORT_FILE).is_file()
+        upload.staged.remove()
+        upload.url, upload.failure, self._running = url, failure, None
+        if upload.step == self._submitted:  # an older state does not say why a newer one did not arrive
+            self._failure = failure
+        if url is None:
+            logger.warning("step %d was not uploaded: %s. The run goes on.", upload.step, failure)
+            return
+        assert self._held is not None
+        self._arrived, self._has_report = upload.step, has_report
+        self._held = RepositoryContents(self._held.repo_id)  # what it held before is gone
+        logger.info("step %d is on the Hub: %s", upload.step, url)
+
+    # -- the repository --
+
+    def _look_into_repository(
+        self,
+        process: "_HubProcess",
+        waits: Sequence[float],
+        step: int,
+        watch: Callable[[dict[str, Any]], None] = lambda event: None,
+    ) -> None:
+        """Makes sure that the repository may be written to, and holds nothing else and no later step than `step`."""
+        job = _prepare_job(
+            self._repo_id,
+            private=self._private,
+            revision=self._revision,
+            waits=waits,
+            license=self._arguments.get("license"),
+        )
+        try:
+            held = RepositoryContents.of(process.run(job, watch))
+        except ValueError as error:
+            raise ValueError(f"hub_model_id={self._repo_id!r} cannot be pushed to: {error}") from None
+        if not self._replace:
+            name = f"hub_model_id={self._repo_id!r}" + (f", branch {self._revision!r}," if self._revision else "")
+            other = held.other_than(self._arguments)
+            if other is not None:
+                raise ValueError(
+                    f"{name} holds {other}. Choose another --hub_model_id, or --hub_revision NAME, a branch of its "
+                    "own, or add --overwrite_output_dir to replace it."
+                )
+            newest = max(held.checkpoint_step, held.report_step)
+            if newest > step:
+                raise ValueError(f"{name} {_further(held, step)}")
+            if newest >= 0:
+                self._arrived, self._has_report = newest, held.report_step == newest
+        self._held = held
+
+    def _what_arrived(self, final_step: int | None) -> str:
+        if self._arrived is None:
+            return "nothing of this run"
+        incomplete = self._arrived == final_step and not self._has_report
+        return f"step {self._arrived}" + (" without its card and report" if incomplete else "")
 
     def _command(self) -> str:
         words = ["ijepa-hf", "push", str(self._output_dir), self._repo_id]
@@ -490,24 +463,23 @@ def _further(held: RepositoryContents, step: int) -> str:
     )
 
 
-def _prepare_job(repo_id: str, *, private: bool, revision: str | None, waits: Sequence[float]) -> dict[str, Any]:
-    return {"job": "prepare", "repo_id": repo_id, "private": private, "revision": revision, "texts": TELLING_FILES,
-            "waits": waits}  # fmt: skip
+def _prepare_job(
+    repo_id: str, *, private: bool, revision: str | None, waits: Sequence[float], license: str | None = None
+) -> dict[str, Any]:
+    return {"job": "prepare", "repo_id": repo_id, "private": private, "revision": revision, "license": license,
+            "texts": STATE_FILES, "waits": waits}  # fmt: skip
 
 
 def _push_job(
     staged: StagedFolder, held: RepositoryContents, *, revision: str | None, message: str | None = None
 ) -> dict[str, Any]:
-    """Also makes the gathered card name the repository."""
     staged.address(held.repo_id, revision)
     step = None if staged.arguments is None else exported_step(staged.path)
     default = "Upload model" if step is None else f"Step {step}"
-    replaces = staged.replaces(held)
     return {
         "job": "push",
         "folder": str(staged.path.absolute()),
-        "owned": [*staged.owned, *(ABOUT_THE_MODEL if replaces else ())],
-        "card_is_stand_in": staged.card_is_stand_in and not replaces,
+        "owned": [*staged.owned, *(ABOUT_THE_MODEL if staged.replaces(held) else ())],
         "message": message or default,
         "repo_id": held.repo_id,
         "revision": revision,
@@ -536,10 +508,10 @@ def _newest_checkpoint(folder: Path) -> Path:
 
 
 class _HubProcess:
-    """The process that makes the requests; see `hub_process.py`.
+    """Starts the process that makes the requests, gives it jobs and reads what happens; see `hub_process.py`.
 
     Args:
-        quiet: Show nothing of what the libraries say, nor their progress bars.
+        quiet: Show neither the libraries' messages nor their progress bars.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -563,13 +535,13 @@ class _HubProcess:
         self.close()
 
     def send(self, job: dict[str, Any]) -> None:
-        """Gives it a job. One that ended meanwhile says so in `events`."""
+        """Sends a job. Of a process that has ended, `events` says so."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yields what happens, the last time when the process has ended."""
+        """Yields what happens; the last event is the end of the process."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             yield json.loads(line)
@@ -581,7 +553,7 @@ class _HubProcess:
 
         Args:
             job: The job.
-            watch: Gets the events on the way.
+            watch: Gets the events before the last one.
 
         Returns:
             The last event.
@@ -598,15 +570,19 @@ class _HubProcess:
                 logger.debug("%s", event.get("details"))
                 raise (ValueError if event.get("fault") == "user" else ConnectionError)(event["reason"])
             watch(event)
-        raise AssertionError("events end with one that says so")
+        raise AssertionError("the last event is `ended`")
+
+    def is_alive(self) -> bool:
+        """Whether it can take a job."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
-        """Ends it, whatever it is doing."""
+        """Ends it, whatever it does."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Ends it, and closes what leads to it; nobody may be reading `events` any more."""
+        """Ends it and closes its pipes; nobody may be reading `events` any more."""
         self.kill()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:

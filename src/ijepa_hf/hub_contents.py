@@ -1,14 +1,13 @@
-"""What is pushed to a repository of the Hub, and what a repository holds already.
+"""Gathers what is pushed to a repository of the Hub, and reads what a repository holds already.
 
-A folder's model is gathered in a hidden folder (`.push-<label>.partial`) laid out as the repository is to be, weights
-as hard links, so that the run may overwrite and prune while they travel. What a repository holds says whether it is
-this run's, how far on, and what of it has to go with the next push.
+A folder's model is gathered in a hidden folder (`.push-<label>.partial`) with the names that it will have in the
+repository, weights as hard links, so that the run may overwrite and prune its files while they travel. What a
+repository holds shows whether it is this run's, at which step, and what has to be deleted with the next push.
 """
 
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
+
 from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
-from ijepa_hf.hub_process import CARD
-from ijepa_hf.model_card import render_unfinished_card
+from ijepa_hf.model_card import with_address
 from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.run_folder import (
+    CONVERSION_FILE,
     EVAL_RESULTS_FOLDER,
+    FINETUNING_FILE,
     GROWING_FILES,
     RECIPE_FILE,
     REPORT_FILE,
@@ -31,44 +33,42 @@ from ijepa_hf.run_folder import (
 )
 
 LAST_CHECKPOINT = "last-checkpoint"  # transformers' Trainer uses this name too
-_CONVERSION_FILE = "conversion.json"
-_FINETUNING_FILE = "finetune.json"
 _CHECKPOINT_RECORD = f"{LAST_CHECKPOINT}/checkpoint.json"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 # What is taken of a folder, as patterns of `Path.glob`. First of a run's or a converted one ...
 _RUN_PATTERNS = (
-    "config.json", WEIGHTS_FILE, "preprocessor_config.json", CARD, RUN_FILE, REPORT_FILE, RECIPE_FILE,
-    _CONVERSION_FILE, *GROWING_FILES, *CODE_FILES, "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
+    "config.json", WEIGHTS_FILE, "preprocessor_config.json", REPOCARD_NAME, RUN_FILE, REPORT_FILE, RECIPE_FILE,
+    CONVERSION_FILE, *GROWING_FILES, *CODE_FILES, "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
     *(f"{PRETRAINING_SUBFOLDER}/{name}" for name in ("*.json", "*.safetensors", "*.py")),
 )  # fmt: skip
 # ... then of any other model in transformers' format, such as a fine-tuned one.
 _MODEL_PATTERNS = (
     "config.json", WEIGHTS_FILE, _SHARDS, _INDEX_FILE, "preprocessor_config.json", "processor_config.json",
-    CARD, _FINETUNING_FILE, "*_results.json", "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
+    REPOCARD_NAME, FINETUNING_FILE, "*_results.json", "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
 )  # fmt: skip
 # What is deleted in the repository where the pushed folder has none: it would be of another state of the model.
 _OWNED_WEIGHTS = (WEIGHTS_FILE, _SHARDS, _INDEX_FILE)
 _OWNED_BY_RUN = (
-    *_OWNED_WEIGHTS, RUN_FILE, REPORT_FILE, RECIPE_FILE, _CONVERSION_FILE, *GROWING_FILES,
+    *_OWNED_WEIGHTS, RUN_FILE, REPORT_FILE, RECIPE_FILE, CONVERSION_FILE, *GROWING_FILES,
     f"{PRETRAINING_SUBFOLDER}/*", f"{LAST_CHECKPOINT}/*",
 )  # fmt: skip
 # Deleted too where they are about another run, or about the end of one that is not at its end; else they stay, others
 # may have added to them.
-ABOUT_THE_MODEL = (CARD, f"{EVAL_RESULTS_FOLDER}/*", "figures/*.png")
-# What says whose a repository is, and how far.
-TELLING_FILES = (RUN_FILE, REPORT_FILE, _CHECKPOINT_RECORD)
+ABOUT_THE_MODEL = (REPOCARD_NAME, f"{EVAL_RESULTS_FOLDER}/*", "figures/*.png")
+# What shows whose a repository is, and at which step.
+STATE_FILES = (RUN_FILE, REPORT_FILE, _CHECKPOINT_RECORD)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
 @dataclass(frozen=True)
 class RepositoryContents:
-    """What a repository, or a branch of it, holds.
+    """Says what a repository, or a branch of it, holds.
 
     Args:
         repo_id: With its owner.
         files: All names.
-        texts: Contents of `TELLING_FILES`, as far as they are there.
+        texts: Contents of `STATE_FILES`, as far as they are there.
     """
 
     repo_id: str
@@ -77,24 +77,17 @@ class RepositoryContents:
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> "RepositoryContents":
-        """Takes what the process found.
-
-        Args:
-            event: The end of a `prepare` job, see `hub_process.py`.
-
-        Returns:
-            The contents.
-        """
+        """Makes it of the last event of a `prepare` job, see `hub_process.py`."""
         return cls(event["repo_id"], event["files"], event["texts"])
 
     def other_than(self, arguments: Mapping[str, Any]) -> str | None:
-        """What it holds that is not this run.
+        """Says what it holds that is not this run.
 
         Args:
             arguments: Of the run, as `run.json` keeps them.
 
         Returns:
-            Words for a message, or `None` where it is this run or holds no model.
+            Words for a message; `None` where it is this run or holds no model.
         """
         if RUN_FILE not in self.files:
             weights = [name for name in self.files if name.endswith(_WEIGHT_SUFFIXES)]
@@ -107,12 +100,12 @@ class RepositoryContents:
 
     @property
     def checkpoint_step(self) -> int:
-        """Step of the last checkpoint, -1 where there is none that says."""
+        """Step of the last checkpoint, -1 where there is none."""
         return self._step(_CHECKPOINT_RECORD)
 
     @property
     def report_step(self) -> int:
-        """Step of the report, -1 where there is none that says."""
+        """Step of the report, -1 where there is none."""
         return self._step(REPORT_FILE)
 
     def _step(self, name: str) -> int:
@@ -120,43 +113,34 @@ class RepositoryContents:
         return step if isinstance(step, int) else -1
 
     def _record(self, name: str) -> dict[str, Any]:
-        return _parsed(self.texts.get(name, ""))
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """A record; empty where the text is none."""
-    try:
-        record = json.loads(text)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+        try:
+            record = json.loads(self.texts.get(name, ""))
+        except ValueError:
+            return {}
+        return record if isinstance(record, dict) else {}
 
 
 @dataclass(frozen=True)
 class StagedFolder:
-    """What is to be pushed, gathered so that nobody changes it.
+    """Holds what is to be pushed where nobody changes it.
 
     Args:
-        path: A folder laid out as the repository is to be.
-        owned: Patterns of what is deleted in the repository where it is not in the folder.
-        reference: What its card was written for: the name of a folder or repository.
-        arguments: Of a run.
-        card_is_stand_in: The run has not written its card yet; this one says so, and carries the licence.
+        path: A folder with the names that the repository is to have.
+        owned: Patterns of what is deleted in the repository where the folder has no such file.
+        arguments: Of the run, where it is one's.
     """
 
     path: Path
     owned: Sequence[str]
-    reference: str
     arguments: Mapping[str, Any] | None
-    card_is_stand_in: bool
 
     @classmethod
     def of(cls, folder: Path, label: str, checkpoint: Path | None) -> "StagedFolder":
-        """Gathers a folder's model and, where one is named, a checkpoint.
+        """Gathers a folder's model and, where one is given, a checkpoint.
 
         Args:
             folder: The folder.
-            label: For the hidden folder's name.
+            label: A part of the hidden folder's name.
             checkpoint: The checkpoint's folder.
 
         Returns:
@@ -166,7 +150,7 @@ class StagedFolder:
             ValueError: If the model is not whole, run.json is damaged, or the checkpoint is of another step.
             FileNotFoundError: If the checkpoint is missing.
         """
-        in_two_parts = any((folder / name).exists() for name in (PRETRAINING_SUBFOLDER, RUN_FILE, _CONVERSION_FILE))
+        in_two_parts = any((folder / name).exists() for name in (PRETRAINING_SUBFOLDER, RUN_FILE, CONVERSION_FILE))
         target = _make_folder(folder, label)
         try:
             for pattern in _RUN_PATTERNS if in_two_parts else _MODEL_PATTERNS:
@@ -174,26 +158,22 @@ class StagedFolder:
                     if source.is_file() and not source.name.startswith("."):
                         _check_link(source, folder)
                         _gather(source, target / source.relative_to(folder))
-            step = _check_two_parts(target, folder, checkpoint) if in_two_parts else None
-            if not in_two_parts:
+            if in_two_parts:
+                _check_two_parts(target, folder, checkpoint)
+            else:
                 _check_model(target, folder)
             if checkpoint is not None:
                 for source in checkpoint.iterdir():
                     _gather(source, target / LAST_CHECKPOINT / source.name)
             run = read_run(folder)
-            arguments = None if run is None else run["arguments"]
-            card_is_stand_in = False
-            if step is not None and arguments is not None and not (target / CARD).is_file():
-                (target / CARD).write_text(render_unfinished_card(arguments, step), "utf-8")
-                card_is_stand_in = True
         except BaseException:
             shutil.rmtree(target)
             raise
         owned = _OWNED_BY_RUN if in_two_parts else _OWNED_WEIGHTS
-        return cls(target, owned, _card_reference(target, folder), arguments, card_is_stand_in)
+        return cls(target, owned, None if run is None else run["arguments"])
 
     def check_kind(self, held: RepositoryContents) -> None:
-        """Refuses to lay a model over pretraining that it is no part of, which would leave half of each.
+        """Refuses to push a classifier or the like over pretraining, which would leave half of each.
 
         Args:
             held: What the repository holds.
@@ -210,79 +190,35 @@ class StagedFolder:
             )
 
     def replaces(self, held: RepositoryContents) -> bool:
-        """Whether the card and what belongs to it, as the repository has them, are about something else.
-
-        Args:
-            held: What the repository holds.
-
-        Returns:
-            The answer.
-        """
+        """Whether the card, scores and pictures of the repository are about another model, so that they have to go."""
         if self.arguments is None:  # a converted model takes the place of a run; others are refused
             return RUN_FILE in held.files and (self.path / PRETRAINING_SUBFOLDER).is_dir()
         ended = REPORT_FILE in held.files and not (self.path / REPORT_FILE).is_file()
         return ended or held.other_than(self.arguments) is not None
 
     def address(self, repo_id: str, revision: str | None) -> None:
-        """Makes the card name the repository where it names the folder.
+        """Writes the repository's name into the lines of the card that are made for it.
 
         Args:
             repo_id: With its owner.
             revision: Branch; `None` is `main`.
         """
-        card = self.path / CARD
+        card = self.path / REPOCARD_NAME
         if card.is_file():
-            text = _readdressed(card.read_bytes().decode("utf-8"), self.reference, repo_id, revision)
-            card.write_bytes(text.encode("utf-8"))
+            card.write_bytes(with_address(card.read_bytes().decode("utf-8"), repo_id, revision).encode("utf-8"))
 
     def remove(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _card_reference(staged: Path, folder: Path) -> str:
-    """What the folder's card calls the model: as `model_card.py`, `finetune.py` and `conversion.py` write it."""
-    for name in (REPORT_FILE, RUN_FILE, _FINETUNING_FILE):
-        path = staged / name
-        arguments = _parsed(path.read_text("utf-8", errors="replace")).get("arguments") if path.is_file() else None
-        if isinstance(arguments, dict):
-            reference = arguments.get("hub_model_id") or arguments.get("output_dir")
-            if isinstance(reference, str):
-                return reference
-    return folder.resolve().name
-
-
-def _readdressed(card: str, reference: str, repo_id: str, revision: str | None) -> str:
-    """A card that loads the model from the repository; all that a person may have written stays.
-
-    Args:
-        card: Markdown.
-        reference: The folder or name that it was written for.
-        repo_id: With its owner.
-        revision: Branch; `None` is `main`.
-
-    Returns:
-        Markdown.
-    """
-    old, name = re.escape(reference), re.escape(Path(reference).name)
-    branch = None if revision in (None, "main") else revision
-    argument = f', revision="{branch}"' if branch else ""
-    flag = f" --model_revision {branch}" if branch else ""
-    call = rf'(from_pretrained\(|\bpipeline\([^()]*?\bmodel=)"{old}"(?!, revision=)'
-    card = re.sub(call, lambda found: f'{found[1]}"{repo_id}"{argument}', card)
-    command = rf"(--model_name_or_path |\bfinetune ){old}(?=\s|$)(?! --model_revision)"
-    card = re.sub(command, lambda found: f"{found[1]}{repo_id}{flag}", card)
-    title = rf"\A(---\n.*?\n---\n\s*)?# {name}(?=\n|\Z)"
-    return re.sub(title, lambda found: f"{found[1] or ''}# {Path(repo_id).name}", card, flags=re.DOTALL)
-
-
 def _check_link(source: Path, folder: Path) -> None:
-    """Refuses a link by which a folder of somebody else's would have a file of this disk published."""
+    """Refuses a link out of the folder: somebody else's folder could have a private file of this disk published."""
     home = folder.resolve()
     allowed = [home]
     if home.parent.name == "snapshots":  # the Hub's cache keeps the contents of a snapshot's files beside it
         allowed.append(home.parents[1] / "blobs")
-    if not any(place in source.resolve().parents for place in allowed):
+    if not any(parent in source.resolve().parents for parent in allowed):
         raise ValueError(
             f"{str(source)!r} leads out of {str(folder)!r}, to {str(source.resolve())!r}; put a copy in its place if "
             "it is to be pushed."
@@ -313,7 +249,7 @@ def _gather(source: Path, target: Path) -> None:
         target.write_bytes(content[: content.rfind(b"\n") + 1])  # without a line that is being written
 
 
-def _check_two_parts(staged: Path, folder: Path, checkpoint: Path | None) -> int:
+def _check_two_parts(staged: Path, folder: Path, checkpoint: Path | None) -> None:
     step = exported_step(staged)
     if step is None:
         raise ValueError(
@@ -326,7 +262,6 @@ def _check_two_parts(staged: Path, folder: Path, checkpoint: Path | None) -> int
             f"{str(folder)!r} holds a model of step {step}, but its newest checkpoint is {checkpoint.name}; resume "
             "the run, which writes the model again, or push without the checkpoint."
         )
-    return step
 
 
 def _check_model(staged: Path, folder: Path) -> None:

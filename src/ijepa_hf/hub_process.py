@@ -1,10 +1,9 @@
-"""A process of its own that talks to the Hub, so that nothing there can slow, hang or end a run.
+"""Talks to the Hub in a process of its own, so that nothing there can slow, hang or end a run.
 
 `hub.py` starts this file as a script, gives it jobs and reads what happens, both as lines of JSON:
 
-    {"job": "validate", ...}  would the Hub take this model card?
-    {"job": "prepare", ...}   makes the repository and the branch where they are missing; may they be written to, and
-                              what do they hold?
+    {"job": "prepare", ...}   makes the repository and the branch where they are missing, checks the licence and the
+                              permission to write, and says what they hold
     {"job": "push", ...}      makes a prepared repository hold what a folder holds, in one commit
     {"job": "fetch", ...}     downloads a part of the repository into the cache
 
@@ -14,7 +13,10 @@
 
 Why a process: huggingface_hub waits for ever for a server that has stalled, uploads in threads that Python waits for
 at exit, and closes connections that a streamed data set may be reading from. A process can be killed at any time.
-This one imports nothing but huggingface_hub: it starts in a third of a second and takes 40 MB.
+This one imports nothing but huggingface_hub, so it starts in a third of a second and takes 40 MB.
+
+Why retries of our own: the library's `http_backoff` serves some requests and not others (not the commit), reports
+nothing and waits as long as a server says.
 
 No event holds the token.
 """
@@ -22,14 +24,11 @@ No event holds the token.
 import hashlib
 import json
 import os
-import re
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,13 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
+    ModelCardData,
     get_session,
     get_token,
     set_client_factory,
     snapshot_download,
 )
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -54,15 +55,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import parse_ratelimit_headers
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after this
 SMALL_FILE = 1_000_000  # bytes; smaller files are sent together, larger ones one by one
-CARD = "README.md"
 
 Report = Callable[[dict[str, Any]], None]
-
-_FRONT_MATTER = r"\A---\n(?s:.*?)\n---\n"
-_RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*(\d+)")  # RateLimit: "api";r=0;t=55, as the Hub says when to come back
 
 
 class TemporaryError(Exception):
@@ -88,8 +86,6 @@ class UserError(ValueError):
 def bound_requests(seconds: float) -> None:
     """Gives every request of this process a time limit, and leaves all retries to `retrying`.
 
-    The library's own client has no limit, and retries some requests and not others, for as long as a server says.
-
     Args:
         seconds: How long a connection may be silent, at each of connecting, sending and receiving.
     """
@@ -107,7 +103,7 @@ def bound_requests(seconds: float) -> None:
             except HTTPError as error:
                 raise TemporaryError(f"{type(error).__name__} at {request.method} {request.url.path}") from error
             if response.status_code in (408, 429) or response.status_code >= 500:
-                wait = asked_wait(response.headers, datetime.now(UTC))
+                wait = _asked_wait(response.headers)
                 response.close()
                 raise TemporaryError(f"HTTP {response.status_code} at {request.method} {request.url.path}", wait)
             return response
@@ -116,52 +112,23 @@ def bound_requests(seconds: float) -> None:
     set_client_factory(lambda: BoundedClient(event_hooks=hooks, follow_redirects=True, timeout=seconds))
 
 
-def asked_wait(headers: Mapping[str, str], now: datetime) -> float | None:
-    """How long a server asks to wait.
-
-    Args:
-        headers: Of its answer; `Retry-After` as seconds or as a date, or the Hub's `RateLimit`.
-        now: The time, with its zone.
-
-    Returns:
-        Seconds, at least 0; `None` where it does not say, or nothing that can be read.
-    """
-    text = headers.get("Retry-After", "").strip()
+def _asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Returns the seconds that a server asks to wait, in either of the Hub's headers; `None` where it does not."""
+    text = headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)
-    if text:
-        try:
-            date = parsedate_to_datetime(text)
-        except ValueError:
-            return None
-        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
-    match = _RATE_LIMIT_RESET.search(headers.get("RateLimit", ""))
-    return float(match[1]) if match else None
-
-
-def next_wait(failures: int, waits: Sequence[float], asked: float | None) -> float | None:
-    """How long to wait before the next try.
-
-    Args:
-        failures: Tries that failed since something last succeeded, at least 1.
-        waits: Seconds to wait after the first, the second, ... failure.
-        asked: What the server asked for.
-
-    Returns:
-        Seconds: the longer of the two, but no more than `LONGEST_WAIT`; `None` to give up.
-    """
-    if failures > len(waits):
-        return None
-    return min(LONGEST_WAIT, max(waits[failures - 1], asked or 0.0))
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
 
 
 def retrying(attempt: Callable[[Report], dict[str, Any]], job: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Tries until it works, it cannot work, or `job["waits"]` is used up; bytes that arrive renew the patience.
+    """Tries a job until it works, cannot work, or has failed once more than there are waits.
 
     Args:
-        attempt: What to try.
-        job: With `waits`.
-        report: Gets an event for each failure that is followed by another try, and those of `attempt`.
+        attempt: Does the job once. An event `sent` with more bytes than before starts the count of failures again.
+        job: With `waits`, the seconds before the second, third, ... try. A server may ask for more, up to
+            `LONGEST_WAIT`.
+        report: Gets the events of `attempt`, and one for each failure that is followed by another try.
 
     Returns:
         What `attempt` returned.
@@ -179,10 +146,10 @@ def retrying(attempt: Callable[[Report], dict[str, Any]], job: Mapping[str, Any]
             return attempt(watch)
         except Exception as error:
             fault, reason, asked = explain(error, job["repo_id"])
-            failures += 1
-            wait = next_wait(failures, job["waits"], asked) if fault == "server" else None
-            if wait is None:
+            if fault != "server" or failures == len(job["waits"]):
                 raise
+            wait = min(LONGEST_WAIT, max(job["waits"][failures], asked or 0.0))
+            failures += 1
             if asked is not None and asked > LONGEST_WAIT:
                 reason += f", which asks to wait {asked:g} s"
             report({"event": "retry", "reason": reason, "seconds": wait})
@@ -190,7 +157,7 @@ def retrying(attempt: Callable[[Report], dict[str, Any]], job: Mapping[str, Any]
 
 
 def explain(error: BaseException, repo_id: str) -> tuple[str, str, float | None]:
-    """What went wrong, for a person.
+    """Says what went wrong, for a person.
 
     Args:
         error: What was raised, by huggingface_hub or here.
@@ -217,7 +184,7 @@ def explain(error: BaseException, repo_id: str) -> tuple[str, str, float | None]
         passing = isinstance(link, HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError)
         if passing or (type(link) is RuntimeError and link.__cause__ is None):
             return "server", f"{type(link).__name__}: {link}", None
-        if type(link) is ValueError:  # such as a model card whose front matter is refused
+        if type(link) is ValueError:  # such as a model card whose metadata are refused
             return "user", str(link), None
     return "program", f"{type(error).__name__}: {error}", None
 
@@ -254,63 +221,43 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 # -- jobs ------------------------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """Does the jobs.
+def do(job: Mapping[str, Any], report: Report) -> None:
+    """Does a job and reports how it ended; raises nothing.
 
     Args:
-        report: Gets the events.
+        job: See the module's description.
+        report: Gets the events, without the token.
     """
+    token: str | None = None
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def redacted(event: dict[str, Any]) -> None:
+        texts = {name: value for name, value in event.items() if isinstance(value, str)}
+        report({**event, **{name: text.replace(token, "<token>") for name, text in texts.items() if token}})
 
-    def do(self, job: Mapping[str, Any]) -> None:
-        """Does a job and reports how it ended; raises nothing.
-
-        Args:
-            job: See the module's description.
-        """
-        token = None
-        try:
-            token = get_token()
-            if token is None and job["job"] != "fetch":
-                raise UserError("there is no token: log in with `hf auth login`, or set HF_TOKEN")
-            api = HfApi(token=token if token is not None else False, library_name="ijepa-hf")
-            action = {"validate": _validate, "prepare": _prepare, "push": _push, "fetch": _fetch}[job["job"]]
-            report = self._redacted(token)
-            result = retrying(lambda watch: action(api, job, watch), job, report)
-            report({"event": "done", **result})
-        except Exception as error:
-            fault, reason, _ = explain(error, job["repo_id"])
-            details = "".join(traceback.format_exception(error))
-            reason = " ".join(reason.split())
-            self._redacted(token)({"event": "failed", "fault": fault, "reason": reason, "details": details})
-
-    def _redacted(self, token: str | None) -> Report:
-        def report(event: dict[str, Any]) -> None:
-            self._report({name: _without(value, token) for name, value in event.items()})
-
-        return report
-
-
-def _validate(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
     try:
-        ModelCard(job["card"]).validate(repo_type="model")
-    except ValueError as error:  # the answer
-        return {"refused": _messages(str(error))}
-    return {"refused": None}
-
-
-def _messages(answer: str) -> str:
-    """The sentences of an answer with errors; the answer itself where it has another form."""
-    try:
-        return "; ".join(error["message"] for error in json.loads(answer)["errors"])
-    except (ValueError, KeyError, TypeError):
-        return answer
+        token = get_token()
+        if token is None and job["job"] != "fetch":
+            raise UserError("there is no token: log in with `hf auth login`, or set HF_TOKEN")
+        api = HfApi(token=token if token is not None else False, library_name="ijepa-hf")
+        action = {"prepare": _prepare, "push": _push, "fetch": _fetch}[job["job"]]
+        result = retrying(lambda watch: action(api, job, watch), job, redacted)
+        redacted({"event": "done", **result})
+    except Exception as error:
+        fault, reason, _ = explain(error, job["repo_id"])
+        details = "".join(traceback.format_exception(error))
+        redacted({"event": "failed", "fault": fault, "reason": " ".join(reason.split()), "details": details})
 
 
 def _prepare(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
     repo_id, revision = _full_name(api, job["repo_id"]), job["revision"]
+    if job["license"] is not None:  # else the commit of the card would be refused, when the training is over
+        try:
+            ModelCard(f"---\n{ModelCardData(license=job['license']).to_yaml()}\n---\n").validate(repo_type="model")
+        except ValueError as error:
+            raise UserError(
+                f"the Hub does not take license={job['license']!r} ({error}); write an identifier that it knows, such "
+                "as --license apache-2.0, or --license other"
+            ) from None
     api.create_repo(repo_id, private=True if job["private"] else None, exist_ok=True)
     if job["private"] and not api.repo_info(repo_id).private:
         raise UserError(
@@ -320,7 +267,7 @@ def _prepare(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
     if revision is not None:
         _make_branch(api, repo_id, revision)
     # creating what exists is answered kindly, so ask for what only those who may write get; sends nothing
-    api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD, b"# A model\n")], revision=revision)
+    api.preupload_lfs_files(repo_id, [CommitOperationAdd(REPOCARD_NAME, b"# A model\n")], revision=revision)
     head = _head(api, repo_id, revision)
     files = sorted(_list_files(api, repo_id, head))
     texts = {name: _read(api, repo_id, head, name) for name in job["texts"] if name in files}
@@ -328,22 +275,21 @@ def _prepare(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
 
 
 def _make_branch(api: HfApi, repo_id: str, revision: str) -> None:
-    """Makes a branch that is missing, from the first commit: a copy of `main` would be the state of something else."""
+    """Makes a branch that is missing."""
     try:
         api.repo_info(repo_id, revision=revision)
     except RevisionNotFoundError:
+        # from the first commit: a copy of `main` would be the state of something else
         first = api.list_repo_commits(repo_id)[-1].commit_id
         api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
 
 
 def _push(api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """One try; whatever it finds done already, also by a try whose answer was lost, it does not do again."""
+    """Pushes once; what is there already, also by a try whose answer was lost, is not sent again."""
     repo_id, revision, folder = job["repo_id"], job["revision"], Path(job["folder"])
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     head = _head(api, repo_id, revision)
     there = _list_files(api, repo_id, head)
-    if job["card_is_stand_in"] and CARD in there and not _is_stand_in(_read(api, repo_id, head, CARD), files[CARD]):
-        del files[CARD]  # somebody has written a better one
     changed = [name for name, path in files.items() if not _is_same(path, there.get(name))]
     stale = [name for name in there if name not in files and _matches(name, job["owned"])]
     if changed or stale:
@@ -362,16 +308,10 @@ def _push(api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     return {"url": _url(api, repo_id, revision), "commit": head, "deleted": stale}
 
 
-def _is_stand_in(theirs: str, ours: Path) -> bool:
-    """Whether a card is the one that a run has until it ends; of another step, its text differs in digits alone."""
-    mine, other = (re.sub(_FRONT_MATTER + r"|\d", "", text) for text in (ours.read_text("utf-8"), theirs))
-    return mine == other
-
-
 def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
     repo_id = _full_name(api, job["repo_id"])
     try:
-        # one commit for both, whatever is pushed meanwhile; for a server that is down the cache does not stand in
+        # one commit for the list and the files; of a server that is down the cache is not asked, it may be older
         commit = _head(api, repo_id, job["revision"])
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         if job["missing_ok"] and not isinstance(error, GatedRepoError):
@@ -384,12 +324,12 @@ def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
 
 
 def _full_name(api: HfApi, repo_id: str) -> str:
-    """The repository's name with its owner's; the user's own where none is given."""
+    """Returns the repository's name with its owner, who is the user where none is given."""
     return repo_id if "/" in repo_id or api.token is False else f"{api.whoami()['name']}/{repo_id}"
 
 
 def _head(api: HfApi, repo_id: str, revision: str | None) -> str:
-    """The newest commit of a revision."""
+    """Returns the newest commit of a revision."""
     commit = api.repo_info(repo_id, revision=revision).sha
     assert commit is not None  # it is asked for
     return commit
@@ -423,7 +363,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _send(api: HfApi, repo_id: str, revision: str | None, additions: list[CommitOperationAdd], report: Report) -> None:
-    """Sends the contents, which changes nothing yet: a commit makes the repository hold them."""
+    """Sends the contents, which shows only in the commit that follows."""
     small = [addition for addition in additions if addition.upload_info.size < SMALL_FILE]
     large = [addition for addition in additions if addition.upload_info.size >= SMALL_FILE]
     total, sent = sum(addition.upload_info.size for addition in additions), 0
@@ -435,15 +375,11 @@ def _send(api: HfApi, repo_id: str, revision: str | None, additions: list[Commit
             report({"event": "sent", "bytes": sent, "total": total})
 
 
-def _without(value: Any, token: str | None) -> Any:
-    return value.replace(token, "<token>") if token and isinstance(value, str) else value
-
-
 # -- the process -----------------------------------------------------------------------------------------------------
 
 
 def _leave_with(parent: int) -> None:
-    """Ends this process when the one that started it has gone, however that happened."""
+    """Ends this process when the one that started it has ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -461,9 +397,8 @@ def main() -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    worker = Worker(report)
     for line in sys.stdin:
-        worker.do(json.loads(line))
+        do(json.loads(line), report)
     os._exit(0)  # threads of the libraries, if any, are not waited for
 
 

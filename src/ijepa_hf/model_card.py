@@ -25,6 +25,7 @@ from ijepa_hf.escaping import code_span, markdown_text, on_one_line, python_stri
 from ijepa_hf.evaluation.knn import NEIGHBOURS
 
 TAGS = ["ijepa", "jepa", "self-supervised-learning", "vision"]
+_ADDRESS_MARK = "  # `ijepa-hf push` writes the repository's name here"
 STARTING_WEIGHTS = "the weights it started from"  # name of that row among the scores
 
 # What is said of a score where a machine reads it; `task_id` of `.eval_results` is the key.
@@ -53,50 +54,20 @@ def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
             _metadata(report, reference),
             template_path=str(path),
             name=Path(reference).name,
-            reference=reference,
             config=config,
             report=report,
             run=arguments,
             hours=_hours(report),
-            loading="\n".join(line.removeprefix("    ") for line in loading_lines(reference)),
+            address=address_line(reference),
+            shell_address=address_line(reference, shell=True),
             scores="\n".join(_markdown_table(scores)),
             verdict=" ".join(verdict(scores)) if scores else "",
             neighbours=NEIGHBOURS,
             arguments="\n".join(argument_lines(arguments)),
             words=markdown_text,
             code=code_span,
-            python=python_string,
-            shell=shell_word,
         )
     return str(card)
-
-
-def render_unfinished_card(arguments: Mapping[str, Any], step: int) -> str:
-    """The card of a run that is under way, so that what is uploaded before the end has its licence and its name.
-
-    Args:
-        arguments: Of the run, as in `run.json`.
-        step: Optimiser steps done.
-
-    Returns:
-        Markdown with the Hub's metadata in front.
-    """
-    reference = arguments.get("hub_model_id") or arguments["output_dir"]
-    source = arguments.get("model_name_or_path")
-    started = f", starting from {code_span(source)}" if source else ""
-    metadata = ModelCardData(
-        license=arguments.get("license"),
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=TAGS,
-    )
-    return str(
-        ModelCard(
-            f"---\n{metadata.to_yaml()}\n---\n\n# {markdown_text(Path(reference).name)}\n\n"
-            f"An I-JEPA image encoder, being pretrained on {code_span(arguments['dataset_name'])} with "
-            f"ijepa-hf{started}. This is step {step}; the card is written when the training has ended.\n"
-        )
-    )
 
 
 def render_eval_results(report: Mapping[str, Any]) -> dict[str, str]:
@@ -205,6 +176,42 @@ def loading_lines(reference: str) -> list[str]:
     ]
 
 
+def address_line(reference: str, *, shell: bool = False) -> str:
+    """Returns the line of a block of code on a card that says where the model is; `with_address` finds it again.
+
+    Args:
+        reference: A folder or a repository's name.
+        shell: The block is one of commands, and not of Python.
+
+    Returns:
+        A line that sets `MODEL` or `model_id`, with a comment that marks it.
+    """
+    return _assignment(reference, shell) + _ADDRESS_MARK
+
+
+def with_address(card: str, repo_id: str, revision: str | None) -> str:
+    """Returns a card that says where in the Hub the model is; changes no lines but those of `address_line`.
+
+    Args:
+        card: Markdown.
+        repo_id: The repository, with its owner.
+        revision: The branch; `None` is `main`.
+
+    Returns:
+        Markdown.
+    """
+    branch = "" if revision in (None, "main") else f"  # its branch {on_one_line(revision)}"
+    lines = [
+        _assignment(repo_id, line.startswith("MODEL=")) + branch if line.endswith(_ADDRESS_MARK) else line
+        for line in card.split("\n")
+    ]
+    return "\n".join(lines)
+
+
+def _assignment(reference: str, shell: bool) -> str:
+    return f"MODEL={shell_word(reference)}" if shell else f"model_id = {python_string(reference)}"
+
+
 def argument_lines(arguments: Mapping[str, Any]) -> list[str]:
     """Arguments as lines of a block of code, which none of them can end.
 
@@ -220,7 +227,7 @@ def argument_lines(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def shell_word(text: str) -> str:
-    """A name as one word of a command.
+    """Quotes a name as one word of a command.
 
     Args:
         text: The name.

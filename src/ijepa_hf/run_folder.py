@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
+CONVERSION_FILE = "conversion.json"  # of a converted model
+FINETUNING_FILE = "finetune.json"  # of a fine-tuned one
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 DIAGNOSTICS_FILE = "diagnostics.jsonl"

@@ -14,9 +14,10 @@ from scipy.stats import binomtest
 
 from ijepa_hf.escaping import code_span, markdown_text, python_string
 from ijepa_hf.evaluation.labelled_data import LabelledSplits
-from ijepa_hf.model_card import argument_lines
+from ijepa_hf.model_card import address_line, argument_lines
+from ijepa_hf.run_folder import FINETUNING_FILE
 
-RESULT_FILE = "finetune.json"
+RESULT_FILE = FINETUNING_FILE
 
 
 def finetuning_result(
@@ -195,7 +196,11 @@ def render_finetuning_card(result: Mapping[str, Any]) -> str:
         "",
         *(f"Licence: {line}.\n" for line in _unknown_license_lines(result)),
         "```python",
-        *_loading_lines(arguments["output_dir"]),
+        "from transformers import pipeline",
+        "",
+        address_line(arguments["output_dir"]),
+        'classify = pipeline("image-classification", model=model_id)',
+        'classify("picture.png")',
         "```",
         "",
         "![Training loss and held-out accuracy](figures/curves.png)",
