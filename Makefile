@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-slow bench soak format clean
+.PHONY: help setup pretrain check test test-slow bench soak format clean
 
 help:  ## list what make can do
 	@echo "make <target>, where <target> is one of"
@@ -34,17 +34,24 @@ setup:  ## make .venv with the pinned packages and this one; does nothing when t
 pretrain: setup  ## pretrain on scikit-learn's digits into runs/digits; goes on after an interruption, or prints the finished run's report
 	@$(BIN)/ijepa-hf pretrain digits --output_dir runs/digits --resume_from_checkpoint latest $(ARGS)
 
-# Two workers for two cores, each with one thread: more threads only compete.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+# Two workers for two cores, each with one thread: more threads only compete. A file stays with one worker, so that what
+# its tests share is made once; tests/conftest.py puts the long files first.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## check format, lint and types, then run the tests, except those marked slow
+check: setup  ## check format, lint and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(PYTEST) $(ARGS)
 
-test-slow: setup  ## run the tests marked slow (hours on a small machine)
-	$(PYTEST) -m slow $(ARGS)
+# The check runs beside the tests and is printed after them.
+test: setup  ## run the tests, except those marked slow, and beside them the check of format, lint and types
+	@log=`mktemp`; $(MAKE) check >$$log 2>&1 & check=$$!; \
+	trap 'kill $$check 2>/dev/null; rm -f $$log' EXIT; trap 'exit 130' INT TERM; \
+	$(PYTEST) $(ARGS); tests=$$?; wait $$check; checked=$$?; cat $$log; \
+	if [ $$checked -ne 0 ]; then echo 'make check: failed, see above' >&2; exit $$checked; fi; exit $$tests
+
+test-slow: setup  ## run the tests marked slow, and the properties on many examples (hours on a small machine)
+	$(PYTEST) -m "slow or property" $(ARGS)
 
 bench: setup  ## speed and memory beside other code, one table; a quarter of an hour on a quiet machine (ARGS=--quick: 2 min)
 	$(BIN)/python benchmarks/speed.py $(ARGS)

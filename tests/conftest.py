@@ -1,5 +1,6 @@
 """What every test shares: no network, one thread, repeatable draws, and where the reference numbers are."""
 
+import gc
 import os
 import shutil
 import socket
@@ -45,19 +46,21 @@ HUGGING_FACE_HOME = _set_environment()
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import thrift  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile(
-    "repeatable",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # it judges the machine's load, not the test
-)
-hypothesis.settings.load_profile("repeatable")
+for _profile, _examples in (("everyday", 25), ("thorough", 300)):
+    hypothesis.settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # it judges the machine's load, not the test
+    )
 
 # Names and addresses of this machine. An empty host means any of its own addresses.
 _LOOPBACK_NAMES = {"", "localhost", "ip6-localhost", "::1", "::", "0.0.0.0", socket.gethostname()}
@@ -100,8 +103,50 @@ def _block_network() -> None:
 _block_network()
 
 
+# The files that take longest, longest first: each is run by one worker, and both should end at the same time.
+LONG_FILES: tuple[str, ...] = ()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try few examples of each property, or many where properties are asked for, as `make test-slow` does."""
+    hypothesis.settings.load_profile("thorough" if "property" in config.option.markexpr else "everyday")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the properties, and put long files first."""
+    for item in items:
+        if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("property")
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what the test does not look at, before its fixtures are made."""
+    thrift.leave_out()
+    for name in thrift.wanted:
+        thrift.wanted[name] = item.get_closest_marker(name) is not None
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of garbage collection; each run collects, which took it a quarter of a second."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(HUGGING_FACE_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of default `tiny_flags` at its end, with nothing left out; to be read, and copied before it is changed."""
+    from tiny import tiny_run
+
+    with thrift.nothing_left_out():
+        return tiny_run(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,31 @@
-"""Pretraining runs in processes of their own that start at once: forked from a server that has imported everything.
+"""Processes of their own that start at once: forked from a server that has imported everything.
 
-They are real processes: signals, `kill -9` and exit codes are those of `ijepa-hf pretrain`.
+They are real processes: signals, `kill -9` and exit codes are those of `ijepa-hf pretrain`. Several talk to each other
+over gloo, as those of `torchrun` do; tests/invariant/test_parallel.py starts the real one once.
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import thrift
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ijepa_hf.training", "ijepa_hf.cli", "ijepa_hf.html_report", "forked_runs"])
+_CONTEXT.set_forkserver_preload(["ijepa_hf.training", "ijepa_hf.cli", "ijepa_hf.html_report", "forked_runs", "thrift"])
 AT_MOST = 60.0  # seconds that anything here is waited for
 
 
-def _command_line(argv: list[str], log: str, environment: dict[str, str], prepare: Callable[[], None] | None) -> None:
+def _in_child(work: Callable[[], int | None], log: str, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -29,14 +35,30 @@ def _command_line(argv: list[str], log: str, environment: dict[str, str], prepar
     multiprocessing.set_start_method(None, force=True)  # as in a program that nobody forked
     import torch
 
-    from ijepa_hf.cli import main
-
     torch.set_num_threads(1)
-    if prepare is not None:
-        prepare()
-    code = main(argv)
+    thrift.leave_out()
+    code = 1
+    try:
+        code = work() or 0
+    except Exception:
+        traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)  # what multiprocessing does at a process's end is not part of the program
+
+
+def _pretrain(flags: list[str], prepare: Callable[[], None] | None) -> int:
+    from ijepa_hf.cli import main
+
+    if prepare is not None:
+        prepare()
+    return main(["pretrain", *flags])
+
+
+def _start(work: Callable[[], int | None], log: Path, environment: Mapping[str, str]) -> BaseProcess:
+    # no daemon: its loading processes are its children
+    process = _CONTEXT.Process(target=_in_child, args=(work, str(log), dict(environment)))
+    process.start()
+    return process
 
 
 def start_run(
@@ -56,11 +78,40 @@ def start_run(
     Returns:
         The process; `exitcode` is the command's, or -n where signal n ended it.
     """
-    argv = ["pretrain", *flags]
-    # no daemon: its loading processes are its children
-    process = _CONTEXT.Process(target=_command_line, args=(argv, str(log), dict(environment or {}), prepare))
-    process.start()
-    return process
+    return _start(functools.partial(_pretrain, flags, prepare), log, environment or {})
+
+
+def start_ranks(number: int, work: Callable[[], int | None] | list[str], log: Path) -> list[BaseProcess]:
+    """Starts processes as `torchrun` does, but with nobody who ends the others when one dies.
+
+    Args:
+        number: How many.
+        work: What each does, a function of a module or a `functools.partial` of one; or the flags of a pretraining.
+        log: Where their output goes: with `-<rank>` at the end of its name.
+
+    Returns:
+        The processes, by rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    work = functools.partial(_pretrain, work, None) if isinstance(work, list) else work
+    return [
+        _start(work, log.with_name(f"{log.name}-{rank}"), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(number)
+    ]
+
+
+def run_ranks(number: int, work: Callable[[], int | None] | list[str], log: Path, code: int = 0) -> str:
+    """Does the same to the end, where each process has the exit code; returns what all of them said, by rank."""
+    processes = start_ranks(number, work, log)
+    with ended(*processes):
+        codes = [exit_code(process, 200) for process in processes]
+    said = "".join(log.with_name(f"{log.name}-{rank}").read_text() for rank in range(number))
+    assert codes == [code] * number, said[-4000:]
+    return said
 
 
 def slow_steps(seconds: float) -> None:

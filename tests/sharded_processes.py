@@ -1,11 +1,7 @@
-"""What tests/test_sharding.py has two processes do that share a model by FSDP2, and one process by itself.
-
-As a script, under torchrun: sharded_processes.py FOLDER CHECKPOINT. Leaves its results in the folder.
-"""
+"""What tests/test_sharding.py has two processes do that share a model by FSDP2, and one process by itself."""
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from tiny import scrambled_model, tiny_batch, tiny_config, tiny_model
+from tiny import scrambled_model, tiny_batch, tiny_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -93,8 +89,8 @@ def _saved(folder: Path, name: str, tensors: dict[str, torch.Tensor], is_main: b
         save_file({key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}, folder / name)
 
 
-def _main(folder: Path, checkpoint: Path) -> None:
-    torch.set_num_threads(1)
+def share_a_model(folder: Path, checkpoint: Path) -> None:
+    """As one of the ranks: trains, restores the checkpoint of one process, and leaves its results in the folder."""
     accelerator = Accelerator(cpu=True)
     rank, ranks, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     mesh = init_device_mesh("cpu", (ranks,))
@@ -151,8 +147,3 @@ def _main(folder: Path, checkpoint: Path) -> None:
 
     (folder / f"rank{rank}.json").write_text(json.dumps(notes))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    assert tiny_config().num_patches == 64
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))

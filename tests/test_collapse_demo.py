@@ -9,6 +9,7 @@ from ijepa_hf import collapse_demo
 from ijepa_hf.cli import main
 
 
+@pytest.mark.figures
 def test_the_twins_get_two_verdicts_and_one_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config, tiny_model
@@ -81,7 +81,6 @@ def test_array_columns_of_many_bands_keep_their_numbers_range(dtype):
     ranks=st.integers(1, 2),
     start=st.integers(0, 5),
 )
-@settings(max_examples=40)
 def test_order_covers_an_epoch_once_resumes_exactly_and_does_not_depend_on_the_split(
     samples, batch, accumulation, ranks, start
 ):

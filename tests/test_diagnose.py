@@ -42,6 +42,7 @@ def model_folder(folder: Path, model: Any) -> Path:
     return folder
 
 
+@pytest.mark.figures
 def test_a_run_is_judged_by_its_rows_and_drawn(run: Path, capsys: pytest.CaptureFixture[str]):
     rows = [json.loads(line) for line in (run / "diagnostics.jsonl").read_text().splitlines()]
     verdict = judge_collapse(rows)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ijepa_hf.html_report import render_html_report, write_html_report
 
+pytestmark = pytest.mark.figures
 VOID = {"meta", "img", "br"}
 
 

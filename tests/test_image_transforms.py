@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from scipy import stats
@@ -247,7 +247,6 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
         decode_image(encode(photo(), "PNG"), 3)
 
 
-@settings(max_examples=150, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "WEBP", "PPM", "GIF", "BMP"]))
 def test_damaged_bytes_decode_or_raise_a_value_error_and_nothing_else(data, kind: str):
     encoded = bytearray(encode(photo(8, 9), kind))
@@ -450,7 +449,6 @@ def test_an_image_too_narrow_for_any_crop_gives_its_largest_centred_one(shape, s
     assert crop_box(*shape, size, 0.9, drawn(0)) == box
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),

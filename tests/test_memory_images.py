@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config
@@ -68,7 +68,6 @@ def assert_same(one: list, other: list) -> None:
 # -- the resizer -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
 @given(data=st.data(), height=st.integers(1, 60), width=st.integers(1, 60), channels=st.sampled_from([1, 3]))
 def test_parts_resized_together_are_those_of_torchs_filter(data, height, width, channels):
     size = data.draw(st.tuples(st.integers(2, 48), st.integers(2, 48)))

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked_runs import run_ranks
 from tiny import final_weights, tiny_flags, tiny_model, tiny_run
 
 from ijepa_hf import run_diagnostics
@@ -17,7 +16,6 @@ from ijepa_hf.collapse_monitor import CollapseMonitor, make_monitor_batch
 from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.run_diagnostics import MOST_SHARE, RunDiagnostics, is_due, steps_between
 
-ROOT = Path(__file__).resolve().parent.parent
 COLLAPSING = {"ema_momentum": 0.0, "final_ema_momentum": 0.0, "learning_rate": 0.1, "max_train_steps": 40,
               "checkpointing_steps": 100}  # fmt: skip
 
@@ -66,6 +64,7 @@ def test_a_row_is_kept_told_and_judged(tmp_path: Path):
     assert rows_of(tmp_path)[2]["ema_expected"] is None  # nothing but steps that left the encoders alone
 
 
+@pytest.mark.figures
 def test_features_that_are_no_numbers_do_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run, model = diagnostics(tmp_path), tiny_model()
     run.measure(model, 0, 0.0, lambda row, step: None)
@@ -90,10 +89,9 @@ def test_a_set_that_is_too_small_to_be_measured_is_trained_on_all_the_same(
     assert "needs at least 2 images" in caplog.text
 
 
-def test_a_predictor_warm_up_is_no_stuck_target_encoder(tmp_path: Path):
-    first = tiny_run(tmp_path / "first")
+def test_a_predictor_warm_up_is_no_stuck_target_encoder(finished_run: Path, tmp_path: Path):
     run = tiny_run(
-        tmp_path / "run", diagnostics_steps=2, model_name_or_path=str(first), new_predictor=True,
+        tmp_path / "run", diagnostics_steps=2, model_name_or_path=str(finished_run), new_predictor=True,
         predictor_warmup_steps=6, max_train_steps=8, warmup_epochs=0,
     )  # fmt: skip
     verdicts = [judge_collapse(rows_of(run)[: count + 1]).name for count in range(5)]
@@ -114,6 +112,7 @@ def test_rows_of_a_run_that_goes_on_are_judged_together(tmp_path: Path):
     assert again.measure(tiny_model(), 5, 0.5, lambda row, step: None).name != "not judged yet"
 
 
+@pytest.mark.figures
 def test_a_run_leaves_rows_and_pictures_behind(tmp_path: Path):
     run = tiny_run(tmp_path / "run", diagnostics_steps=None)
     assert [row["step"] for row in rows_of(run)] == [0, 6]
@@ -156,8 +155,8 @@ def test_a_training_takes_rows_of_held_out_images_where_there_are_some(tmp_path:
     assert expected == pytest.approx(1 - momenta[0] * momenta[1] * momenta[2])
 
 
-def test_rows_change_no_bit_of_the_run(tmp_path: Path):
-    with_rows, without = tiny_run(tmp_path / "a", diagnostics_steps=1), tiny_run(tmp_path / "b")
+def test_rows_change_no_bit_of_the_run(finished_run: Path, tmp_path: Path):
+    with_rows, without = tiny_run(tmp_path / "a", diagnostics_steps=1), finished_run
     assert not (without / "diagnostics.jsonl").exists()
     ours, theirs = final_weights(with_rows), final_weights(without)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -196,15 +195,12 @@ def test_a_collapse_stops_the_run_where_that_is_asked_for_with_a_checkpoint(
     assert main(["diagnose", str(tmp_path / "run")]) == 5
 
 
-def test_all_ranks_stop_on_a_collapse_that_one_has_measured(tmp_path: Path, child_environment: dict[str, str]):
+def test_all_ranks_stop_on_a_collapse_that_one_has_measured(tmp_path: Path):
     flags = tiny_flags(
         tmp_path / "run", **COLLAPSING, diagnostics_steps=5, on_collapse="stop", per_device_train_batch_size=4
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(ROOT / "scripts" / "run_ijepa_pretraining.py"), *flags]
-    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.stderr.count("stopped at step") >= 2  # on both ranks
-    assert "exitcode  : 5" in done.stderr
+    said = run_ranks(2, flags, tmp_path / "log", code=5)
+    assert said.count("stopped at step") >= 2  # on both ranks
     step = rows_of(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / f"checkpoint-{step}" / "checkpoint.json").exists()
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from faults import every_moment, in_fork, limit_file_size
-from tiny import scrambled_model, tiny_run
+from tiny import scrambled_model
 
 from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.arguments import PretrainingArguments, argument_values
@@ -89,9 +89,8 @@ def test_arguments_that_change_no_weight_may_differ_and_others_are_named():
     assert named == ["per_device_train_batch_size is 8 there, 4 here"]
 
 
-def test_overwriting_never_deletes_what_the_run_starts_from(tmp_path):
-    weights = tmp_path / "weights"
-    tiny_run(weights)
+def test_overwriting_never_deletes_what_the_run_starts_from(finished_run, tmp_path):
+    weights = finished_run
     for changes in (
         {"model_name_or_path": str(weights)},
         {"model_name_or_path": str(weights / "pretraining")},
@@ -105,11 +104,10 @@ def test_overwriting_never_deletes_what_the_run_starts_from(tmp_path):
         check_output_dir(weights, ARGUMENTS, PretrainingArguments(overwrite_output_dir=True, **changes))
 
 
-def test_a_folder_of_a_run_from_other_weights_is_named_before_any_weights_are_opened(tmp_path):
-    tiny_run(tmp_path / "run")
+def test_a_folder_of_a_run_from_other_weights_is_named_before_any_weights_are_opened(finished_run, tmp_path):
     run = PretrainingArguments(model_name_or_path="you/weights", resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="holds another run: model_name_or_path is None there, 'you/weights' here"):
-        check_begun(tmp_path / "run", run)
+        check_begun(finished_run, run)
     check_begun(tmp_path / "nowhere", run)
 
 

@@ -1,25 +1,23 @@
 """FSDP2: two processes that each hold a part of the model train it as one that holds it whole."""
 
 import json
-import os
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from forked_runs import run_ranks
 from safetensors.torch import load_file
-from sharded_processes import RUN, SAVED_AT, STEPS, WAYS, fresh_model, one_pass, take_steps
+from sharded_processes import RUN, SAVED_AT, STEPS, WAYS, fresh_model, one_pass, share_a_model, take_steps
 from tiny import NETWORKS, differences, scrambled_model, tiny_batch, tiny_model
-from torchrun import torchrun
 
 from ijepa_hf.checkpointing import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
 from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaLayer
 from ijepa_hf.optimization import make_optimizer
 from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
 
-SCRIPT = Path(__file__).with_name("sharded_processes.py")
 TOLERANCE = 1e-6
 
 
@@ -43,7 +41,7 @@ def alone(tmp_path_factory):
 def shared(alone, tmp_path_factory):
     """The folder in which two processes left what they did."""
     folder = tmp_path_factory.mktemp("shared")
-    torchrun(2, SCRIPT, [str(folder), str(alone[3])], dict(os.environ))
+    run_ranks(2, partial(share_a_model, folder, alone[3]), folder / "log")
     return folder
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config
@@ -180,7 +180,6 @@ def runs(draw, max_layouts=4):
 # -- the order -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
 @given(runs())
 def test_each_rank_reads_what_a_simulation_row_by_row_says(run):
     lengths, layouts, seed, size, num_steps = run
@@ -189,7 +188,6 @@ def test_each_rank_reads_what_a_simulation_row_by_row_says(run):
     assert images == simulated_run(lengths, layouts, seed, size, num_steps)
 
 
-@settings(max_examples=150)
 @given(runs())
 def test_no_image_comes_twice_in_an_epoch_and_less_than_a_global_batch_is_lost_however_layouts_change(run):
     lengths, layouts, seed, size, num_steps = run
@@ -208,7 +206,6 @@ def test_no_image_comes_twice_in_an_epoch_and_less_than_a_global_batch_is_lost_h
             assert total - global_size < len(images) <= total
 
 
-@settings(max_examples=100)
 @given(runs())
 def test_ranks_have_equally_many_micro_batches_of_consecutive_slots_that_fill_each_step(run):
     lengths, layouts, seed, size, num_steps = run
@@ -267,7 +264,6 @@ def faulty_runs(draw):
     return lengths, layouts, draw(st.integers(0, 3)), draw(st.integers(1, 40)), num_steps, failures
 
 
-@settings(max_examples=300)
 @given(faulty_runs())
 def test_no_image_comes_twice_and_ranks_are_even_whatever_shards_readers_and_failures_there_are(run):
     lengths, layouts, seed, size, num_steps, failures = run
@@ -289,7 +285,6 @@ def test_no_image_comes_twice_and_ranks_are_even_whatever_shards_readers_and_fai
     assert all(sum(lengths) - global_size < len(images[epoch]) <= sum(lengths) for epoch in whole)
 
 
-@settings(max_examples=100)
 @given(runs(max_layouts=3), st.data())
 def test_a_run_resumed_by_the_same_readers_goes_on_with_the_very_micro_batches(run, data):
     lengths, layouts, seed, size, num_steps = run
@@ -302,7 +297,6 @@ def test_a_run_resumed_by_the_same_readers_goes_on_with_the_very_micro_batches(r
         assert resumed == [batch for step in range(start, num_steps) for batch in whole[step, rank]]
 
 
-@settings(max_examples=100)
 @given(runs(max_layouts=1), st.data())
 def test_a_resumed_reader_opens_no_shard_that_lies_behind_it_and_none_of_another(run, data):
     lengths, (layout,), seed, size, _ = run
@@ -337,7 +331,6 @@ def test_a_resumed_reader_opens_no_shard_that_lies_behind_it_and_none_of_another
         assert not others & set(opened[1:-1])
 
 
-@settings(max_examples=50)
 @given(runs(max_layouts=1))
 def test_a_substitute_is_of_the_block_of_the_image_that_it_stands_in_for(run):
     lengths, (layout,), seed, size, _ = run

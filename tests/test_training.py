@@ -13,9 +13,9 @@ from ijepa_hf.export import CODE_FILES, exported_step
 from ijepa_hf.report import render_report
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("run") / "run")
+@pytest.fixture
+def run(finished_run):
+    return finished_run
 
 
 # -- what a run leaves behind ----------------------------------------------------------------------------------------
@@ -33,6 +33,7 @@ def test_a_run_leaves_behind_what_the_documents_say(run):
     }
     assert entries == expected
     assert exported_step(run) == 6
+    assert all((run / "figures" / f"{name}.png").stat().st_size > 10_000 for name in ("masks", "curves"))
 
 
 def test_metrics_have_a_line_each_with_every_promised_number(run):
@@ -121,8 +122,8 @@ def test_bfloat16_and_gradient_checkpointing_train_to_nearly_the_same_loss(run, 
     assert all(torch.equal(value, final_weights(run)[name]) for name, value in final_weights(selective).items())
 
 
-def test_an_export_cut_short_is_written_again_from_the_checkpoint(tmp_path):
-    run = tiny_run(tmp_path / "run")
+def test_an_export_cut_short_is_written_again_from_the_checkpoint(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
     expected = final_weights(run)
     (run / "report.json").unlink()
     (run / "pretraining" / "model.safetensors").write_bytes(b"half")
@@ -137,8 +138,8 @@ def test_latest_on_an_empty_folder_starts_at_the_beginning_and_says_so(tmp_path,
     assert [step for (step,) in logged(run, "step")] == [1, 2, 3, 4]
 
 
-def test_overwriting_deletes_the_other_run_and_nothing_else(tmp_path):
-    run = tiny_run(tmp_path / "run")
+def test_overwriting_deletes_the_other_run_and_nothing_else(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "mine.txt").write_text("precious")
     tiny_run(run, max_train_steps=2, warmup_epochs=0, overwrite_output_dir="true")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]

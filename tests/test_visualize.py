@@ -15,6 +15,7 @@ from ijepa_hf.export import export_model
 from ijepa_hf.randomness import DRAW_GALLERY, keyed_generator
 from ijepa_hf.sources import load_digits
 
+pytestmark = pytest.mark.figures
 MEAN, STD = [0.3, 0.3, 0.3], [0.4, 0.4, 0.4]
 
 

@@ -5,6 +5,7 @@ wherever there is one; decoding is left to `data`. What a path holds, and which 
 in one place, by the files' names, for data sets read at random and for streams alike.
 """
 
+import functools
 import glob
 import io
 import os
@@ -535,8 +536,11 @@ def _array_rows(rows: tuple[tuple[str, int, int], ...], has_classes: bool) -> It
 # -- built in --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def load_digits(split: str) -> datasets.Dataset:
     """scikit-learn's 1,797 scanned digits (UCI), 8x8 grayscale, enlarged to 32x32 (bilinear); works offline.
+
+    They are drawn once in a process: the result is shared, so do not change its format in place.
 
     Args:
         split: `train` (1,437 images) or `test` (360), a stratified split that never changes.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
-from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
+from tiny import assert_same_run, final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
 from ijepa_hf import checkpointing, report, run_rows, run_state, training_loop
 from ijepa_hf.checkpointing import find_latest
@@ -62,12 +62,14 @@ def test_a_run_with_skipped_steps_resumes_to_the_bits_of_one_that_was_not_stoppe
     whole = tiny_run(tmp_path / "whole", checkpointing_steps=1, checkpoints_total_limit=9)
     for step in (2, 3, 4):
         other = tiny_run(tmp_path / f"{step}", resume_from_checkpoint=whole / f"checkpoint-{step}")
-        assert all(torch.equal(value, final_weights(other)[name]) for name, value in final_weights(whole).items())
+        assert_same_run(other, whole)
         assert (other / "skipped_steps.jsonl").read_text() == (whole / "skipped_steps.jsonl").read_text()
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
-def test_one_step_too_many_in_a_row_stops_the_run_with_the_last_good_state_saved(tmp_path, monkeypatch, limit):
+def test_one_step_too_many_in_a_row_stops_the_run_with_the_last_good_state_saved(
+    finished_run, tmp_path, monkeypatch, limit
+):
     taken = spoil(monkeypatch, 4, 5, 6)
     with pytest.raises(NonFiniteLossError) as raised:
         tiny_run(tmp_path / "run", max_skipped_steps=limit, checkpointing_steps=50)
@@ -78,9 +80,7 @@ def test_one_step_too_many_in_a_row_stops_the_run_with_the_last_good_state_saved
     assert "checkpoint-3" in message
     assert "--learning_rate" in message
     monkeypatch.undo()
-    resumed = tiny_run(tmp_path / "run", resume_from_checkpoint="latest")
-    clean = tiny_run(tmp_path / "clean")
-    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(resumed).items())
+    assert_same_run(tiny_run(tmp_path / "run", resume_from_checkpoint="latest"), finished_run)
 
 
 def test_a_restart_does_not_begin_to_count_anew(tmp_path, monkeypatch):
@@ -131,7 +131,9 @@ class DiskFull:
         monkeypatch.setattr(checkpointing, "save_tensors", save_tensors)
 
 
-def test_a_full_disk_stops_the_run_with_the_previous_checkpoint_whole_and_one_error(tmp_path, monkeypatch):
+def test_a_full_disk_stops_the_run_with_the_previous_checkpoint_whole_and_one_error(
+    finished_run, tmp_path, monkeypatch
+):
     DiskFull(monkeypatch, 2)
     with pytest.raises(SaveError) as raised:
         tiny_run(tmp_path / "run")
@@ -143,18 +145,18 @@ def test_a_full_disk_stops_the_run_with_the_previous_checkpoint_whole_and_one_er
     assert find_latest(tmp_path / "run").step == 2
     assert not list((tmp_path / "run").glob(".*partial*"))
     monkeypatch.undo()
-    resumed, clean = tiny_run(tmp_path / "run", resume_from_checkpoint="latest"), tiny_run(tmp_path / "clean")
-    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(resumed).items())
+    assert_same_run(tiny_run(tmp_path / "run", resume_from_checkpoint="latest"), finished_run)
 
 
-def test_with_on_save_error_continue_the_run_goes_on_and_the_next_save_is_tried(tmp_path, monkeypatch, caplog):
+def test_with_on_save_error_continue_the_run_goes_on_and_the_next_save_is_tried(
+    finished_run, tmp_path, monkeypatch, caplog
+):
     disk = DiskFull(monkeypatch, 1, 2)
     run = tiny_run(tmp_path / "run", on_save_error="continue")
     assert disk.count == 3
     assert caplog.text.count("The run goes on (on_save_error=continue)") == 2
     assert find_latest(run).step == 6
-    clean = tiny_run(tmp_path / "clean")
-    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(run).items())
+    assert_same_run(run, finished_run)
 
 
 def test_with_on_save_error_continue_the_end_of_a_run_is_tried_until_it_is_written(tmp_path, monkeypatch):
@@ -200,19 +202,15 @@ def test_a_folder_that_vanishes_is_not_made_again_and_the_command_ends_with_code
     assert find_latest(tmp_path / "elsewhere") is not None
 
 
-def test_a_real_limit_in_the_middle_of_a_file_ends_the_run_with_code_8_and_goes_on_without_it(tmp_path):
+def test_a_real_limit_in_the_middle_of_a_file_ends_the_run_with_code_8_and_goes_on_without_it(finished_run, tmp_path):
     output_dir, log = tmp_path / "run", tmp_path / "log"
-    size = sum(value.numel() * 4 for value in final_weights(tiny_run(tmp_path / "clean")).values())
+    size = sum(value.numel() * 4 for value in final_weights(finished_run).values())
     process = start_run(tiny_flags(output_dir), log, prepare=partial(limit_file_size, size // 2))
     with ended(process):
         assert exit_code(process) == 8, log.read_text()[-2000:]
     assert "File too large" in log.read_text()
     assert "Traceback" not in log.read_text()
-    tiny_run(output_dir, resume_from_checkpoint="latest")
-    assert all(
-        torch.equal(value, final_weights(output_dir)[name])
-        for name, value in final_weights(tmp_path / "clean").items()
-    )
+    assert_same_run(tiny_run(output_dir, resume_from_checkpoint="latest"), finished_run)
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_found_before_anything_is_written(tmp_path, monkeypatch):
@@ -273,14 +271,13 @@ def unreadable_from_call(monkeypatch, module, name, call):
     monkeypatch.setattr(module, name, score)
 
 
-def test_images_that_can_no_longer_be_scored_stop_the_run_with_its_state_saved(tmp_path, monkeypatch):
+def test_images_that_can_no_longer_be_scored_stop_the_run_with_its_state_saved(finished_run, tmp_path, monkeypatch):
     flags = {"eval_split_name": "test", "eval_steps": 3, "checkpointing_steps": 50}
     unreadable_from_call(monkeypatch, run_state, "evaluate_encoder", 2)
     with pytest.raises(DataSourceError, match=r"stopped at step 3 of 6: image file 'x' .* The state is in .*point-3;"):
         tiny_run(tmp_path / "run", **flags)
     monkeypatch.undo()
-    resumed, clean = tiny_run(tmp_path / "run", **flags, resume_from_checkpoint="latest"), tiny_run(tmp_path / "clean")
-    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(resumed).items())
+    assert_same_run(tiny_run(tmp_path / "run", **flags, resume_from_checkpoint="latest"), finished_run)
 
 
 def test_images_that_the_report_cannot_read_are_not_called_a_full_disk(tmp_path, monkeypatch):
@@ -328,8 +325,7 @@ def test_asked_to_fit_the_batch_a_run_takes_smaller_micro_batches_of_the_same_gl
     assert "taking 2 micro-batches of 4, which is the same global batch" in log.read_text()
     assert "8 = 4 x 2 micro-batches x 1 processes" in log.read_text()
     asked = tiny_run(tmp_path / "asked", per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    ours, theirs = final_weights(tmp_path / "run"), final_weights(asked)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(tmp_path / "run", asked)
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
     assert (recorded["per_device_train_batch_size"], recorded["gradient_accumulation_steps"]) == (4, 2)
 
@@ -345,8 +341,8 @@ def test_fitting_a_batch_that_would_change_the_run_is_refused(tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(tmp_path):
     output_dir, log = tmp_path / "run", tmp_path / "log"
-    flags = tiny_flags(output_dir, max_train_steps=40, resume_from_checkpoint="latest")
-    process = start_run(flags, log, prepare=partial(slow_steps, 0.05))
+    flags = tiny_flags(output_dir, max_train_steps=20, resume_from_checkpoint="latest")
+    process = start_run(flags, log, prepare=partial(slow_steps, 0.3))
     with ended(process):
         wait_until(lambda: steps_logged(output_dir) >= 3, process)
         second = start_run(flags, tmp_path / "second")
@@ -355,8 +351,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(tmp_path):
         assert f"{process.pid}" in (tmp_path / "second").read_text()
         assert "Traceback" not in (tmp_path / "second").read_text()
         assert exit_code(process) == 0
-    clean = tiny_run(tmp_path / "clean", max_train_steps=40)
-    assert all(torch.equal(value, final_weights(clean)[name]) for name, value in final_weights(output_dir).items())
+    clean = tiny_run(tmp_path / "clean", max_train_steps=20)
+    assert_same_run(output_dir, clean)
     assert not (output_dir / ".lock").exists()
 
 

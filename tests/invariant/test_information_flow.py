@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import scrambled_model, tiny_batch
 
@@ -82,7 +82,6 @@ def test_predictions_follow_the_order_of_indices_and_nothing_else():
     image_size=st.sampled_from([32, [16, 40], 64]),
     num_context_sets=st.sampled_from([1, 2]),
 )
-@settings(max_examples=30)
 def test_collated_context_and_targets_never_overlap_and_stay_inside_the_grid(seed, size, image_size, num_context_sets):
     config = scrambled_config(image_size, num_context_sets)
     torch.manual_seed(seed)

@@ -7,15 +7,14 @@ epsilon (1e-8 by default). With weights far from their first values it would not
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked_runs import run_ranks
 from safetensors.torch import load_file
 from tiny import differences, final_weights, logged, tiny_flags, tiny_run
-from torchrun import torchrun
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.data import StepBatchSampler
@@ -29,10 +28,19 @@ GLOBAL_BATCH, STEPS, SAVED_AT, NUM_IMAGES = 8, 20, 10, 64
 RUN = {"max_train_steps": STEPS, "checkpointing_steps": SAVED_AT, "ema_momentum": 0.9, "final_ema_momentum": 0.99}
 
 
-def run_on(ranks, folder, **changes):
+def torchrun(ranks, flags, log):
+    """As a user starts several processes; as `run_ranks` otherwise, which forks them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    done = subprocess.run([*command, str(SCRIPT), *flags], capture_output=True, text=True, timeout=200, check=False)
+    log.write_text(done.stderr)
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def run_on(ranks, folder, launch=run_ranks, **changes):
     """A run on some ranks at the same global batch, with a checkpoint half way."""
     flags = tiny_flags(folder, **RUN, per_device_train_batch_size=GLOBAL_BATCH // ranks, **changes)
-    out = torchrun(ranks, SCRIPT, flags, dict(os.environ))
+    out = launch(ranks, flags, folder.parent / "log")
     assert f"8 = {GLOBAL_BATCH // ranks} x 1 micro-batches x {ranks} processes" in out
     return folder
 
@@ -44,7 +52,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    return run_on(2, tmp_path_factory.mktemp("two") / "run")
+    return run_on(2, tmp_path_factory.mktemp("two") / "run", torchrun)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +91,16 @@ def test_the_run_moves_all_three_networks_far_more_than_the_tolerance(whole):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_one_of_one_on_two(whole, on_two, ranks, tmp_path):
+    if ranks == 1:
+        other = tiny_run(tmp_path / "run", **RUN, resume_from_checkpoint=on_two / f"checkpoint-{SAVED_AT}")
+    else:
+        other = run_on(2, tmp_path / "run", resume_from_checkpoint=whole / f"checkpoint-{SAVED_AT}")
+    assert_same_run(other, whole, first_step=SAVED_AT + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_of_four_ranks_goes_on_on_fewer_at_the_same_global_batch(whole, on_four, ranks, tmp_path):
     checkpoint = on_four / f"checkpoint-{SAVED_AT}"
     assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == SAVED_AT
@@ -93,8 +111,8 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_fewer_at_the_same_global_batch(wh
     assert_same_run(other, whole, first_step=SAVED_AT + 1)
 
 
-def test_optimiser_states_of_four_ranks_and_of_one_are_the_same_files_up_to_rounding(whole, on_four):
-    ours, theirs = (load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (on_four, whole))
+def test_optimiser_states_of_two_ranks_and_of_one_are_the_same_files_up_to_rounding(whole, on_two):
+    ours, theirs = (load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (on_two, whole))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert float((value - theirs[name]).abs().max()) < TOLERANCE, name

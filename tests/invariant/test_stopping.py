@@ -4,7 +4,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from forked_runs import (
     exit_code,
     newest_checkpoint,
     slow_steps,
+    start_ranks,
     start_run,
     steps_logged,
     wait_until,
@@ -150,19 +150,6 @@ def test_the_death_of_accelerate_launch_stops_the_run_that_it_started_with_the_s
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
-
-
-def start_ranks(number, flags, log):
-    """Starts the processes of a run as `torchrun` does, but with nobody who ends the others when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        start_run(flags, log.with_name(f"{log.name}-{rank}"), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(number)
-    ]
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step_with_the_state_saved(tmp_path):
