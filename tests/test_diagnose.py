@@ -42,6 +42,13 @@ def model_folder(folder: Path, model: Any) -> Path:
     return folder
 
 
+def test_the_json_holds_the_verdict_and_all_numbers(run: Path, capsys: pytest.CaptureFixture[str]):
+    main(["diagnose", str(run), "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["rows"][-1]["step"] == 6
+    assert set(answer["verdict"]) == {"name", "step", "numbers", "reason", "advice", "is_failure"}
+
+
 @pytest.mark.figures
 def test_a_run_is_judged_by_its_rows_and_drawn(run: Path, capsys: pytest.CaptureFixture[str]):
     rows = [json.loads(line) for line in (run / "diagnostics.jsonl").read_text().splitlines()]
@@ -55,13 +62,6 @@ def test_a_run_is_judged_by_its_rows_and_drawn(run: Path, capsys: pytest.Capture
     assert f"{rows[-1]['prediction_patch_rankme']:.4g}" in text
     pixels = np.asarray(Image.open(run / "figures" / "diagnostics.png").convert("L"))
     assert pixels.std() > 5
-
-
-def test_the_json_holds_the_verdict_and_all_numbers(run: Path, capsys: pytest.CaptureFixture[str]):
-    main(["diagnose", str(run), "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["rows"][-1]["step"] == 6
-    assert set(answer["verdict"]) == {"name", "step", "numbers", "reason", "advice", "is_failure"}
 
 
 def test_a_run_is_measured_again_on_images_that_are_named(

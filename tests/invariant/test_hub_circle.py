@@ -164,6 +164,7 @@ def assert_token_is_nowhere(machine):
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_hub_that_takes_nothing_costs_the_run_nothing_and_the_end_names_the_one_command(
     uninterrupted, tmp_path, child_environment
 ):
@@ -188,6 +189,7 @@ def test_a_hub_that_takes_nothing_costs_the_run_nothing_and_the_end_names_the_on
         assert_token_is_nowhere(machine)
 
 
+@pytest.mark.slow
 def test_a_token_that_may_not_write_or_is_missing_is_said_before_the_run_starts(tmp_path, child_environment):
     with FakeHub() as hub:
         for token, message in (("", "there is no token"), ("hf_wrong" + "0" * 30, "HTTP 401")):

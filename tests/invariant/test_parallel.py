@@ -149,6 +149,7 @@ def test_a_run_goes_on_with_another_number_of_micro_batches_at_the_same_global_b
     )
 
 
+@pytest.mark.slow  # each day tests/invariant/test_stopping.py starts a run by accelerate launch
 def test_accelerate_launch_of_the_script_is_the_same_program(whole, tmp_path, child_environment):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
     command += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -111,20 +111,14 @@ def test_a_signal_ends_the_step_saves_the_state_and_has_its_own_exit_status(unin
         assert_same_run(output_dir, uninterrupted, *LOGGED)
 
 
-def test_a_signal_that_all_processes_of_a_run_get_stops_it_as_well_as_one_to_it_alone(tmp_path, child_environment):
-    output_dir = tmp_path / "run"
-    flags = tiny_flags(output_dir, dataloader_num_workers=2, **ENDLESS)
-    command = [sys.executable, str(ROOT / "scripts" / "run_ijepa_pretraining.py"), *flags]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=child_environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_until(lambda: steps_logged(output_dir) >= 5)
-            os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(30) == 143, (tmp_path / "log").read_text()[-2000:]
-        finally:
-            process.kill()
-            process.wait()
-    assert "stopped by SIGTERM" in (tmp_path / "log").read_text()
+def test_a_signal_that_all_processes_of_a_run_get_stops_it_as_well_as_one_to_it_alone(tmp_path):
+    output_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start_run(tiny_flags(output_dir, dataloader_num_workers=2, **ENDLESS), log, prepare=os.setsid)
+    with ended(process):
+        wait_until(lambda: steps_logged(output_dir) >= 5, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert exit_code(process, 30) == 143, log.read_text()[-2000:]
+    assert "stopped by SIGTERM" in log.read_text()
     assert find_latest(output_dir).step >= 5
 
 

@@ -20,7 +20,7 @@ from ijepa_hf.evaluation.scorecard import ScoredImages
 from ijepa_hf.optimization import make_optimizer
 from ijepa_hf.recipe_files import load_recipe
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "comparison"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "comparison"
 sys.path.insert(0, str(FOLDER))
 compare, contrastive, family, losses, masked, pretext, results, self_distillation, training, views = (
     importlib.import_module(name)
@@ -590,6 +590,7 @@ def test_a_run_is_scored_on_the_mean_of_patches_of_the_moving_average(monkeypatc
         torch.testing.assert_close(torch.from_numpy(features), patches.mean(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_for_each_run_a_table_and_a_figure(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "step_times", partial(training.step_times, rounds=1))
     compare.main([*FLAGS, "simclr", "ijepa", "untrained", "--output_dir", str(tmp_path)])

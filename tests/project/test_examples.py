@@ -14,7 +14,7 @@ from ijepa_hf.export import export_model
 from ijepa_hf.shapes import draw_shape_scene
 from ijepa_hf.sources import load_digits
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WITHOUT_PACKAGE = (
     "import runpy, sys; sys.modules['ijepa_hf'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 )

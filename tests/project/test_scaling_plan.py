@@ -14,7 +14,7 @@ from ijepa_hf import estimate, streaming
 from ijepa_hf.step_cost import Parameters, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.step_timing import HARDWARE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Parameters(context_encoder=1000, target_encoder=1000, predictor=200)
 
 

@@ -22,7 +22,7 @@ from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env
 from tiny import final_weights, tiny_flags, tiny_model, tiny_run
 from torch.distributed.run import get_args_parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
 SBATCH = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 SCRIPT = "scripts/run_ijepa_pretraining.py"

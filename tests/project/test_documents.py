@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from document_blocks import FEW_STEPS, SHELLS, Known, broken_links, code_blocks, commands, problems, run_blocks
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     path
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]

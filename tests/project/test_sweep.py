@@ -10,7 +10,7 @@ from scipy import stats
 
 from ijepa_hf.recipe_files import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import sweep as sweeps  # noqa: E402
 

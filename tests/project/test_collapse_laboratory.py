@@ -16,7 +16,7 @@ from PIL import Image
 from ijepa_hf.collapse_verdict import COMPLETE, DIMENSIONAL
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPARISON = ROOT / "examples" / "comparison"
 RESULTS = ROOT / "benchmarks" / "results" / "collapse_laboratory.json"
 
@@ -259,6 +259,7 @@ def test_measuring_does_not_change_a_training(laboratory, few_digits, short, mon
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_table_numbers_and_picture_and_is_a_function_of_the_seed(
     laboratory, few_digits, short, tmp_path, monkeypatch, capsys
 ):
@@ -305,6 +306,7 @@ def test_wrong_flags_are_refused_by_name(laboratory, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_agreement_alone_collapses_and_negatives_prevent_it(laboratory, few_digits, short):
     ratios = {}
     for name in ("agreement", "negatives"):
