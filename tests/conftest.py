@@ -104,7 +104,12 @@ _block_network()
 
 
 # The files that take longest, longest first: each is run by one worker, and both should end at the same time.
-LONG_FILES: tuple[str, ...] = ()
+LONG_FILES = (
+    "test_data_faults", "test_stopping", "test_hub_circle", "test_documents", "test_parallel", "test_finetune",
+    "test_hub", "test_faults", "test_checkpointing", "test_evaluate", "test_examples", "test_sharding",
+    "test_collapse_demo", "test_image_kinds", "test_streaming", "test_run_diagnostics", "test_conversion",
+    "test_comparison", "test_tutorial", "test_without_package", "test_run_start", "test_expected_band", "test_cli",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
