@@ -8,7 +8,7 @@ from forked_runs import start_run
 from PIL import Image
 
 from ijepa_hf import collapse_demo
-from ijepa_hf.arguments import as_flags
+from ijepa_hf.argument_parsing import as_flags
 from ijepa_hf.cli import main
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -628,7 +628,7 @@ def _to_png(image: PIL.Image.Image) -> bytes:
     return stream.getvalue()
 
 
-_BUILT_IN = {"digits": load_digits, "shapes": load_shapes}
+_BUILT_IN: dict[str, Callable[[str], datasets.Dataset]] = {"digits": load_digits, "shapes": load_shapes}
 
 
 def at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
