@@ -1,49 +1,35 @@
 """What a finished run says of itself: scores, figures, `report.json`, the card's files, and the text on the screen.
 
-The trained encoder always stands beside rows that keep it honest: the weights that it started from, if any, the same
-network untrained, with both usual initial values of its patch embedding, and the raw pixels. Scores are made where
-the data have labels and a held-out split (`eval_split_name`); the linear probe's regularisation is chosen on a part of
-the training split.
+Scores are made where the data have labels and a held-out split (`eval_split_name`); see `evaluation/scorecard`.
 """
 
 import json
-import logging
-import math
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from ijepa_hf import __version__
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.collapse_verdict import judge_collapse
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.data import ImageRows, resized_pixels
-from ijepa_hf.diagnostics import rankme
 from ijepa_hf.escaping import on_one_line
-from ijepa_hf.evaluation.features import extract_features
-from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
-from ijepa_hf.evaluation.linear_probe import linear_accuracy
+from ijepa_hf.evaluation.labelled_data import LabelledSplits
+from ijepa_hf.evaluation.scorecard import score_encoder
 from ijepa_hf.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model_card import (
-    STARTING_WEIGHTS,
     loading_lines,
     render_card,
     render_eval_results,
     score_table,
     verdict,
 )
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
-from ijepa_hf.retrying import RetryPolicy
+from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.run_folder import (
     DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,
@@ -54,92 +40,13 @@ from ijepa_hf.run_folder import (
     UNREADABLE_FILE,
 )
 from ijepa_hf.run_rows import read_rows
-from ijepa_hf.sources import at_most, find_image_column, find_label_column, load_split, open_stream
 from ijepa_hf.visualization import draw_curves_figure
-
-PIXELS_AT_ONCE = 512  # images
-PUBLISHED_PATCH_INIT_STD = 0.02
-RAW_PIXELS_SIDE = 32  # larger images are shrunk to this: a linear probe on 224 x 224 x 3 inputs is no use
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EvaluationSets:
-    """Labelled images to score an encoder with.
-
-    Args:
-        train: Images of the training split.
-        train_labels: int64 `[n]`.
-        test: Held-out images.
-        test_labels: int64 `[m]`.
-    """
-
-    train: ImageRows
-    train_labels: np.ndarray
-    test: ImageRows
-    test_labels: np.ndarray
-
-
-def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> EvaluationSets | None:
-    """Loads what `data.eval_split_name` asks for.
-
-    Args:
-        data: The images.
-        config: Says the number of channels.
-
-    Returns:
-        The labelled sets, or `None` where no evaluation split was named.
-
-    Raises:
-        ValueError: If the split or its labels are missing.
-    """
-    if data.eval_split_name is None:
-        return None
-    parts: list[Any] = []
-    for split in (data.train_split_name, data.eval_split_name):
-        dataset = _load_part_of_stream(data, split) if data.streaming else load_split(data.source, split)
-        label = find_label_column(dataset, data.label_column_name)
-        values = None if label is None else dataset[label]
-        if values is None or any(value is None or value < 0 for value in values):  # -1 is how unlabelled sets say it
-            raise ValueError(
-                f"eval_split_name={data.eval_split_name!r} asks for scores, but the split {split!r} has no labels "
-                f"(its columns are {', '.join(dataset.features)}); choose with --label_column_name, or leave out "
-                "--eval_split_name."
-            )
-        dataset = at_most(dataset, data.max_eval_samples)
-        column = find_image_column(dataset, data.image_column_name)
-        images = ImageRows(
-            dataset,
-            column,
-            config.num_channels,
-            retries=RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds),
-        )
-        parts += [images, np.asarray(dataset[label], dtype=np.int64)]
-    evaluation = EvaluationSets(*parts)
-    if len(evaluation.train) < 5 or len(set(evaluation.train_labels.tolist())) < 2:
-        raise ValueError(
-            f"eval_split_name={data.eval_split_name!r} asks for scores, which need at least 5 labelled images of 2 "
-            f"classes in {data.train_split_name!r}; there are {len(evaluation.train)}. Leave out --eval_split_name."
-        )
-    evaluation.test[0]  # an image that cannot be used is found before the training
-    return evaluation
-
-
-def _load_part_of_stream(data: DataArguments, split: str) -> datasets.Dataset:
-    """Some rows of a streamed split in memory, as many of each shard (sets are often sorted by class)."""
-    rows = open_stream(data.source, split).rows
-    assert data.max_eval_samples is not None  # DataArguments.check
-    each = math.ceil(data.max_eval_samples / rows.num_shards)
-    shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
-    taken = [row for shard in shards for row in shard.take(each)]
-    return datasets.Dataset.from_list(taken, features=rows.features)
 
 
 def write_report(
     model: IJepaForPretraining,
     output_dir: Path,
-    evaluation: EvaluationSets | None,
+    evaluation: LabelledSplits | None,
     arguments: Mapping[str, Any],
     *,
     step: int,
@@ -248,139 +155,6 @@ def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
         "data_wait_share": float(np.median([row["data_wait_share"] for row in rows])),
     }
-
-
-def evaluate_encoder(
-    encoder: nn.Module, evaluation: EvaluationSets, config: IJepaConfig, arguments: Mapping[str, Any]
-) -> dict[str, float]:
-    """What is scored while a run goes on: seconds where `score_encoder`, with its linear probes, takes minutes.
-
-    Args:
-        encoder: A target encoder.
-        evaluation: Labelled sets.
-        config: The model's.
-        arguments: The run's `image_mean` and `image_std`.
-
-    Returns:
-        `knn` (top-1 in [0, 1]) and `rankme` of the held-out images' pooled features.
-    """
-    mean, std = arguments["image_mean"], arguments["image_std"]
-    train, train_kept = _all_features({"": encoder}, evaluation.train, config, mean, std)
-    test, test_kept = _all_features({"": encoder}, evaluation.test, config, mean, std)
-    labels = evaluation.train_labels[train_kept], evaluation.test_labels[test_kept]
-    neighbours = min(NEIGHBOURS, len(train[""]))
-    return {
-        "knn": knn_accuracy(train[""], labels[0], test[""], labels[1], k=neighbours),
-        "rankme": rankme(torch.from_numpy(test[""])),
-    }
-
-
-def score_encoder(
-    model: IJepaForPretraining,
-    evaluation: EvaluationSets,
-    mean: Sequence[float],
-    std: Sequence[float],
-    seed: int,
-    *,
-    starting_encoder: nn.Module | None = None,
-) -> list[dict[str, Any]]:
-    """KNN and linear top-1 and RankMe of the target encoder, of what it began as, and of raw pixels.
-
-    Args:
-        model: The trained model.
-        evaluation: Labelled sets.
-        mean: Of each channel.
-        std: Of each channel.
-        seed: The run's seed; the untrained network with the run's `patch_init_std` is the one that it started from.
-        starting_encoder: The encoder before the first step, where it was a trained one.
-
-    Returns:
-        A row for each: `features` (its name), `knn`, `linear` (top-1 in [0, 1]), `rankme` (of the held-out images).
-    """
-    encoders: dict[str, nn.Module | None] = {"trained encoder": model.target_encoder}
-    if starting_encoder is not None:
-        encoders[STARTING_WEIGHTS] = starting_encoder.to(model.device)
-    for value, name in ((None, "1/sqrt(inputs)"), (PUBLISHED_PATCH_INIT_STD, f"{PUBLISHED_PATCH_INIT_STD}")):
-        untrained = new_model(model.config.replace(patch_init_std=value), seed).target_encoder
-        encoders[f"untrained, patch_init_std {name}"] = untrained.to(model.device)
-    encoders["raw pixels"] = None
-    train, train_kept = _all_features(encoders, evaluation.train, model.config, mean, std)
-    test, test_kept = _all_features(encoders, evaluation.test, model.config, mean, std)
-    rows = []
-    for name in encoders:
-        labelled = (train[name], evaluation.train_labels[train_kept], test[name], evaluation.test_labels[test_kept])
-        rows.append(
-            {
-                "features": name,
-                "knn": knn_accuracy(*labelled, k=min(NEIGHBOURS, len(train[name]))),
-                "linear": linear_accuracy(*labelled),
-                "rankme": rankme(torch.from_numpy(test[name])),
-            }
-        )
-    return rows
-
-
-def _all_features(
-    encoders: Mapping[str, nn.Module | None],
-    images: ImageRows,
-    config: IJepaConfig,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Features `[n, D]` under each name, and the numbers of their images: those that cannot be read are left out.
-
-    A part of the images at a time, so that pixels of all need no memory.
-    """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
-    kept: list[int] = []
-    for start in range(0, len(images), PIXELS_AT_ONCE):
-        readable = _readable(images, range(start, min(start + PIXELS_AT_ONCE, len(images))))
-        if not readable:
-            continue
-        kept += readable
-        pixels = resized_pixels(readable.values(), config, mean, std)
-        for name, encoder in encoders.items():
-            parts[name].append(_raw(pixels) if encoder is None else extract_features(encoder, pixels))
-    return {name: np.concatenate(part) for name, part in parts.items()}, kept
-
-
-def first_readable_pixels(
-    images: ImageRows, config: IJepaConfig, mean: Sequence[float], std: Sequence[float], limit: int
-) -> Tensor:
-    """Some whole images, spread evenly over a split; those that cannot be read are left out.
-
-    Args:
-        images: A split.
-        config: Says the size.
-        mean: Of each channel.
-        std: Of each channel.
-        limit: Images wanted.
-
-    Returns:
-        float32 `[n, num_channels, height, width]`, n at most `limit`.
-    """
-    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
-    readable = _readable(images, map(int, chosen))
-    if not readable:
-        return torch.empty(0, config.num_channels, *config.image_shape)
-    return resized_pixels(readable.values(), config, mean, std)
-
-
-def _readable(images: ImageRows, indices: Iterable[int]) -> dict[int, Any]:
-    found = {}
-    for index in indices:
-        try:
-            found[index] = images[index]
-        except ValueError as error:  # a broken image must not cost the scores of all others
-            logger.warning("not scored: %s", error)
-    return found
-
-
-def _raw(pixels: Tensor) -> np.ndarray:
-    if max(pixels.shape[-2:]) > RAW_PIXELS_SIDE:
-        shape = [min(side, RAW_PIXELS_SIDE) for side in pixels.shape[-2:]]
-        pixels = nn.functional.interpolate(pixels, size=shape, mode="bilinear", antialias=True)
-    return pixels.flatten(1).numpy()
 
 
 # -- text ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from torch import Tensor
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.evaluation.labelled_data import LabelledSplits
+from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.export import export_model, exported_step
 from ijepa_hf.files import SaveError
@@ -31,7 +33,6 @@ from ijepa_hf.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.optimization import NonFiniteLossError, ReadyModel
 from ijepa_hf.plan import Plan
 from ijepa_hf.ranks import Ranks
-from ijepa_hf.report import EvaluationSets, evaluate_encoder
 from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_diagnostics import RunDiagnostics
 from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
@@ -73,7 +74,7 @@ class RunSetup:
     run: PretrainingArguments
     plan: Plan
     images: TrainingImages
-    evaluation: EvaluationSets | None
+    evaluation: LabelledSplits | None
     accelerator: Accelerator
     ranks: Ranks
     signals: StopSignals

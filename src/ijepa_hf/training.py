@@ -25,6 +25,7 @@ from ijepa_hf.batch_fitting import fit_batch
 from ijepa_hf.checkpointing import Checkpoint, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator
+from ijepa_hf.evaluation.scorecard import first_readable_pixels, load_evaluation_sets
 from ijepa_hf.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
@@ -36,8 +37,6 @@ from ijepa_hf.plan import make_plan
 from ijepa_hf.ranks import Ranks
 from ijepa_hf.report import (
     describe_machine,
-    first_readable_pixels,
-    load_evaluation_sets,
     render_report,
     write_report,
 )

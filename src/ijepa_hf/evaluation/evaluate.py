@@ -46,11 +46,8 @@ from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_in
 from ijepa_hf.evaluation.knn import predict_knn
 from ijepa_hf.evaluation.labelled_data import (
     LabelledSplits,
-    SegmentationMaps,
-    TargetSplits,
     choose_labelled,
     load_labelled_splits,
-    load_target_splits,
 )
 from ijepa_hf.evaluation.linear_probe import predict_linear, predict_linear_sgd
 from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
@@ -67,6 +64,7 @@ from ijepa_hf.evaluation.results import (
     update_card,
     write_scores,
 )
+from ijepa_hf.evaluation.targets import SegmentationMaps, TargetSplits, load_target_splits
 
 FEATURES_FOLDER = "features"
 FINETUNE_FOLDER = "finetune"

@@ -1,21 +1,19 @@
 """Images with their labels, for whatever learns from labels or is scored on them: opened, encoded, chosen, read.
 
-Labels are classes (`load_labelled_splits`), or numbers, boxes or maps of classes (`load_target_splits`).
+Labels are classes; for numbers, boxes and maps of classes see `targets`.
 
-Every draw is a function of (seed, epoch, image), as in `data`. No image is skipped: one that cannot be read stops the
-work and is named.
+Every draw is a function of (seed, epoch, image), as in `data`. `LabelledImages` skips no image: one that
+cannot be read stops the work and is named.
 """
 
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
@@ -25,13 +23,10 @@ from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import CROP_NUMBERS, normalize, random_resized_crop, resize
 from ijepa_hf.randomness import DRAW_LABELLED_CROP, DRAW_LABELS, DRAW_ORDER, keyed_generator
-from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split
+from ijepa_hf.retrying import DEFAULT_RETRIES, RetryPolicy
+from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split, open_stream
 
 _STRINGS = ("string", "large_string")
-_MAP_MODES = ("1", "L", "P", "I", "I;16")  # of pictures whose pixels are whole numbers
-_NUMBERS = ("int", "uint", "float")
-_KINDS = {"number": "numbers", "mask": "pictures", "boxes": "lists of [left, top, right, bottom]"}
-_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(kw_only=True)
@@ -51,6 +46,28 @@ class LabelledDataFlags:
     )
     max_train_samples: int | None = flag("result", "Use at most N training images, spread evenly over the split.")
     max_eval_samples: int | None = flag("result", "Score with at most N images, spread evenly over the split.")
+
+    @property
+    def source(self) -> ImageSource:
+        """Which images they are, for `sources`."""
+        return ImageSource(str(self.dataset_name), self.dataset_config_name, self.image_column_name)
+
+
+@dataclass(frozen=True)
+class LabelledReading:
+    """How labelled images are read, where that is no flag of the command.
+
+    Args:
+        streaming: Read a part of a stream, as many rows of each shard, where `max_train_samples` and
+            `max_eval_samples` say how many; the rows are kept in memory.
+        retries: How patiently images are read.
+        allow_new_classes: Take held-out images of classes that the training images do not have; a probe cannot name
+            them. By default they are refused.
+    """
+
+    streaming: bool = False
+    retries: RetryPolicy = DEFAULT_RETRIES
+    allow_new_classes: bool = False
 
 
 class LabelledImages(TorchDataset[dict[str, Tensor]]):
@@ -168,8 +185,9 @@ def load_labelled_splits(
     samples_per_class: int | None = None,
     label_fraction: float | None = None,
     seed: int = 0,
+    reading: LabelledReading = LabelledReading(),
 ) -> LabelledSplits:
-    """Loads the images that a model is fitted to and is scored with; reads the first image of each split.
+    """Loads the images that a model is fitted to and is scored with; reads the first held-out image.
 
     Args:
         flags: Which images and labels.
@@ -177,6 +195,7 @@ def load_labelled_splits(
         samples_per_class: See `choose_labelled`.
         label_fraction: See `choose_labelled`.
         seed: See `choose_labelled`.
+        reading: How the images are read.
 
     Returns:
         The splits, training images cut down to what is asked for.
@@ -186,21 +205,31 @@ def load_labelled_splits(
         ValueError: If a split, its images or its labels are missing, labels are of one class only, a class has fewer
             images than asked, or images do not fit the model.
     """
-    train, test = _load_splits(flags)
+    train, test = (
+        _take(flags.source, split, limit, reading)
+        for split, limit in (
+            (flags.train_split_name, flags.max_train_samples),
+            (flags.eval_split_name, flags.max_eval_samples),
+        )
+    )
     column = _label_column(train, flags.train_split_name, flags.label_column_name)
     if column not in test.features:
         raise ValueError(f"the split {flags.eval_split_name!r} has no column {column!r}; it cannot be scored.")
-    train = at_most(train, flags.max_train_samples)
-    test = at_most(test, flags.max_eval_samples)
     names, train_labels = _encode_labels(train, column, flags.train_split_name)
-    _, test_labels = _encode_labels(test, column, flags.eval_split_name, names)
+    names, test_labels = _encode_labels(
+        test, column, flags.eval_split_name, names, allow_new=reading.allow_new_classes
+    )
     if len(set(train_labels.tolist())) < 2:
         raise ValueError(
             f"train_split_name={flags.train_split_name!r} has labels of one class only ({column!r} is always "
             f"{names[train_labels[0]]!r}); a classifier needs at least two."
         )
     chosen = choose_labelled(train_labels, samples_per_class, label_fraction, seed, names=names)
-    images = [_image_rows(dataset, flags, num_channels) for dataset in (train.select(chosen), test)]
+    images = [
+        ImageRows(rows, find_image_column(rows, flags.image_column_name), num_channels, reading.retries)
+        for rows in (train.select(chosen), test)
+    ]
+    images[1][0]  # an image that does not fit the model is found before the work
     return LabelledSplits(images[0], train_labels[chosen], images[1], test_labels, names, column)
 
 
@@ -248,15 +277,16 @@ def choose_labelled(
     return np.sort(np.concatenate(chosen))
 
 
-def _load_splits(flags: LabelledDataFlags) -> tuple[datasets.Dataset, datasets.Dataset]:
-    source = ImageSource(str(flags.dataset_name), flags.dataset_config_name, flags.image_column_name)
-    return load_split(source, flags.train_split_name), load_split(source, flags.eval_split_name)
-
-
-def _image_rows(dataset: datasets.Dataset, flags: LabelledDataFlags, num_channels: int) -> ImageRows:
-    images = ImageRows(dataset, find_image_column(dataset, flags.image_column_name), num_channels)
-    images[0]  # an image that does not fit the model is found before the work
-    return images
+def _take(source: ImageSource, split: str, limit: int | None, reading: LabelledReading) -> datasets.Dataset:
+    """Rows of a split, spread evenly over it or over its shards: sets are often sorted by class."""
+    if not reading.streaming:
+        return at_most(load_split(source, split), limit)
+    assert limit is not None  # DataArguments.check
+    rows = open_stream(source, split).rows
+    each = math.ceil(limit / rows.num_shards)
+    shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
+    taken = [row for shard in shards for row in shard.take(each)]
+    return at_most(datasets.Dataset.from_list(taken, features=rows.features), limit)
 
 
 def _label_column(dataset: datasets.Dataset, split: str, name: str | None) -> str:
@@ -275,9 +305,9 @@ def _label_column(dataset: datasets.Dataset, split: str, name: str | None) -> st
 
 
 def _encode_labels(
-    dataset: datasets.Dataset, column: str, split: str, names: list[str] | None = None
+    dataset: datasets.Dataset, column: str, split: str, names: list[str] | None = None, *, allow_new: bool = False
 ) -> tuple[list[str], np.ndarray]:
-    """Names of the classes (those of the training split, where `names` is not given) and int64 labels `[n]`."""
+    """Returns the names of the classes, by default the split's own, and int64 labels `[n]`."""
     values, feature = list(dataset[column]), dataset.features[column]
     if any(value is None or value == -1 for value in values):  # -1 is how unlabelled sets say it
         raise ValueError(f"the split {split!r} has images without a label in {column!r} (none, or -1).")
@@ -289,215 +319,11 @@ def _encode_labels(
         own = [str(value) for value in sorted(set(values))]
     names = own if names is None else names
     unknown = sorted(set(words) - set(names))
-    if unknown:
+    if allow_new:
+        names = [*names, *unknown]
+    elif unknown:
         raise ValueError(
             f"the split {split!r} has labels that the training split does not have: {', '.join(unknown[:10])}."
         )
     numbers = {name: number for number, name in enumerate(names)}
     return names, np.array([numbers[word] for word in words], dtype=np.int64)
-
-
-# -- targets that are no classes -------------------------------------------------------------------------------------
-
-
-class SplitPart(NamedTuple):
-    """The rows of a split that are used, and how errors call them.
-
-    Args:
-        rows: The rows.
-        split: Name of the split.
-        length: Rows of the whole split.
-        limit: The part that was asked for, as in `at_most`.
-    """
-
-    rows: datasets.Dataset
-    split: str
-    length: int
-    limit: int | None
-
-    def name_row(self, index: int) -> str:
-        """Says which row of the split, counted from 0, row `index` of this part is."""
-        numbers = at_most(datasets.Dataset.from_dict({"row": range(self.length)}), self.limit)["row"]
-        return f"row {numbers[int(index)]} of the split {self.split!r}"
-
-
-class SegmentationMaps:
-    """For each image of a split the class of each pixel, read one at a time.
-
-    Args:
-        part: The rows that are used.
-        column: Their column of pictures.
-    """
-
-    def __init__(self, part: SplitPart, column: str) -> None:
-        self.part, self.column = part, column
-        self.rows = part.rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Returns the map of an image, turned upright as the image is.
-
-        Args:
-            index: Number of the image.
-
-        Returns:
-            int64 `[height, width]`: whole numbers as in the file (of a palette its indices), at least 0.
-
-        Raises:
-            ValueError: If it cannot be read, or holds colours; names the row.
-        """
-        value = self.rows[int(index)][self.column]
-        if value is None:
-            raise ValueError(f"{self.part.name_row(index)} has no picture in {self.column!r}.")
-        try:
-            with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as picture:
-                if picture.format == "EPS":  # Pillow would have another program run what it says
-                    raise ValueError("EPS is not read; write maps of classes as PNG")
-                mode, pixels = picture.mode, np.asarray(ImageOps.exif_transpose(picture))
-        except _DAMAGE as error:
-            raise ValueError(f"{self.part.name_row(index)}: {self.column!r} cannot be read: {error}") from error
-        if mode not in _MAP_MODES:
-            raise ValueError(
-                f"{self.part.name_row(index)}: {self.column!r} is a picture of mode {mode}, in which pixels are no "
-                "whole numbers; write maps of classes as PNG of one channel or with a palette."
-            )
-        numbers = pixels.astype(np.int64)
-        if numbers.min(initial=0) < 0:
-            raise ValueError(f"{self.part.name_row(index)}: {self.column!r} has the class {numbers.min()}, below 0.")
-        return numbers
-
-
-class TargetSplits(NamedTuple):
-    """Both splits of a data set whose labels are no classes; see `load_target_splits` for what targets are.
-
-    Args:
-        train: n images to fit with.
-        train_targets: float64 `[n, k]`, or `SegmentationMaps` of n images.
-        test: m held-out images.
-        test_targets: float64 `[m, k]`, or `SegmentationMaps` of m images.
-    """
-
-    train: ImageRows
-    train_targets: Any
-    test: ImageRows
-    test_targets: Any
-
-
-def load_target_splits(
-    flags: LabelledDataFlags,
-    num_channels: int,
-    columns: Sequence[str],
-    kind: Literal["number", "mask", "boxes"],
-) -> TargetSplits:
-    """Loads images with targets that are no classes; reads the first image of each split, with `boxes` every image.
-
-    Boxes become shares of the image's sides, which stay true when the whole image is resized.
-
-    Args:
-        flags: Which images; `label_column_name` does not count.
-        num_channels: Channels of the model.
-        columns: Of the targets: one or several of numbers, else one.
-        kind: `number`: columns of numbers; the target is float64 `[n, len(columns)]`. `mask`: a column of pictures
-            whose pixels are numbers of classes; the target is `SegmentationMaps`. `boxes`: a column of lists of boxes
-            [left, top, right, bottom] in pixels of the upright image; the target is the box of the largest area (the
-            first of equals), float64 `[n, 4]`, left and right as shares of the width, top and bottom of the height,
-            in [0, 1].
-
-    Returns:
-        The splits, cut down to what the flags ask for.
-
-    Raises:
-        FileNotFoundError: If there is no such data set.
-        ValueError: If a split or a column is missing or of another kind, listing the columns that would do; if a row
-            has no target, or one that cannot be, naming it; if images do not fit the model.
-    """
-    if kind not in _KINDS:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, _KINDS))}.")
-    if not columns or (kind != "number" and len(columns) > 1):
-        number = "at least one column" if kind == "number" else "one column"
-        raise ValueError(f"columns={list(columns)} must be {number} of {_KINDS[kind]}.")
-    train, test = _load_splits(flags)
-    parts = []
-    for rows, split, limit in (
-        (train, flags.train_split_name, flags.max_train_samples),
-        (test, flags.eval_split_name, flags.max_eval_samples),
-    ):
-        _check_target_columns(rows, split, columns, kind, find_image_column(rows, flags.image_column_name))
-        parts.append(SplitPart(at_most(rows, limit), split, len(rows), limit))
-    images = [_image_rows(part.rows, flags, num_channels) for part in parts]
-    targets: list[Any]
-    if kind == "number":
-        targets = [np.stack([_numbers(part, column) for column in columns], axis=1) for part in parts]
-    elif kind == "mask":
-        targets = [_segmentation_maps(part, columns[0]) for part in parts]
-    else:
-        targets = [_largest_boxes(part, columns[0], rows) for part, rows in zip(parts, images, strict=True)]
-    return TargetSplits(images[0], targets[0], images[1], targets[1])
-
-
-def _check_target_columns(
-    rows: datasets.Dataset, split: str, columns: Sequence[str], kind: str, image_column: str
-) -> None:
-    fitting = [name for name, feature in rows.features.items() if _is_of_kind(feature, kind) and name != image_column]
-    for column in columns:
-        if column not in fitting:
-            what = f"is no column of {_KINDS[kind]}" if column in rows.features else "is no column"
-            if column == image_column:
-                what = "holds the images themselves"
-            raise ValueError(
-                f"column {column!r} of the split {split!r} {what}; columns of {_KINDS[kind]} there are: "
-                f"{', '.join(map(repr, fitting)) or 'none'}."
-            )
-
-
-def _is_of_kind(feature: Any, kind: str) -> bool:
-    lists = (datasets.List, datasets.LargeList)
-    if kind == "mask":
-        return isinstance(feature, datasets.Image)
-    if kind == "boxes":
-        if not isinstance(feature, lists) or not isinstance(feature.feature, lists):
-            return False
-        return getattr(feature.feature, "length", -1) in (-1, 4) and _is_of_kind(feature.feature.feature, "number")
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(_NUMBERS)
-
-
-def _numbers(part: SplitPart, column: str) -> np.ndarray:
-    """float64 `[n]`."""
-    values = part.rows[column][:]
-    for index, value in enumerate(values):
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"{part.name_row(index)}: {column!r} is {value}, which is no number to learn.")
-    return np.array(values, dtype=np.float64)
-
-
-def _segmentation_maps(part: SplitPart, column: str) -> SegmentationMaps:
-    maps = SegmentationMaps(part, column)
-    maps[0]  # a picture of colours is found before the work
-    if maps.rows.data.column(column).null_count:  # perhaps of rows that are not used
-        for index, row in enumerate(maps.rows):
-            if cast(Mapping[str, Any], row)[column] is None:
-                maps[index]
-    return maps
-
-
-def _largest_boxes(part: SplitPart, column: str, images: ImageRows) -> np.ndarray:
-    """float64 `[n, 4]`, shares of the width and height."""
-    chosen = np.empty((len(part.rows), 4))
-    for index, boxes in enumerate(part.rows[column][:]):
-        if not boxes:
-            raise ValueError(f"{part.name_row(index)} has no box in {column!r}; leave out images without an object.")
-        image = images[index]
-        height, width = image.shape[-2:] if isinstance(image, np.ndarray) else image.size[::-1]
-        for box in boxes:
-            left, top, right, bottom = box if len(box) == 4 and None not in box else [math.nan] * 4
-            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-                raise ValueError(
-                    f"{part.name_row(index)}: {column!r} has the box {box}, but in an image of {width}x{height} a box "
-                    "is [left, top, right, bottom] in pixels, with 0 <= left < right <= width and 0 <= top < bottom "
-                    "<= height."
-                )
-        areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
-        chosen[index] = np.divide(boxes[int(np.argmax(areas))], [width, height, width, height])
-    return chosen

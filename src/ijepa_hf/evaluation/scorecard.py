@@ -1,28 +1,55 @@
-"""A few numbers that say how good features are, for comparing many encoders on the same labelled images.
+"""How good features are, in a few numbers: the scores of a run and its report, and of many encoders side by side.
 
-What `ijepa-hf evaluate` does for one model with intervals, files and baselines, this does in memory, in seconds.
+What `ijepa-hf evaluate` does for one model with intervals, files and baselines, this does in memory, in seconds. The
+report of a run sets the trained encoder beside rows that keep it honest: the weights that it started from, if any, the
+same network untrained, with both usual initial values of its patch embedding, and the raw pixels.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ijepa_hf.data import ImageRows
+from ijepa_hf.arguments import DataArguments
+from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.data import ImageRows, resized_pixels
 from ijepa_hf.diagnostics import rankme
+from ijepa_hf.evaluation.backbones import raw_pixels
+from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
-from ijepa_hf.evaluation.labelled_data import choose_labelled
+from ijepa_hf.evaluation.labelled_data import (
+    LabelledDataFlags,
+    LabelledReading,
+    LabelledSplits,
+    choose_labelled,
+    load_labelled_splits,
+)
 from ijepa_hf.evaluation.linear_probe import linear_accuracy, predict_linear
 from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
 from ijepa_hf.evaluation.splits import share_correct
+from ijepa_hf.evaluation.targets import load_target_splits
 from ijepa_hf.image_transforms import resize, stack_images
-from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split
+from ijepa_hf.model_card import STARTING_WEIGHTS
+from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
+from ijepa_hf.official_checkpoint import PUBLISHED_PATCH_INIT_STD
+from ijepa_hf.retrying import RetryPolicy
+from ijepa_hf.sources import load_split
 
 LOW_SHOT_SAMPLES = 10  # labelled images of each class
 LOW_SHOT_DRAWS = 5
 NUMBERS = ("count", "nearest_distance")  # of `shapes`: the questions of the paper's table 4
+PIXELS_AT_ONCE = 512  # images
+
+_RUN_FLAGS = (
+    "dataset_name", "dataset_config_name", "train_split_name", "eval_split_name", "image_column_name",
+    "label_column_name",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,25 +98,27 @@ def load_scored_images(
     Raises:
         ValueError: If there is no such split, or it has no labels.
     """
-    source = ImageSource(dataset_name)
-    pixels, labels = [], []
-    numbers: dict[str, list[np.ndarray]] = {}
-    for split, most in ((train_split_name, max_train), (eval_split_name, max_test)):
-        dataset = at_most(load_split(source, split), most)
-        column = find_label_column(dataset)
-        if column is None:
-            raise ValueError(
-                f"dataset_name={dataset_name!r}: the split {split!r} has no labels (its columns are "
-                f"{', '.join(dataset.features)}); scores need them."
-            )
-        images = ImageRows(dataset, find_image_column(dataset), num_channels)
-        pixels.append(stack_images([resize(images[index], image_shape) for index in range(len(images))]))
-        labels.append(np.asarray(dataset[column], np.int64))
-        for name in NUMBERS:
-            if name in dataset.features:
-                numbers.setdefault(name, []).append(np.asarray(dataset[name], np.float64))
-    pairs = {name: (train, test) for name, (train, test) in numbers.items()}
-    return ScoredImages(pixels[0], pixels[1], labels[0], labels[1], pairs)
+    flags = LabelledDataFlags(
+        dataset_name=dataset_name,
+        train_split_name=train_split_name,
+        eval_split_name=eval_split_name,
+        max_train_samples=max_train,
+        max_eval_samples=max_test,
+    )
+    splits = load_labelled_splits(flags, num_channels)
+    train, test = (
+        stack_images([resize(images[index], image_shape) for index in range(len(images))])
+        for images in (splits.train, splits.test)
+    )
+    columns = [name for name in NUMBERS if name in load_split(flags.source, eval_split_name).features]
+    numbers = {}
+    if columns:
+        targets = load_target_splits(flags, num_channels, columns, "number")
+        numbers = {
+            name: (targets.train_targets[:, place], targets.test_targets[:, place])
+            for place, name in enumerate(columns)
+        }
+    return ScoredImages(train, test, splits.train_labels, splits.test_labels, numbers)
 
 
 def pooled_features(
@@ -110,6 +139,35 @@ def pooled_features(
         return np.concatenate([encode(prepare(part)).float().cpu().numpy() for part in pixels.split(batch_size)])
 
 
+def score_classes(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    *,
+    with_linear: bool = True,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Scores frozen features by the classes of their images.
+
+    Args:
+        train_x: `[n, D]`.
+        train_y: int64 `[n]`.
+        test_x: `[m, D]`.
+        test_y: int64 `[m]`.
+        with_linear: Whether to fit the linear probe too, which takes minutes where the others take seconds.
+        seed: Of the split on which the linear probe's penalty is chosen.
+
+    Returns:
+        `knn` (20 neighbours) and `linear` (top-1 in [0, 1]), and `rankme` of the test features.
+    """
+    labelled = (train_x, train_y, test_x, test_y)
+    scores = {"knn": knn_accuracy(*labelled, k=min(NEIGHBOURS, len(train_x)))}
+    if with_linear:
+        scores["linear"] = linear_accuracy(*labelled, seed=seed)
+    return {**scores, "rankme": rankme(torch.from_numpy(test_x))}
+
+
 def score_features(
     train_x: np.ndarray, test_x: np.ndarray, images: ScoredImages, *, seed: int = 0
 ) -> dict[str, float]:
@@ -126,11 +184,7 @@ def score_features(
         `LOW_SHOT_DRAWS` draws); for each of `images.numbers` its name (top-1 of the number as a class, as in the
         paper's table 4) and its name with `_r2` (of a ridge regression); `rankme` of the test features.
     """
-    labelled = (train_x, images.train_labels, test_x, images.test_labels)
-    scores = {
-        "knn": knn_accuracy(*labelled, k=min(NEIGHBOURS, len(train_x))),
-        "linear": linear_accuracy(*labelled, seed=seed),
-    }
+    scores = score_classes(train_x, images.train_labels, test_x, images.test_labels, seed=seed)
     right = []
     for number in range(LOW_SHOT_DRAWS):
         chosen = choose_labelled(images.train_labels, LOW_SHOT_SAMPLES, None, seed + number)
@@ -145,5 +199,157 @@ def score_features(
         scores[f"{name}_r2"] = float(
             1 - np.square(quantities - test_y).sum() / np.square(test_y - test_y.mean()).sum()
         )
-    scores["rankme"] = rankme(torch.from_numpy(test_x))
     return scores
+
+
+# -- the scores of a run ----------------------------------------------------------------------------------------------
+
+
+def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> LabelledSplits | None:
+    """Loads the labelled images that `data.eval_split_name` asks for.
+
+    Args:
+        data: The images of a run; of each split at most `max_eval_samples` are taken.
+        config: Says the number of channels.
+
+    Returns:
+        Both splits, or `None` where no evaluation split was named.
+
+    Raises:
+        ValueError: If the split or its labels are missing, or there are too few images.
+    """
+    if data.eval_split_name is None:
+        return None
+    flags = LabelledDataFlags(
+        **{name: getattr(data, name) for name in _RUN_FLAGS},
+        max_train_samples=data.max_eval_samples,
+        max_eval_samples=data.max_eval_samples,
+    )
+    retries = RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds)
+    reading = LabelledReading(streaming=data.streaming, retries=retries, allow_new_classes=True)
+    try:
+        splits = load_labelled_splits(flags, config.num_channels, reading=reading)
+        if len(splits.train) < 5:
+            raise ValueError(f"the split {data.train_split_name!r} has {len(splits.train)} images, and 5 are needed.")
+    except ValueError as error:
+        raise ValueError(
+            f"eval_split_name={data.eval_split_name!r} asks for scores, but {error} Leave out --eval_split_name to "
+            "train without scores."
+        ) from error
+    return splits
+
+
+def evaluate_encoder(
+    encoder: nn.Module, evaluation: LabelledSplits, config: IJepaConfig, arguments: Mapping[str, Any]
+) -> dict[str, float]:
+    """What is scored while a run goes on: seconds where `score_encoder`, with its linear probes, takes minutes.
+
+    Args:
+        encoder: A target encoder.
+        evaluation: Labelled sets.
+        config: The model's.
+        arguments: The run's `image_mean` and `image_std`.
+
+    Returns:
+        `knn` (top-1 in [0, 1]) and `rankme` of the held-out images' pooled features.
+    """
+    mean, std = arguments["image_mean"], arguments["image_std"]
+    train, train_kept = _all_features({"": encoder}, evaluation.train, config, mean, std)
+    test, test_kept = _all_features({"": encoder}, evaluation.test, config, mean, std)
+    labels = evaluation.train_labels[train_kept], evaluation.test_labels[test_kept]
+    return score_classes(train[""], labels[0], test[""], labels[1], with_linear=False)
+
+
+def score_encoder(
+    model: IJepaForPretraining,
+    evaluation: LabelledSplits,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    *,
+    starting_encoder: nn.Module | None = None,
+) -> list[dict[str, Any]]:
+    """KNN and linear top-1 and RankMe of the target encoder, of what it began as, and of raw pixels.
+
+    Args:
+        model: The trained model.
+        evaluation: Labelled sets.
+        mean: Of each channel.
+        std: Of each channel.
+        seed: The run's seed; the untrained network with the run's `patch_init_std` is the one that it started from.
+        starting_encoder: The encoder before the first step, where it was a trained one.
+
+    Returns:
+        A row for each: `features` (its name), `knn`, `linear` (top-1 in [0, 1]), `rankme` (of the held-out images).
+    """
+    encoders: dict[str, nn.Module | None] = {"trained encoder": model.target_encoder}
+    if starting_encoder is not None:
+        encoders[STARTING_WEIGHTS] = starting_encoder.to(model.device)
+    for value, name in ((None, "1/sqrt(inputs)"), (PUBLISHED_PATCH_INIT_STD, f"{PUBLISHED_PATCH_INIT_STD}")):
+        untrained = new_model(model.config.replace(patch_init_std=value), seed).target_encoder
+        encoders[f"untrained, patch_init_std {name}"] = untrained.to(model.device)
+    encoders["raw pixels"] = None
+    train, train_kept = _all_features(encoders, evaluation.train, model.config, mean, std)
+    test, test_kept = _all_features(encoders, evaluation.test, model.config, mean, std)
+    rows: list[dict[str, Any]] = []
+    for name in encoders:
+        labelled = (train[name], evaluation.train_labels[train_kept], test[name], evaluation.test_labels[test_kept])
+        rows.append({"features": name, **score_classes(*labelled)})
+    return rows
+
+
+def _all_features(
+    encoders: Mapping[str, nn.Module | None],
+    images: ImageRows,
+    config: IJepaConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Features `[n, D]` under each name, and the numbers of their images: those that cannot be read are left out.
+
+    A part of the images at a time, so that pixels of all need no memory.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
+    kept: list[int] = []
+    for start in range(0, len(images), PIXELS_AT_ONCE):
+        readable = _readable(images, range(start, min(start + PIXELS_AT_ONCE, len(images))))
+        if not readable:
+            continue
+        kept += readable
+        pixels = resized_pixels(readable.values(), config, mean, std)
+        for name, encoder in encoders.items():
+            found = raw_pixels(pixels).numpy() if encoder is None else extract_features(encoder, pixels)
+            parts[name].append(found)
+    return {name: np.concatenate(part) for name, part in parts.items()}, kept
+
+
+def first_readable_pixels(
+    images: ImageRows, config: IJepaConfig, mean: Sequence[float], std: Sequence[float], limit: int
+) -> Tensor:
+    """Some whole images, spread evenly over a split; those that cannot be read are left out.
+
+    Args:
+        images: A split.
+        config: Says the size.
+        mean: Of each channel.
+        std: Of each channel.
+        limit: Images wanted.
+
+    Returns:
+        float32 `[n, num_channels, height, width]`, n at most `limit`.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+    readable = _readable(images, map(int, chosen))
+    if not readable:
+        return torch.empty(0, config.num_channels, *config.image_shape)
+    return resized_pixels(readable.values(), config, mean, std)
+
+
+def _readable(images: ImageRows, indices: Iterable[int]) -> dict[int, Any]:
+    found = {}
+    for index in indices:
+        try:
+            found[index] = images[index]
+        except ValueError as error:  # a broken image must not cost the scores of all others
+            logger.warning("not scored: %s", error)
+    return found
