@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
+from ijepa_hf.evaluation.labelled_data import LabelledSource
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -511,6 +512,31 @@ def argument_differences(
         for name in sorted(names)
         if before.get(name) != current.get(name)
     ]
+
+
+@dataclass(kw_only=True)
+class LabelledDataFlags:
+    """The flags of a command that say which labelled images it takes; names as in `ijepa-hf pretrain`."""
+
+    dataset_name: str | None = flag(
+        "result",
+        "Labelled images, as for ijepa-hf pretrain: digits or shapes (built in), a Hub id, a folder or a file.",
+    )
+    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
+    train_split_name: str = flag("result", "Split to train on.", "train")
+    eval_split_name: str = flag("result", "Held-out split: scored, never used for a choice.", "test")
+    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
+    label_column_name: str | None = flag(
+        "result", "Column of the labels: classes, whole numbers or words; `label` if any."
+    )
+    max_train_samples: int | None = flag("result", "Use at most N training images, spread evenly over the split.")
+    max_eval_samples: int | None = flag("result", "Score with at most N images, spread evenly over the split.")
+
+    @property
+    def labelled(self) -> LabelledSource:
+        """What these flags name, for `load_labelled_splits`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(LabelledSource)}
+        return LabelledSource(**{**values, "dataset_name": str(self.dataset_name)})
 
 
 def nearest_name(name: str, known: set[str]) -> str:

@@ -126,7 +126,7 @@ def test_every_group_warms_up_and_falls_as_a_cosine_of_its_own_rate(tell):
 
 
 def trainer_of(arguments):
-    splits = load_labelled_splits(arguments, 3)
+    splits = load_labelled_splits(arguments.labelled, 3)
     settings = module.read_image_settings(arguments.model, tiny_config())
     return module._build_trainer(load_classifier(arguments, splits.names), splits, settings, arguments)
 

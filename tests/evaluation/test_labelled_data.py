@@ -12,8 +12,8 @@ from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.evaluation.labelled_data import (
     EpochOrder,
-    LabelledDataFlags,
     LabelledImages,
+    LabelledSource,
     choose_labelled,
     load_labelled_splits,
 )
@@ -27,7 +27,7 @@ SETTINGS = ImageSettings((32, 32), MEAN, STD)
 def tell(**changes):
     """Flags that ask for 48 digits to train on and 60 to score with."""
     values = {"dataset_name": "digits", "max_train_samples": 48, "max_eval_samples": 60, **changes}
-    return LabelledDataFlags(**values)
+    return LabelledSource(**values)
 
 
 def write_pictures(folder, labels):

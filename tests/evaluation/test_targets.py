@@ -1,5 +1,6 @@
 """Targets that are no classes: numbers, boxes and maps, each beside its own image."""
 
+import dataclasses
 import io
 
 import datasets
@@ -10,7 +11,7 @@ from PIL import Image
 from ijepa_hf import sources
 from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.evaluation.labelled_data import (
-    LabelledDataFlags,
+    LabelledSource,
 )
 from ijepa_hf.evaluation.targets import load_target_splits
 from ijepa_hf.shapes import draw_shape_scene
@@ -26,7 +27,7 @@ def shapes(monkeypatch):
     """Flags that ask for some of few shapes, and their scenes drawn by themselves, training ones first."""
     seeds = {split: seed for split, (seed, _) in sources.SHAPES_SPLITS.items()}
     monkeypatch.setattr(sources, "SHAPES_SPLITS", {split: (seeds[split], ROWS[split][0]) for split in seeds})
-    flags = LabelledDataFlags(dataset_name="shapes", max_train_samples=5, max_eval_samples=3)
+    flags = LabelledSource(dataset_name="shapes", max_train_samples=5, max_eval_samples=3)
     return flags, [[draw_shape_scene(seeds[split], row) for row in ROWS[split][1]] for split in ("train", "test")]
 
 
@@ -71,7 +72,7 @@ def save(folder, columns, features, size=(40, 20), images=None):
     dataset = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(), **features}))
     for split in ("train", "test"):
         dataset.to_parquet(folder / f"{split}.parquet")
-    return LabelledDataFlags(dataset_name=str(folder))
+    return LabelledSource(dataset_name=str(folder))
 
 
 INT, FLOAT, TEXT = datasets.Value("int16"), datasets.Value("float32"), datasets.Value("string")
@@ -98,7 +99,7 @@ def test_boxes_of_arrays_are_shares_of_their_height_and_width(tmp_path):
     columns = {"image": np.zeros((2, 5, 20, 40), np.float32), "box": [[[10, 5, 20, 10]]] * 2}
     for split in ("train", "test"):
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    found = load_target_splits(LabelledDataFlags(dataset_name=str(tmp_path)), 5, ["box"], "boxes")
+    found = load_target_splits(LabelledSource(dataset_name=str(tmp_path)), 5, ["box"], "boxes")
     assert found.test_targets.tolist() == [[0.25, 0.25, 0.5, 0.5]] * 2
 
 
@@ -173,11 +174,11 @@ def test_a_row_without_a_target_that_can_be_is_named_as_it_is_counted_in_the_who
     kind, feature, good, bad, message, tmp_path
 ):
     flags = save(tmp_path, {"target": [good] * 4 + [bad] + [good] * 4}, {"target": feature})
-    flags.max_train_samples = 5
+    five = dataclasses.replace(flags, max_train_samples=5)
     with pytest.raises(ValueError, match=message):
-        load_target_splits(flags, 3, ["target"], kind)
-    flags.max_train_samples = flags.max_eval_samples = 2  # without that row
-    assert len(load_target_splits(flags, 3, ["target"], kind).train_targets) == 2
+        load_target_splits(five, 3, ["target"], kind)
+    two = dataclasses.replace(flags, max_train_samples=2, max_eval_samples=2)  # without that row
+    assert len(load_target_splits(two, 3, ["target"], kind).train_targets) == 2
 
 
 def test_masks_that_hold_colours_or_cannot_be_read_are_refused(tmp_path):
@@ -196,10 +197,9 @@ def test_both_splits_must_hold_the_column_and_may_be_one(tmp_path):
     datasets.Dataset.from_parquet(str(tmp_path / "train.parquet")).rename_column("size", "other").to_parquet(
         tmp_path / "test.parquet"
     )
-    flags.eval_split_name, flags.max_eval_samples = "train", 2
-    found = load_target_splits(flags, 3, ["size"], "number")
+    two = dataclasses.replace(flags, eval_split_name="train", max_eval_samples=2)
+    found = load_target_splits(two, 3, ["size"], "number")
     assert (found.train_targets.tolist(), found.test_targets.tolist()) == ([[1], [2], [3]], [[1], [3]])
-    flags.eval_split_name = "test"
     with pytest.raises(ValueError, match="'size' of the split 'test' is no column; .* there are: 'other'"):
         load_target_splits(flags, 3, ["size"], "number")
 

@@ -236,9 +236,9 @@ def _load_data(arguments: EvaluationArguments, settings: ImageSettings) -> _Data
     methods, num_channels = set(arguments.method), len(settings.mean)
 
     def targets(method: str, columns: Sequence[str], kind: Any) -> TargetSplits | None:
-        return load_target_splits(arguments, num_channels, columns, kind) if method in methods else None
+        return load_target_splits(arguments.labelled, num_channels, columns, kind) if method in methods else None
 
-    classes = load_labelled_splits(arguments, num_channels) if methods & set(OF_CLASSES) else None
+    classes = load_labelled_splits(arguments.labelled, num_channels) if methods & set(OF_CLASSES) else None
     numbers = targets("regression", arguments.numbers(), "number")
     maps = targets("segmentation", [arguments.mask_column_name], "mask")
     boxes = targets("localization", [arguments.boxes_column_name], "boxes")

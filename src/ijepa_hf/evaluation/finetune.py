@@ -205,7 +205,7 @@ def finetune(arguments: FinetuningArguments) -> str:
     source = {"model_commit": commit, **_license_of(arguments)}
     settings = read_image_settings(arguments.model, config, revision=arguments.model_revision)
     splits = load_labelled_splits(
-        arguments,
+        arguments.labelled,
         len(settings.mean),
         samples_per_class=arguments.samples_per_class,
         label_fraction=arguments.label_fraction,

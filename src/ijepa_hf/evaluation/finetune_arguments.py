@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ijepa_hf.argument_parsing import CommandParser, model_parser, parse_flags
-from ijepa_hf.arguments import flag
-from ijepa_hf.evaluation.labelled_data import LabelledDataFlags
+from ijepa_hf.arguments import LabelledDataFlags, flag
 
 
 @dataclass(kw_only=True)

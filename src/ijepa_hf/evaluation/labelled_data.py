@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ijepa_hf.arguments import flag
 from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import CROP_NUMBERS, normalize, random_resized_crop, resize
@@ -29,28 +28,34 @@ from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label
 _STRINGS = ("string", "large_string")
 
 
-@dataclass(kw_only=True)
-class LabelledDataFlags:
-    """The flags of a command that say which labelled images it takes; names as in `ijepa-hf pretrain`."""
+@dataclass(frozen=True, kw_only=True)
+class LabelledSource:
+    """Which labelled images are loaded; names as in `ijepa-hf pretrain`.
 
-    dataset_name: str | None = flag(
-        "result",
-        "Labelled images, as for ijepa-hf pretrain: digits or shapes (built in), a Hub id, a folder or a file.",
-    )
-    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
-    train_split_name: str = flag("result", "Split to train on.", "train")
-    eval_split_name: str = flag("result", "Held-out split: scored, never used for a choice.", "test")
-    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
-    label_column_name: str | None = flag(
-        "result", "Column of the labels: classes, whole numbers or words; `label` if any."
-    )
-    max_train_samples: int | None = flag("result", "Use at most N training images, spread evenly over the split.")
-    max_eval_samples: int | None = flag("result", "Score with at most N images, spread evenly over the split.")
+    Args:
+        dataset_name: As for `ImageSource`.
+        dataset_config_name: As for `ImageSource`.
+        train_split_name: Split to train on.
+        eval_split_name: Held-out split.
+        image_column_name: Column of the images; found by itself if there is only one.
+        label_column_name: Column of the labels; `label` if not given.
+        max_train_samples: Use at most this many training images, spread evenly over the split.
+        max_eval_samples: The same for held-out images.
+    """
+
+    dataset_name: str
+    dataset_config_name: str | None = None
+    train_split_name: str = "train"
+    eval_split_name: str = "test"
+    image_column_name: str | None = None
+    label_column_name: str | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
 
     @property
-    def source(self) -> ImageSource:
-        """Which images they are, for `sources`."""
-        return ImageSource(str(self.dataset_name), self.dataset_config_name, self.image_column_name)
+    def images(self) -> ImageSource:
+        """The data set, for `load_split`."""
+        return ImageSource(self.dataset_name, self.dataset_config_name, self.image_column_name)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class LabelledSplits(NamedTuple):
 
 
 def load_labelled_splits(
-    flags: LabelledDataFlags,
+    labelled: LabelledSource,
     num_channels: int,
     *,
     samples_per_class: int | None = None,
@@ -190,7 +195,7 @@ def load_labelled_splits(
     """Loads the images that a model is fitted to and is scored with; reads the first held-out image.
 
     Args:
-        flags: Which images and labels.
+        labelled: Which images and labels.
         num_channels: Channels of the model.
         samples_per_class: See `choose_labelled`.
         label_fraction: See `choose_labelled`.
@@ -206,27 +211,27 @@ def load_labelled_splits(
             images than asked, or images do not fit the model.
     """
     train, test = (
-        _take(flags.source, split, limit, reading)
+        _take(labelled.images, split, limit, reading)
         for split, limit in (
-            (flags.train_split_name, flags.max_train_samples),
-            (flags.eval_split_name, flags.max_eval_samples),
+            (labelled.train_split_name, labelled.max_train_samples),
+            (labelled.eval_split_name, labelled.max_eval_samples),
         )
     )
-    column = _label_column(train, flags.train_split_name, flags.label_column_name)
+    column = _label_column(train, labelled.train_split_name, labelled.label_column_name)
     if column not in test.features:
-        raise ValueError(f"the split {flags.eval_split_name!r} has no column {column!r}; it cannot be scored.")
-    names, train_labels = _encode_labels(train, column, flags.train_split_name)
+        raise ValueError(f"the split {labelled.eval_split_name!r} has no column {column!r}; it cannot be scored.")
+    names, train_labels = _encode_labels(train, column, labelled.train_split_name)
     names, test_labels = _encode_labels(
-        test, column, flags.eval_split_name, names, allow_new=reading.allow_new_classes
+        test, column, labelled.eval_split_name, names, allow_new=reading.allow_new_classes
     )
     if len(set(train_labels.tolist())) < 2:
         raise ValueError(
-            f"train_split_name={flags.train_split_name!r} has labels of one class only ({column!r} is always "
+            f"train_split_name={labelled.train_split_name!r} has labels of one class only ({column!r} is always "
             f"{names[train_labels[0]]!r}); a classifier needs at least two."
         )
     chosen = choose_labelled(train_labels, samples_per_class, label_fraction, seed, names=names)
     images = [
-        ImageRows(rows, find_image_column(rows, flags.image_column_name), num_channels, reading.retries)
+        ImageRows(rows, find_image_column(rows, labelled.image_column_name), num_channels, reading.retries)
         for rows in (train.select(chosen), test)
     ]
     images[1][0]  # an image that does not fit the model is found before the work

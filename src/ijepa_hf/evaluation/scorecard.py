@@ -22,8 +22,8 @@ from ijepa_hf.evaluation.backbones import raw_pixels
 from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import NEIGHBOURS, knn_accuracy
 from ijepa_hf.evaluation.labelled_data import (
-    LabelledDataFlags,
     LabelledReading,
+    LabelledSource,
     LabelledSplits,
     choose_labelled,
     load_labelled_splits,
@@ -44,7 +44,7 @@ LOW_SHOT_DRAWS = 5
 NUMBERS = ("count", "nearest_distance")  # of `shapes`: the questions of the paper's table 4
 PIXELS_AT_ONCE = 512  # images
 
-_RUN_FLAGS = (
+_RUN_ARGUMENTS = (
     "dataset_name", "dataset_config_name", "train_split_name", "eval_split_name", "image_column_name",
     "label_column_name",
 )  # fmt: skip
@@ -98,22 +98,22 @@ def load_scored_images(
     Raises:
         ValueError: If there is no such split, or it has no labels.
     """
-    flags = LabelledDataFlags(
+    labelled = LabelledSource(
         dataset_name=dataset_name,
         train_split_name=train_split_name,
         eval_split_name=eval_split_name,
         max_train_samples=max_train,
         max_eval_samples=max_test,
     )
-    splits = load_labelled_splits(flags, num_channels)
+    splits = load_labelled_splits(labelled, num_channels)
     train, test = (
         stack_images([resize(images[index], image_shape) for index in range(len(images))])
         for images in (splits.train, splits.test)
     )
-    columns = [name for name in NUMBERS if name in load_split(flags.source, eval_split_name).features]
+    columns = [name for name in NUMBERS if name in load_split(labelled.images, eval_split_name).features]
     numbers = {}
     if columns:
-        targets = load_target_splits(flags, num_channels, columns, "number")
+        targets = load_target_splits(labelled, num_channels, columns, "number")
         numbers = {
             name: (targets.train_targets[:, place], targets.test_targets[:, place])
             for place, name in enumerate(columns)
@@ -220,15 +220,15 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> LabelledSp
     """
     if data.eval_split_name is None:
         return None
-    flags = LabelledDataFlags(
-        **{name: getattr(data, name) for name in _RUN_FLAGS},
+    labelled = LabelledSource(
+        **{name: getattr(data, name) for name in _RUN_ARGUMENTS},
         max_train_samples=data.max_eval_samples,
         max_eval_samples=data.max_eval_samples,
     )
     retries = RetryPolicy(data.data_retry_seconds, data.data_timeout_seconds)
     reading = LabelledReading(streaming=data.streaming, retries=retries, allow_new_classes=True)
     try:
-        splits = load_labelled_splits(flags, config.num_channels, reading=reading)
+        splits = load_labelled_splits(labelled, config.num_channels, reading=reading)
         if len(splits.train) < 5:
             raise ValueError(f"the split {data.train_split_name!r} has {len(splits.train)} images, and 5 are needed.")
     except ValueError as error:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ijepa_hf.data import ImageRows
-from ijepa_hf.evaluation.labelled_data import LabelledDataFlags
+from ijepa_hf.evaluation.labelled_data import LabelledSource
 from ijepa_hf.sources import at_most, find_image_column, load_split
 
 _MAP_MODES = ("1", "L", "P", "I", "I;16")  # of pictures whose pixels are whole numbers
@@ -105,7 +105,7 @@ class TargetSplits(NamedTuple):
 
 
 def load_target_splits(
-    flags: LabelledDataFlags,
+    labelled: LabelledSource,
     num_channels: int,
     columns: Sequence[str],
     kind: Literal["number", "mask", "boxes"],
@@ -115,7 +115,7 @@ def load_target_splits(
     Boxes become shares of the image's sides, which stay true when the whole image is resized.
 
     Args:
-        flags: Which images; `label_column_name` does not count.
+        labelled: Which images; `label_column_name` does not count.
         num_channels: Channels of the model.
         columns: Of the targets: one or several of numbers, else one.
         kind: `number`: columns of numbers; the target is float64 `[n, len(columns)]`. `mask`: a column of pictures
@@ -125,7 +125,7 @@ def load_target_splits(
             in [0, 1].
 
     Returns:
-        The splits, cut down to what the flags ask for.
+        The splits, cut down to what is asked for.
 
     Raises:
         FileNotFoundError: If there is no such data set.
@@ -139,14 +139,14 @@ def load_target_splits(
         raise ValueError(f"columns={list(columns)} must be {number} of {_KINDS[kind]}.")
     parts = []
     for split, limit in (
-        (flags.train_split_name, flags.max_train_samples),
-        (flags.eval_split_name, flags.max_eval_samples),
+        (labelled.train_split_name, labelled.max_train_samples),
+        (labelled.eval_split_name, labelled.max_eval_samples),
     ):
-        rows = load_split(flags.source, split)
-        _check_target_columns(rows, split, columns, kind, find_image_column(rows, flags.image_column_name))
+        rows = load_split(labelled.images, split)
+        _check_target_columns(rows, split, columns, kind, find_image_column(rows, labelled.image_column_name))
         parts.append(SplitPart(at_most(rows, limit), split, len(rows), limit))
     images = [
-        ImageRows(part.rows, find_image_column(part.rows, flags.image_column_name), num_channels) for part in parts
+        ImageRows(part.rows, find_image_column(part.rows, labelled.image_column_name), num_channels) for part in parts
     ]
     images[1][0]  # an image that does not fit the model is found before the work
     targets: list[Any]
