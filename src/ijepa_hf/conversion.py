@@ -177,7 +177,7 @@ def _write_folder(
         _check_written(folder / path, tensors)
     report["bit_equal"] = {path: {"tensors": len(tensors)} for path, tensors in written.items()}
     write_text_atomically(folder / CONVERSION_FILE, _report_text(report))
-    write_text_atomically(folder / "README.md", _card(model.config, report, name))
+    write_text_atomically(folder / "README.md", render_converted_card(model.config, report, name, PUBLISHED_LICENSE))
 
 
 def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: OptimizerState) -> Path:
@@ -300,9 +300,10 @@ def _converted_message(config: IJepaConfig, source: Path, target: Path, report: 
     return "\n".join([*lines, "licence: weights of published checkpoints stay CC BY-NC 4.0"])
 
 
-def _card(config: IJepaConfig, report: Mapping[str, Any], name: str) -> str:
+def render_converted_card(config: IJepaConfig, report: Mapping[str, Any], name: str, license: str) -> str:
+    """The model card of a converted checkpoint, as Markdown with the Hub's metadata in front."""
     data = ModelCardData(
-        license=PUBLISHED_LICENSE,
+        license=license,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=TAGS,
