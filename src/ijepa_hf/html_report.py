@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
-from ijepa_hf.evaluation.knn import NEIGHBOURS
 from ijepa_hf.files import read_json, write_text_atomically
-from ijepa_hf.model_card import verdict
+from ijepa_hf.model_card import NEIGHBOURS, verdict
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_run
 from ijepa_hf.run_rows import read_rows
 from ijepa_hf.visualization import draw_curves_figure

@@ -6,15 +6,13 @@ from sklearn.preprocessing import normalize
 
 from ijepa_hf.evaluation.splits import check_classes, check_features, check_test_labels, share_correct
 
-NEIGHBOURS = 20  # of the papers' two usual numbers, 20 and 200, the one that fits small sets
-
 
 def predict_knn(
     train_x: np.ndarray,
     train_y: np.ndarray,
     test_x: np.ndarray,
     *,
-    k: int = NEIGHBOURS,
+    k: int = 20,
     temperature: float = 0.07,
 ) -> np.ndarray:
     """Predicts the label that wins the vote of each test image's k nearest training images.
@@ -69,7 +67,7 @@ def knn_accuracy(
     test_x: np.ndarray,
     test_y: np.ndarray,
     *,
-    k: int = NEIGHBOURS,
+    k: int = 20,
     temperature: float = 0.07,
 ) -> float:
     """Computes the share of test images that `predict_knn` gets right.
