@@ -26,7 +26,7 @@ help:  ## list what make can do
 	@echo "Examples"
 	@echo "  make pretrain ARGS=\"--seed 1 --output_dir runs/digits-seed1\""
 	@echo "  make setup TORCH=torch==2.13.0+cu130 TORCH_INDEX=ADDRESS"
-	@echo "  make test ARGS=\"tests/test_masking.py -k rectangles\""
+	@echo "  make test ARGS=\"tests/model/test_masking.py -k rectangles\""
 
 setup:  ## make .venv with the pinned packages and this one; does nothing when that is done already
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' TORCH_INDEX='$(TORCH_INDEX)' sh scripts/setup_environment.sh

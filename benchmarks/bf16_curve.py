@@ -25,11 +25,11 @@ import torch
 from published_step import PublishedStep, reference_name
 
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.loading import open_training_images
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.recipe_files import load_recipe
 from ijepa_hf.streaming import StreamLayout
 

@@ -57,7 +57,7 @@ def gradient_into_target() -> None:
     from torch.nn.functional import layer_norm
 
     from ijepa_hf import IJepaForPretraining
-    from ijepa_hf.modeling_ijepa import TARGET_NORM_EPS, gather_patches
+    from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS, gather_patches
 
     def encode_targets(self: Any, pixel_values: Any, target_indices: Any) -> Any:
         features = self.context_encoder(pixel_values).last_hidden_state
@@ -77,7 +77,7 @@ def target_never_moves() -> None:
 
 def predictor_without_position() -> None:
     """The predictor's position table is zero: it cannot know which patch it is asked for."""
-    from ijepa_hf.modeling_ijepa import IJepaPredictor
+    from ijepa_hf.model.modeling_ijepa import IJepaPredictor
 
     forward = IJepaPredictor.forward
 
@@ -90,7 +90,7 @@ def predictor_without_position() -> None:
 
 def predictor_without_context() -> None:
     """The predictor gets zeros instead of the context: all it can say is what is usual at a place."""
-    from ijepa_hf.modeling_ijepa import IJepaPredictor
+    from ijepa_hf.model.modeling_ijepa import IJepaPredictor
 
     forward = IJepaPredictor.forward
 
@@ -102,7 +102,7 @@ def predictor_without_context() -> None:
 
 def predictor_stuck() -> None:
     """The predictor's last layer is zero and never learns."""
-    from ijepa_hf.modeling_ijepa import IJepaPredictor
+    from ijepa_hf.model.modeling_ijepa import IJepaPredictor
 
     forward = IJepaPredictor.forward
 

@@ -35,9 +35,9 @@ from typing import Any
 import torch
 import transformers.models.ijepa.modeling_ijepa
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.conversion import convert, convert_to_official
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, sincos_position_table
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
 from ijepa_hf.official_checkpoint import PARTS, official_names, optimizer_groups, translate
 
 MODELS: dict[str, dict[str, Any]] = {

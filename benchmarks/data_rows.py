@@ -26,8 +26,8 @@ from side_by_side import Row, ratios, render_table, scaled, take_turns
 
 from ijepa_hf.data import CropReader, ImageRows, PretrainingImages, SampleKey, crop_numbers
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize, stack_images
-from ijepa_hf.masking import MaskSettings
 from ijepa_hf.memory_images import MemoryCrops, decode_all
+from ijepa_hf.model.masking import MaskSettings
 from ijepa_hf.preparation import prepare
 from ijepa_hf.sources import ImageSource, find_image_column, load_split
 

@@ -30,9 +30,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from ijepa_hf.argument_parsing import parse_arguments
-from ijepa_hf.mask_audit import TRIALS
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.mask_audit import TRIALS
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator

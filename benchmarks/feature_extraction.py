@@ -35,8 +35,8 @@ from ijepa_hf.data import ImageRows
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.feature_store import store_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.export import image_processor_fields
+from ijepa_hf.model.vision_models import ImageSettings
 from ijepa_hf.shapes import draw_shape_scene
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

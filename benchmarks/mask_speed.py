@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_hf.masking import MaskSettings, draw_masks
+from ijepa_hf.model.masking import MaskSettings, draw_masks
 
 PATCH_SIZE = 16
 

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.diagnostics import rankme
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator

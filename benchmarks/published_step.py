@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.published_code import check_checkout
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from ijepa_hf.argument_parsing import as_flags, parse_arguments
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import IJepaModel, new_model
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import IJepaModel, new_model
 from ijepa_hf.optimization import ReadyModel, set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator

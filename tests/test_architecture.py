@@ -264,7 +264,7 @@ def foreign_imports(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("source", "importer", "is_package", "expected"),
     [
-        ("import ijepa_hf.masking", "data", False, {"masking"}),
+        ("import ijepa_hf.model.masking", "data", False, {"masking"}),
         ("import ijepa_hf", "data", False, {""}),
         ("from ijepa_hf import masking, IJepaModel", "data", False, {"masking", ""}),
         ("from ijepa_hf import __version__", "data", False, set()),

@@ -6,7 +6,7 @@ from tiny import scrambled_model, tiny_batch
 
 from ijepa_hf import batch_fitting
 from ijepa_hf.batch_fitting import does_not_fit_message, is_out_of_memory, largest_micro_batch
-from ijepa_hf.mask_audit import TRIALS
+from ijepa_hf.model.mask_audit import TRIALS
 
 
 def limited(model, most, monkeypatch, error=None):

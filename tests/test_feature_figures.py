@@ -23,7 +23,8 @@ from ijepa_hf.feature_figures import (
     draw_spectrum_figure,
     draw_training_figures,
 )
-from ijepa_hf.feature_views import Expectation, PatchColors, PatchMatches, encode_patches
+from ijepa_hf.feature_views import Expectation, PatchColors, PatchMatches
+from ijepa_hf.model.features import encode_patches
 from ijepa_hf.panels import to_pictures
 
 GRID, PATCH = (3, 4), (8, 6)

@@ -14,17 +14,14 @@ from ijepa_hf.feature_views import (
     box_to_patches,
     cosine_map,
     differing_patches,
-    encode_patches,
     error_map,
-    evaluating,
     expect_patches,
     find_nearest_images,
     find_nearest_patches,
     patch_colors,
-    prediction_errors,
-    target_features,
 )
-from ijepa_hf.masking import draw_masks
+from ijepa_hf.model.features import encode_patches, evaluating, prediction_errors, target_features
+from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.randomness import keyed_generator
 
 

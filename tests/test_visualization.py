@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from ijepa_hf.mask_audit import MaskAudit, Spread, audit_masks
-from ijepa_hf.masking import MaskSettings
+from ijepa_hf.model.mask_audit import MaskAudit, Spread, audit_masks
+from ijepa_hf.model.masking import MaskSettings
 from ijepa_hf.visualization import draw_audit_figure, draw_curves_figure, draw_masks_figure
 
 GRAY = 204  # a hidden patch

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from views import ViewSettings, make_views
 
 from ijepa_hf import IJepaConfig, IJepaModel
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.modeling_ijepa import new_model
 
 
 class Family(nn.Module):

@@ -10,8 +10,8 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from views import ViewSettings, plain_images
 
 from ijepa_hf import IJepaConfig
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import new_model
 
 MAE_MASK_RATIO = 0.75
 

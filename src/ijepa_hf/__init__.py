@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForPreTraining
 from transformers import IJepaConfig as _StockIJepaConfig
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.masking import Masks, MaskSettings, draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, IJepaModel, IJepaPredictor
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.masking import Masks, MaskSettings, draw_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, IJepaModel, IJepaPredictor
 
 if TYPE_CHECKING:
     from ijepa_hf.data import IJepaDataCollator

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 
 def enable_gradient_checkpointing(model: IJepaForPretraining, *, selective: bool = False) -> None:

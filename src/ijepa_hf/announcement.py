@@ -3,12 +3,12 @@
 import logging
 from pathlib import Path
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import Batch
 from ijepa_hf.expected_band import band_notice
 from ijepa_hf.files import FIGURE_BYTES, saving
-from ijepa_hf.mask_audit import trial_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.mask_audit import trial_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.run_state import RunSetup
 from ijepa_hf.visualization import draw_masks_figure
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
 from ijepa_hf.evaluation.labelled_data import LabelledSource
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_hf.model.configuration_ijepa import MASK_FIELDS, IJepaConfig
 
 if TYPE_CHECKING:
     from ijepa_hf.sources import ImageSource

@@ -13,8 +13,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from ijepa_hf.arguments import PretrainingArguments
-from ijepa_hf.mask_audit import trial_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.mask_audit import trial_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.ranks import Ranks
 
 logger = logging.getLogger(__name__)

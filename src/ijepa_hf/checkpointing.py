@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ijepa_hf.files import file_bytes, flush_to_disk, remove_entry, save_tensors, saving
-from ijepa_hf.sharding import whole_tensor
+from ijepa_hf.model.sharding import whole_tensor
 
 MANIFEST_FILE = "checkpoint.json"
 MODEL_FILE = "model.safetensors"

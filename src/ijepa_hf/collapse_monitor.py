@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.diagnostics import (
     cross_image_gap,
     lidar,
@@ -22,9 +21,10 @@ from ijepa_hf.diagnostics import (
     prediction_skill,
     residual_ratio,
 )
-from ijepa_hf.feature_views import evaluating, target_features
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, gather_patches
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.features import evaluating, target_features
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, gather_patches
 from ijepa_hf.randomness import DRAW_VIEWS, keyed_generator
 
 MONITOR_IMAGES = 48  # with 8x8 patches 3,072 rows, and 48 images a position

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.image_transforms import (
     CROP_NUMBERS,
     IMAGENET_MEAN,
@@ -34,7 +33,8 @@ from ijepa_hf.image_transforms import (
     resize,
     stack_images,
 )
-from ijepa_hf.masking import Masks, draw_masks
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.masking import Masks, draw_masks
 from ijepa_hf.randomness import DRAW_CROP, DRAW_MASKS, DRAW_ORDER, DRAW_SUBSTITUTE, keyed_generator
 from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
 from ijepa_hf.workers import PlainLoader

@@ -31,9 +31,9 @@ from ijepa_hf.collapse_verdict import (
 from ijepa_hf.data import ImageRows
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
-from ijepa_hf.evaluation.image_settings import check_model_name, commit_of, read_image_settings
 from ijepa_hf.image_transforms import normalize, resize
-from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
+from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_run
 from ijepa_hf.run_rows import read_rows
 from ijepa_hf.sources import ImageSource, find_image_column, load_split

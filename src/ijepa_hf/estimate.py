@@ -22,8 +22,8 @@ from accelerate import Accelerator
 
 from ijepa_hf.argument_parsing import CommandParser, build_parser, parse_arguments, parse_flags
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.files import write_text_atomically
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.optimization import eager_is_faster
 from ijepa_hf.plan import make_plan
 from ijepa_hf.recipe_files import load_recipe

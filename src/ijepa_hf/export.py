@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.files import (
     file_bytes,
     flush_to_disk,
@@ -31,7 +30,8 @@ from ijepa_hf.files import (
     write_atomically,
     write_json_atomically,
 )
-from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, to_file_name
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, to_file_name
 
 WEIGHTS_FILE = "model.safetensors"
 BILINEAR = 2  # PIL's number, as image processors write it

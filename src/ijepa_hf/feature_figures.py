@@ -23,14 +23,12 @@ from ijepa_hf.feature_views import (
     PatchColors,
     PatchMatches,
     cosine_map,
-    encode_patches,
     error_map,
     expect_patches,
     patch_colors,
-    prediction_errors,
-    target_features,
 )
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.features import encode_patches, prediction_errors, target_features
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.panels import (
     BLOCK_COLORS,
     DPI,

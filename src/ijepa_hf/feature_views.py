@@ -8,9 +8,8 @@ number is drawn.
 Letters as in `modeling_ijepa`; n counts images, q queries.
 """
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,50 +19,14 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaModel, distance
+from ijepa_hf.model.features import _predict
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 ROBUST_PERCENTILES = (1.0, 99.0)
 _MOST_SIMILARITIES = 2**24  # in memory at a time: 64 MB
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while; then each module's own mode again.
-
-    Args:
-        model: The model; parts of it may be frozen in eval mode for good.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # -- features --------------------------------------------------------------------------------------------------------
-
-
-def encode_patches(encoder: IJepaModel, pixel_values: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Features of the last layer, patch by patch and in their places.
-
-    Args:
-        encoder: An I-JEPA encoder; for other vision backbones there is `evaluation.backbones`.
-        pixel_values: float `[n, C, height, width]`, normalised.
-        batch_size: Images a forward pass.
-
-    Returns:
-        float32 `[n, rows, columns, D]` on the CPU.
-    """
-    parameter = next(encoder.parameters())
-    with evaluating(encoder):
-        parts = [
-            encoder(images.to(parameter.device, parameter.dtype)).last_hidden_state.float().cpu()
-            for images in pixel_values.split(batch_size)
-        ]
-    return torch.cat(parts).unflatten(1, encoder.config.grid_size)
 
 
 class PatchColors(NamedTuple):
@@ -221,25 +184,6 @@ def box_to_patches(
     return positions.flatten(), snapped
 
 
-def prediction_errors(
-    model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor
-) -> Tensor:
-    """The model's loss at each target patch of each block: their mean is the loss of the batch.
-
-    Args:
-        model: The model.
-        pixel_values: float `[B, C, height, width]`, normalised.
-        context_indices: int64 `[B, K]` or `[B, S, K]`; errors are means over the S context sets.
-        target_indices: int64 `[B, M, P]`.
-
-    Returns:
-        float32 `[B, M, P]` on the CPU.
-    """
-    predictions, targets = _predict(model, pixel_values, context_indices, target_indices)
-    errors = distance(predictions, targets[:, None].expand_as(predictions), model.config.loss_type, reduction="none")
-    return errors.mean(dim=-1).mean(dim=1).cpu()
-
-
 def error_map(errors: Tensor, target_indices: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
     """Errors of an image's blocks in their places.
 
@@ -322,21 +266,6 @@ def find_nearest_patches(
     return PatchMatches(images.cpu(), positions.cpu(), best.cpu())
 
 
-def target_features(model: IJepaForPretraining, pixel_values: Tensor) -> Tensor:
-    """The target encoder's representations of every patch, as a loss of representations has them.
-
-    Args:
-        model: The model.
-        pixel_values: float `[b, C, height, width]`, normalised.
-
-    Returns:
-        `[b, N, D]` in the model's dtype, on its device.
-    """
-    parameter = next(model.parameters())
-    with evaluating(model):
-        return model.represent(pixel_values.to(parameter.device, parameter.dtype))
-
-
 @dataclass(frozen=True)
 class Expectation:
     """What a predictor expects at target patches, in terms of a gallery's patches.
@@ -400,22 +329,6 @@ def expect_patches(
         nearest_to_truth=PatchMatches(*(part[half:] for part in matches)).reshape(*shape),
         truth_similarity=nn.functional.cosine_similarity(predictions, targets, dim=-1).cpu(),
     )
-
-
-def _predict(
-    model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Predictions `[B, S, M, P, D]` and targets `[B, M, P, D]` in float32."""
-    parameter = next(model.parameters())
-    sets = context_indices if context_indices.ndim == 3 else context_indices[:, None]
-    with evaluating(model):
-        output = model(
-            pixel_values.to(parameter.device, parameter.dtype),
-            context_indices=sets.to(parameter.device),
-            target_indices=target_indices.to(parameter.device),
-            return_loss=False,
-        )
-    return output.predictions.float(), output.targets.float()
 
 
 def _check_finite(features: Tensor) -> None:

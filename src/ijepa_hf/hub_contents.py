@@ -18,8 +18,8 @@ from typing import Any
 from huggingface_hub.constants import REPOCARD_NAME
 
 from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.model_card import with_address
-from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.run_folder import (
     CONVERSION_FILE,
     EVAL_RESULTS_FOLDER,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import (
     Batch,
     CropReader,
@@ -26,6 +25,7 @@ from ijepa_hf.data import (
     build_loader,
 )
 from ijepa_hf.memory_images import keep_in_memory
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.retrying import RetryPolicy, end_reading_thread
 from ijepa_hf.run_rows import RowFile, read_rows
 from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream

@@ -20,8 +20,8 @@ from huggingface_hub import (
     metadata_load,
 )
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.escaping import code_span, markdown_text, on_one_line, python_string
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
 
 TAGS = ["ijepa", "jepa", "self-supervised-learning", "vision"]
 _ADDRESS_MARK = "  # `ijepa-hf push` writes the repository's name here"

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.masking import draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 PARITY_TOLERANCE = 1e-4  # of the largest value: float32 sums in another order; a wrong head or layer is off by tenths
 _PARITY_IMAGES = 2

@@ -33,7 +33,7 @@ from ijepa_hf.files import (
     write_json_atomically,
     write_text_atomically,
 )
-from ijepa_hf.modeling_ijepa import PRETRAINING_SUBFOLDER
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.recipe_files import as_recipe
 from ijepa_hf.run_lock import LOCK_FILE
 from ijepa_hf.run_rows import DAMAGED_SUFFIX, move_damaged_lines, sort_rows

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.evaluation.labelled_data import LabelledSplits
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.expected_band import BandWatch
@@ -29,7 +28,9 @@ from ijepa_hf.files import SaveError
 from ijepa_hf.hub import HubUploader
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
 from ijepa_hf.loading import TrainingImages, UnreadableLog
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.sharding import whole_model
 from ijepa_hf.optimization import NonFiniteLossError, ReadyModel
 from ijepa_hf.plan import Plan
 from ijepa_hf.ranks import Ranks
@@ -38,7 +39,6 @@ from ijepa_hf.run_diagnostics import RunDiagnostics
 from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
 from ijepa_hf.run_lock import OutputDirInUseError, RunLock
 from ijepa_hf.run_rows import RowFile
-from ijepa_hf.sharding import whole_model
 from ijepa_hf.workers import DataWorkerError
 
 LAST_SAVE_SECONDS = 3600.0  # for which a finished run with on_save_error=continue goes on trying to write its end

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.mask_audit import trial_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.mask_audit import trial_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
 

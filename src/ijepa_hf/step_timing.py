@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from ijepa_hf.arguments import PretrainingArguments
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.mask_audit import trial_masks
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.mask_audit import trial_masks
+from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.step_cost import draw_sizes, model_work

@@ -31,7 +31,8 @@ from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.image_transforms import normalize
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
 from ijepa_hf.loading import close_loader, open_training_images
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.sharding import make_fsdp_plugin
 from ijepa_hf.optimization import choose_kernels, set_up_model
 from ijepa_hf.plan import make_plan
 from ijepa_hf.ranks import Ranks
@@ -55,7 +56,6 @@ from ijepa_hf.run_lock import OutputDirInUseError, RunLock, lock_output_dir
 from ijepa_hf.run_rows import read_rows
 from ijepa_hf.run_start import Start, check_checkpoint, find_start, load_starting_encoder
 from ijepa_hf.run_state import RunSetup, RunState
-from ijepa_hf.sharding import make_fsdp_plugin
 from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.training_loop import run_steps, skipped_before
 

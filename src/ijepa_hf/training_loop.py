@@ -22,7 +22,8 @@ from ijepa_hf.image_transforms import normalize
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.loading import TooManyUnreadableError
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.modeling_ijepa import new_model
+from ijepa_hf.model.sharding import is_sharded
 from ijepa_hf.non_finite import first_non_finite
 from ijepa_hf.optimization import NonFiniteLossError, StepResult
 from ijepa_hf.plan import StepValues, values_at
@@ -31,7 +32,6 @@ from ijepa_hf.run_diagnostics import CollapseError, is_due, steps_between
 from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE
 from ijepa_hf.run_rows import read_rows
 from ijepa_hf.run_state import RunState
-from ijepa_hf.sharding import is_sharded
 from ijepa_hf.workers import DataWorkerError, PlainLoader
 
 _SIGNAL_SECONDS = 0.5  # within which a signal that has ended a loading process reaches this process too

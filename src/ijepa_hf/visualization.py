@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from ijepa_hf.expected_band import BandWatch
-from ijepa_hf.mask_audit import MaskAudit
+from ijepa_hf.model.mask_audit import MaskAudit
 from ijepa_hf.panels import (
     BLOCK_COLORS,
     DPI,
@@ -111,7 +111,7 @@ def draw_audit_figure(
     The heat maps of a column share one colour scale and every column its axes, so that rows can be compared.
 
     Args:
-        audits: one or several, from `ijepa_hf.mask_audit.audit_masks`.
+        audits: one or several, from `ijepa_hf.model.mask_audit.audit_masks`.
         path: PNG to write; its folder must exist.
         titles: of the rows; strategy and grid if not given.
 

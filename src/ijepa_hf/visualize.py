@@ -20,10 +20,8 @@ from transformers import AutoConfig
 
 from ijepa_hf.argument_parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
 from ijepa_hf.arguments import DataArguments, ModelArguments
-from ijepa_hf.configuration_ijepa import MASK_FIELDS, IJepaConfig
 from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, ImageRows
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone
-from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, read_image_settings
 from ijepa_hf.feature_figures import (
     cut_patches,
     draw_cosine_figure,
@@ -40,15 +38,16 @@ from ijepa_hf.feature_views import (
     expect_patches,
     find_nearest_images,
     patch_colors,
-    prediction_errors,
-    target_features,
 )
 from ijepa_hf.html_report import write_html_report
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, decode_image, normalize, resize, stack_images
 from ijepa_hf.loading import open_training_images
-from ijepa_hf.mask_audit import audit_masks, render_audit
-from ijepa_hf.masking import STRATEGIES, draw_masks
-from ijepa_hf.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.configuration_ijepa import MASK_FIELDS, IJepaConfig
+from ijepa_hf.model.features import prediction_errors, target_features
+from ijepa_hf.model.mask_audit import audit_masks, render_audit
+from ijepa_hf.model.masking import STRATEGIES, draw_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.model.vision_models import ImageSettings, check_model_name, read_image_settings
 from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
 from ijepa_hf.recipe_files import load_recipe, recipe_names

@@ -39,10 +39,9 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from ijepa_hf.checkpointing import MANIFEST_FILE, config_fields
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_hf.model_card import read_license
-from ijepa_hf.modeling_ijepa import (
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import (
     PRETRAINING_SUBFOLDER,
     IJepaForPretraining,
     IJepaModel,
@@ -50,6 +49,7 @@ from ijepa_hf.modeling_ijepa import (
     from_file_name,
     sincos_position_table,
 )
+from ijepa_hf.model_card import read_license
 from ijepa_hf.official_checkpoint import PUBLISHED_LICENSE, model_from_official, read_official_checkpoint
 
 PUBLISHED_SUFFIXES = (".pth.tar", ".pth")

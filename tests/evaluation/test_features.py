@@ -12,8 +12,8 @@ from transformers import IJepaConfig, IJepaModel, ResNetConfig, ResNetModel
 
 from ijepa_hf.evaluation import extract_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.image_transforms import normalize, resize
+from ijepa_hf.model.vision_models import ImageSettings
 
 
 @pytest.fixture

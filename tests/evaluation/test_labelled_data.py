@@ -9,7 +9,6 @@ from PIL import Image
 from sklearn.datasets import load_digits as load_scans
 
 from ijepa_hf.data import ImageRows
-from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.evaluation.labelled_data import (
     EpochOrder,
     LabelledImages,
@@ -18,6 +17,7 @@ from ijepa_hf.evaluation.labelled_data import (
     load_labelled_splits,
 )
 from ijepa_hf.image_transforms import decode_image, normalize, resize
+from ijepa_hf.model.vision_models import ImageSettings
 from ijepa_hf.sources import load_digits
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -128,7 +128,7 @@ def test_raw_pixel_and_encoder_scores_are_those_of_features_computed_by_hand():
 
 
 def test_an_untrained_model_scores_as_the_untrained_row_says():
-    from ijepa_hf.modeling_ijepa import new_model
+    from ijepa_hf.model.modeling_ijepa import new_model
 
     evaluation = load_evaluation_sets(DataArguments(**DIGITS, max_eval_samples=150), tiny_config())
     rows = score_encoder(new_model(tiny_config(), 4), evaluation, [0.5] * 3, [0.5] * 3, seed=4)

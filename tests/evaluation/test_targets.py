@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from ijepa_hf import sources
-from ijepa_hf.evaluation.image_settings import ImageSettings
 from ijepa_hf.evaluation.labelled_data import (
     LabelledSource,
 )
 from ijepa_hf.evaluation.targets import load_target_splits
+from ijepa_hf.model.vision_models import ImageSettings
 from ijepa_hf.shapes import draw_shape_scene
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

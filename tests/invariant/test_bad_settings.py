@@ -12,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining
-from ijepa_hf.masking import (
-    ASPECT_RATIO_LIMITS,
-    MAX_BLOCKS,
-    STRATEGIES,
-    Masks,
-    MaskSettings,
-    draw_masks,
-)
+from ijepa_hf.model.masking import ASPECT_RATIO_LIMITS, MAX_BLOCKS, STRATEGIES, Masks, MaskSettings, draw_masks
 
 BASE = {
     "image_size": 32,

@@ -294,7 +294,7 @@ def test_images_that_the_report_cannot_read_are_not_called_a_full_disk(tmp_path,
 
 def run_out_of_memory(most):
     """Lets the model run out of memory with more than `most` images, as torch says it."""
-    from ijepa_hf.modeling_ijepa import IJepaForPretraining
+    from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
     whole = IJepaForPretraining.forward
 

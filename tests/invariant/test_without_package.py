@@ -13,8 +13,9 @@ from PIL import Image
 from tiny import tiny_batch, tiny_run
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from ijepa_hf import IJepaForPretraining, modeling_ijepa
+from ijepa_hf import IJepaForPretraining
 from ijepa_hf.export import CODE_FILES
+from ijepa_hf.model import modeling_ijepa
 from ijepa_hf.sources import load_digits
 
 PROGRAM = """

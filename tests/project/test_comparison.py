@@ -405,7 +405,7 @@ def one_step_with_labels(name, labels):
 
 
 def test_all_families_begin_with_the_encoder_that_an_ijepa_run_begins_with():
-    from ijepa_hf.modeling_ijepa import new_model
+    from ijepa_hf.model.modeling_ijepa import new_model
 
     expected = weights(new_model(compare.encoder_config("digits"), 5).ijepa)
     for name in compare.FAMILIES:

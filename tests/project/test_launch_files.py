@@ -80,7 +80,7 @@ def test_launching_with_a_file_starts_our_script_with_its_flags_on_eight_gpus_of
 
 @pytest.mark.parametrize("config", [path for path in CONFIGS if "fsdp2" in path.stem], ids=lambda path: path.stem)
 def test_a_sharding_file_asks_for_what_our_own_plugin_does(config, monkeypatch):
-    from ijepa_hf.sharding import make_fsdp_plugin
+    from ijepa_hf.model.sharding import make_fsdp_plugin
 
     arguments = parsed(config, "--machine_rank", "1", "--main_process_port", "29123")
     environment = prepare_multi_gpu_env(arguments)

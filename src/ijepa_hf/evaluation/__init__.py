@@ -5,7 +5,7 @@ labels. Both take plain numpy arrays, so raw pixels and other people's features 
 labels are used once, to count: every choice (scaling, regularisation) is made on the training half.
 """
 
-from ijepa_hf.evaluation.features import extract_features
+from ijepa_hf.model.features import extract_features
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy
 

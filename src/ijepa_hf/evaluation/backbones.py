@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.modeling_ijepa import new_model
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import new_model
+from ijepa_hf.model.vision_models import damaged_weights, refuse_kernels
 
 POOLINGS = ("mean", "cls")
 LAYERS = (1, 4)
@@ -187,22 +188,6 @@ def load_backbone(
     return _described(model, source, shape, layers, device)
 
 
-def damaged_weights(source: str, error: SafetensorError) -> ValueError:
-    """What is to be said of weights that cannot be read.
-
-    Args:
-        source: Hub id or folder of the model.
-        error: What the reader says.
-
-    Returns:
-        The error to raise.
-    """
-    return ValueError(
-        f"model={source!r}: a .safetensors file of its weights is damaged or not whole ({error}); copy it again, or "
-        "delete it from the Hub's cache, so that it is downloaded again."
-    )
-
-
 def untrained_twin(
     source: str,
     shape: tuple[int, int],
@@ -277,27 +262,6 @@ def _shrunk(pixel_values: Tensor, sides: list[int]) -> Tensor:
 
 
 # -- what a model gives ----------------------------------------------------------------------------------------------
-
-
-def refuse_kernels(config: Any, source: str) -> None:
-    """Refuses a configuration that names a repository of the Hub as its attention.
-
-    Where the package `kernels` is installed, transformers would fetch its code and run it.
-
-    Args:
-        config: Of a model.
-        source: The model's name, for the message.
-
-    Raises:
-        ValueError: If it, or one of its parts, names one.
-    """
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    for named in (str(getattr(part, "_attn_implementation", None)) for part in parts):
-        if "/" in named:
-            raise ValueError(
-                f"model={source!r}: its config.json names {named!r} as its attention, which is code of the Hub; "
-                "remove attn_implementation from it."
-            )
 
 
 def _without_masking(config: Any) -> Any:

@@ -41,7 +41,6 @@ from ijepa_hf.evaluation.finetune import finetune
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_classifier import load_classifier, parameter_groups
 from ijepa_hf.evaluation.finetune_folder import ARGUMENTS_FILE, differing_arguments
-from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.knn import predict_knn
 from ijepa_hf.evaluation.labelled_data import (
@@ -65,6 +64,7 @@ from ijepa_hf.evaluation.results import (
     write_scores,
 )
 from ijepa_hf.evaluation.targets import SegmentationMaps, TargetSplits, load_target_splits
+from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 
 FEATURES_FOLDER = "features"
 FINETUNE_FOLDER = "finetune"

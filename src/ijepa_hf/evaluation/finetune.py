@@ -48,10 +48,10 @@ from ijepa_hf.evaluation.finetune_report import (
     render_finetuning,
     render_finetuning_card,
 )
-from ijepa_hf.evaluation.image_settings import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.evaluation.labelled_data import EpochOrder, LabelledImages, LabelledSplits, load_labelled_splits
 from ijepa_hf.export import image_processor_fields
 from ijepa_hf.files import write_json_atomically, write_text_atomically
+from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.model_card import read_license
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-from ijepa_hf.configuration_ijepa import IJepaConfig
-from ijepa_hf.evaluation.backbones import damaged_weights, refuse_kernels
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
-from ijepa_hf.evaluation.image_settings import ImageSettings
-from ijepa_hf.modeling_ijepa import IJepaModel
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.modeling_ijepa import IJepaModel
+from ijepa_hf.model.vision_models import ImageSettings, damaged_weights, refuse_kernels
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.configuration_ijepa import IJepaConfig
 from ijepa_hf.data import ImageRows, resized_pixels
 from ijepa_hf.diagnostics import rankme
 from ijepa_hf.evaluation.backbones import raw_pixels
-from ijepa_hf.evaluation.features import extract_features
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.labelled_data import (
     LabelledReading,
@@ -33,8 +31,10 @@ from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_rid
 from ijepa_hf.evaluation.splits import share_correct
 from ijepa_hf.evaluation.targets import load_target_splits
 from ijepa_hf.image_transforms import resize, stack_images
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.features import extract_features
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.model_card import NEIGHBOURS, STARTING_WEIGHTS
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.official_checkpoint import PUBLISHED_PATCH_INIT_STD
 from ijepa_hf.retrying import RetryPolicy
 from ijepa_hf.sources import load_split

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -120,3 +121,40 @@ def _image_shape(source: str, config: Any, fields: Mapping[str, Any]) -> tuple[i
         f"model={source!r}: neither config.json (image_size) nor preprocessor_config.json (crop_size, size) says how "
         'large its images are; write "size": {"height": ..., "width": ...} into the latter.'
     )
+
+
+def damaged_weights(source: str, error: SafetensorError) -> ValueError:
+    """What is to be said of weights that cannot be read.
+
+    Args:
+        source: Hub id or folder of the model.
+        error: What the reader says.
+
+    Returns:
+        The error to raise.
+    """
+    return ValueError(
+        f"model={source!r}: a .safetensors file of its weights is damaged or not whole ({error}); copy it again, or "
+        "delete it from the Hub's cache, so that it is downloaded again."
+    )
+
+
+def refuse_kernels(config: Any, source: str) -> None:
+    """Refuses a configuration that names a repository of the Hub as its attention.
+
+    Where the package `kernels` is installed, transformers would fetch its code and run it.
+
+    Args:
+        config: Of a model.
+        source: The model's name, for the message.
+
+    Raises:
+        ValueError: If it, or one of its parts, names one.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for named in (str(getattr(part, "_attn_implementation", None)) for part in parts):
+        if "/" in named:
+            raise ValueError(
+                f"model={source!r}: its config.json names {named!r} as its attention, which is code of the Hub; "
+                "remove attn_implementation from it."
+            )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaLayer
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaLayer
 
 # Settings of accelerate's launcher that would change what a run does, and what is there instead.
 _REFUSED = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from ijepa_hf import IJepaConfig, MaskSettings
-from ijepa_hf.configuration_ijepa import MASK_FIELDS
+from ijepa_hf.model.configuration_ijepa import MASK_FIELDS
 
 
 def test_defaults_are_the_published_ones():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, IJepaModel
 from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
-from ijepa_hf.modeling_ijepa import (
+from ijepa_hf.model.modeling_ijepa import (
     from_file_name,
     gather_patches,
     sincos_position_table,

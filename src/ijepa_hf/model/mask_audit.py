@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ijepa_hf.masking import Masks, MaskSettings, draw_masks
+from ijepa_hf.model.masking import Masks, MaskSettings, draw_masks
 from ijepa_hf.randomness import keyed_generator
 
 TRIALS = 16  # steps whose masks are drawn to tell what those of a run will be like

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPVisionConfig, Dinov2Config, ResNetConfig, ViTConfig
 
-from ijepa_hf.evaluation.image_settings import check_model_name, commit_of, read_image_settings
+from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 VIT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -14,9 +14,9 @@ from sharded_processes import RUN, SAVED_AT, STEPS, WAYS, fresh_model, one_pass,
 from tiny import NETWORKS, differences, scrambled_model, tiny_batch, tiny_model
 
 from ijepa_hf.checkpointing import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
-from ijepa_hf.modeling_ijepa import IJepaForPretraining, IJepaLayer
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaLayer
+from ijepa_hf.model.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
 from ijepa_hf.optimization import make_optimizer
-from ijepa_hf.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
 
 TOLERANCE = 1e-6
 

@@ -22,14 +22,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy import stats
 
-from ijepa_hf import block_sizes, masking
-from ijepa_hf.block_sizes import context_block_size, official_block_size, target_block_size
-from ijepa_hf.masking import (
-    MAX_TARGET_DRAWS,
-    STRATEGIES,
-    MaskSettings,
-    draw_masks,
-)
+from ijepa_hf.model import block_sizes, masking
+from ijepa_hf.model.block_sizes import context_block_size, official_block_size, target_block_size
+from ijepa_hf.model.masking import MAX_TARGET_DRAWS, STRATEGIES, MaskSettings, draw_masks
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 FALSE_ALARM = 1e-5

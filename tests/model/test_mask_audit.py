@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
-from ijepa_hf import mask_audit
-from ijepa_hf.mask_audit import MaskAudit, Spread, audit_masks, audit_notes, render_audit
-from ijepa_hf.masking import Masks, MaskSettings
+from ijepa_hf.model import mask_audit
+from ijepa_hf.model.mask_audit import MaskAudit, Spread, audit_masks, audit_notes, render_audit
+from ijepa_hf.model.masking import Masks, MaskSettings
 
 FALSE_ALARM = 1e-5
 

@@ -1,0 +1,1 @@
+"""The networks, their configuration and their masks: what is computed, without data, files or training."""
