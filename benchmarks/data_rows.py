@@ -24,12 +24,13 @@ from mask_speed import our_sampler, published_options, published_sampler
 from PIL import Image
 from side_by_side import Row, ratios, render_table, scaled, take_turns
 
-from ijepa_hf.data import CropReader, ImageRows, PretrainingImages, SampleKey, crop_numbers
-from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize, stack_images
-from ijepa_hf.memory_images import MemoryCrops, decode_all
+from ijepa_hf.data.memory_images import MemoryCrops, decode_all
+from ijepa_hf.data.order import SampleKey
+from ijepa_hf.data.prepare.prepare import prepare
+from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages, crop_numbers
+from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
+from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize, stack_images
 from ijepa_hf.model.masking import MaskSettings
-from ijepa_hf.preparation import prepare
-from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 MIN_CROP_SCALE = 0.3
 IMAGES = 64  # of a batch of photographs

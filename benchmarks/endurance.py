@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from forked_runs import children_of, steps_logged  # noqa: E402
 from tiny import tiny_flags  # noqa: E402
 
-from ijepa_hf.preparation import prepare  # noqa: E402
+from ijepa_hf.data.prepare.prepare import prepare  # noqa: E402
 
 
 def held_by(pid: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ from forked_runs import alive, children_of, exit_code, newest_checkpoint, start_
 from tiny import final_weights, tiny_flags  # noqa: E402
 
 from ijepa_hf.checkpointing import find_latest  # noqa: E402
-from ijepa_hf.preparation import prepare as prepare_shards  # noqa: E402
+from ijepa_hf.data.prepare.prepare import prepare as prepare_shards  # noqa: E402
 
 STEPS = 240
 EVERY = 8  # steps between saves
@@ -283,7 +283,7 @@ def kill_a_worker(campaign: Campaign) -> None:
 
 
 def _source_fails(read: int, times: int) -> None:
-    from ijepa_hf import streaming
+    from ijepa_hf.data import streaming
 
     whole, count = streaming._read_shard, iter(range(1, 10**6))
 

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 
-from ijepa_hf.image_transforms import normalize
-from ijepa_hf.shapes import SHAPE_KINDS, draw_shape_scene
+from ijepa_hf.data.sources.shapes import SHAPE_KINDS, draw_shape_scene
+from ijepa_hf.data.transforms import normalize
 
 parser = argparse.ArgumentParser(description="Segment drawn shapes with frozen patch features.")
 parser.add_argument("model")

@@ -4,7 +4,7 @@ import errno
 import os
 import time
 
-from ijepa_hf import retrying, streaming
+from ijepa_hf.data import retrying, streaming
 
 
 class FlakyFile:

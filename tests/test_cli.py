@@ -27,12 +27,12 @@ def test_importing_the_package_registers_the_model_and_only_the_collator_waits(c
     code = (
         "import sys, ijepa_hf\n"
         "from transformers import AutoModelForPreTraining, IJepaConfig\n"
-        "assert 'ijepa_hf.data' not in sys.modules\n"
+        "assert 'ijepa_hf.data.reading' not in sys.modules\n"
         "known = AutoModelForPreTraining._model_mapping\n"
         "assert known[IJepaConfig] is known[ijepa_hf.IJepaConfig] is ijepa_hf.IJepaForPretraining\n"
         "assert set(ijepa_hf.__all__) <= set(dir(ijepa_hf))\n"
         "from ijepa_hf import *\n"
-        "assert IJepaDataCollator is sys.modules['ijepa_hf.data'].IJepaDataCollator\n"
+        "assert IJepaDataCollator is sys.modules['ijepa_hf.data.reading'].IJepaDataCollator\n"
         "try:\n    ijepa_hf.IJepaDataColator\nexcept AttributeError as error:\n    print(error)\n"
     )
     command = [sys.executable, "-c", code]

@@ -17,10 +17,12 @@ from PIL import Image
 from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 from transformers import AutoModel
 
-from ijepa_hf import cli, image_transforms
+from ijepa_hf import cli
 from ijepa_hf.checkpointing import find_latest
-from ijepa_hf.data import ImageColumn, ImageRows
-from ijepa_hf.image_transforms import CROP_NUMBERS, decode_image, random_resized_crop
+from ijepa_hf.data import decoding
+from ijepa_hf.data.decoding import decode_image
+from ijepa_hf.data.reading import ImageColumn, ImageRows
+from ijepa_hf.data.transforms import CROP_NUMBERS, random_resized_crop
 from ijepa_hf.interruption import StoppedBySignal
 
 FEW = {"max_train_steps": 3, "warmup_epochs": 0, "max_train_samples": None}
@@ -70,7 +72,7 @@ def test_arrays_of_16_bits_train_from_a_folder_and_from_streamed_parquet_alike(t
 
 
 def run_rows(folder):
-    from ijepa_hf.sources import ImageSource, load_split
+    from ijepa_hf.data.sources.opening import ImageSource, load_split
 
     return load_split(ImageSource(str(folder)), "train")
 
@@ -167,7 +169,7 @@ def test_broken_images_change_nothing_for_a_resumed_run(zoo_run, zoo, tmp_path, 
 MEASURES_BROKEN = """
 import json, resource, sys, warnings
 import datasets
-from ijepa_hf.data import ImageColumn
+from ijepa_hf.data.reading import ImageColumn
 
 warnings.simplefilter("error")
 features = datasets.Features({"image": datasets.Image()})
@@ -244,7 +246,7 @@ def test_transparency_of_a_large_picture_is_composited_in_parts_with_the_same_bi
     assert picture.has_transparency_data
     at_once = [decode_image(picture, channels).tobytes() for channels in (1, 3)]
     for pixels in (56, 56 * 7, 56 * 39, 1):
-        monkeypatch.setattr(image_transforms, "_PIXELS_COMPOSITED_AT_ONCE", pixels)
+        monkeypatch.setattr(decoding, "_PIXELS_COMPOSITED_AT_ONCE", pixels)
         assert [decode_image(picture, channels).tobytes() for channels in (1, 3)] == at_once
 
 

@@ -7,11 +7,12 @@ import pytest
 from tiny import tiny_config
 
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, UnreadableImage
+from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
+from ijepa_hf.data.order import StreamLayout
+from ijepa_hf.data.reading import CropReader, UnreadableImage
+from ijepa_hf.data.retrying import RetryPolicy
+from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.loading import TooManyUnreadableError, UnreadableLog, close_loader, open_training_images
-from ijepa_hf.retrying import RetryPolicy
-from ijepa_hf.sources import load_digits
-from ijepa_hf.streaming import StreamLayout
 
 
 @pytest.fixture(scope="module")

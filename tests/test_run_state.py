@@ -12,14 +12,14 @@ from tiny import scrambled_model
 from ijepa_hf import run_state
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.checkpointing import find_latest
+from ijepa_hf.data.loader import DataWorkerError
+from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal, StopSignals
 from ijepa_hf.optimization import NonFiniteLossError, ReadyModel, make_optimizer
 from ijepa_hf.ranks import Ranks
-from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_lock import OutputDirInUseError
 from ijepa_hf.run_state import RunSetup, RunState
-from ijepa_hf.workers import DataWorkerError
 
 
 class TwoRanks(Ranks):

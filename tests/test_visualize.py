@@ -11,9 +11,9 @@ from tiny import scrambled_model
 from transformers import Dinov2Config, Dinov2Model
 
 from ijepa_hf import cli, visualize
+from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.export import export_model
 from ijepa_hf.randomness import DRAW_GALLERY, keyed_generator
-from ijepa_hf.sources import load_digits
 
 pytestmark = pytest.mark.figures
 MEAN, STD = [0.3, 0.3, 0.3], [0.4, 0.4, 0.4]

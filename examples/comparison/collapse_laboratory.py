@@ -43,10 +43,10 @@ from views import ViewSettings, plain_images
 from ijepa_hf import IJepaConfig
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
 from ijepa_hf.collapse_verdict import COMPLETE, DIMENSIONAL, LEAST_RANK, judge_collapse
+from ijepa_hf.data.transforms import normalize
 from ijepa_hf.diagnostics import measure_matrix, spectrum
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features
-from ijepa_hf.image_transforms import normalize
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS, gather_patches
 from ijepa_hf.panels import BLOCK_COLORS, DPI, FAINT_COLOR, TEXT_COLOR, plain_frame

@@ -31,8 +31,8 @@ from training import TrainingSettings, peak_memory_bytes, step_times, train
 from views import ViewSettings
 
 from ijepa_hf import IJepaConfig
+from ijepa_hf.data.transforms import normalize
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features, score_features
-from ijepa_hf.image_transforms import normalize
 from ijepa_hf.recipe_files import load_recipe
 
 FAMILIES: dict[str, type[Family]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from ijepa_hf.image_transforms import normalize
+from ijepa_hf.data.transforms import normalize
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 # red, green, blue to luma and two axes of colour (YIQ): grey has no colour, and a turn of the colour plane turns hues

@@ -17,7 +17,7 @@ from ijepa_hf.model.masking import Masks, MaskSettings, draw_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, IJepaModel, IJepaPredictor
 
 if TYPE_CHECKING:
-    from ijepa_hf.data import IJepaDataCollator
+    from ijepa_hf.data.collator import IJepaDataCollator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "IJepaDataCollator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ijepa_hf.data import IJepaDataCollator
+    from ijepa_hf.data.collator import IJepaDataCollator
 
     globals()[name] = IJepaDataCollator
     return IJepaDataCollator

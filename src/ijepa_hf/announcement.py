@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from ijepa_hf.data import Batch
+from ijepa_hf.data.collator import Batch
 from ijepa_hf.expected_band import band_notice
 from ijepa_hf.files import FIGURE_BYTES, saving
 from ijepa_hf.model.configuration_ijepa import IJepaConfig

@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ijepa_hf.evaluation.labelled_data import LabelledSource
-from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_hf.data.labelled import LabelledSource
+from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import MASK_FIELDS, IJepaConfig
 
 if TYPE_CHECKING:
-    from ijepa_hf.sources import ImageSource
+    from ijepa_hf.data.sources.opening import ImageSource
 
 HUB_STRATEGIES = ("end", "checkpoint")
 
@@ -218,7 +218,9 @@ class DataArguments:
     @property
     def source(self) -> "ImageSource":
         """Which images they are, for `sources`."""
-        from ijepa_hf.sources import ImageSource  # `--help` needs no `datasets`, which takes a second to import
+        from ijepa_hf.data.sources.opening import (
+            ImageSource,  # `--help` needs no `datasets`, which takes a second to import
+        )
 
         assert self.dataset_name is not None  # check
         return ImageSource(self.dataset_name, self.dataset_config_name, self.image_column_name)

@@ -32,10 +32,10 @@ from ijepa_hf.checkpointing import (
     find_latest,
     save_checkpoint,
 )
+from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.escaping import code_span
 from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step
 from ijepa_hf.files import flush_to_disk, read_json, write_text_atomically
-from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name, to_file_name
 from ijepa_hf.model_card import TAGS, address_line

@@ -28,15 +28,15 @@ from ijepa_hf.collapse_verdict import (
     CollapseVerdict,
     judge_collapse,
 )
-from ijepa_hf.data import ImageRows
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
+from ijepa_hf.data.transforms import normalize, resize
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
-from ijepa_hf.image_transforms import normalize, resize
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_run
 from ijepa_hf.run_rows import read_rows
-from ijepa_hf.sources import ImageSource, find_image_column, load_split
 
 EXIT_CODES = {HEALTHY: 0, LOSS_RISING: 0, UNKNOWN: 6}
 FAILURE_EXIT_CODE = 5

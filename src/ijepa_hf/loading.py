@@ -14,32 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.data import (
-    Batch,
-    CropReader,
-    ImageColumn,
-    ImageRows,
-    PretrainingImages,
-    StepBatchSampler,
-    UnreadableImage,
-    build_loader,
-)
-from ijepa_hf.memory_images import keep_in_memory
-from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.retrying import RetryPolicy, end_reading_thread
-from ijepa_hf.run_rows import RowFile, read_rows
-from ijepa_hf.sources import ImageStream, find_image_column, load_split, open_stream
-from ijepa_hf.streaming import (
+from ijepa_hf.data.collator import Batch
+from ijepa_hf.data.loader import PlainLoader, build_loader
+from ijepa_hf.data.memory_images import keep_in_memory
+from ijepa_hf.data.order import StepBatchSampler, StreamLayout, StreamOrder
+from ijepa_hf.data.reading import CropReader, ImageColumn, ImageRows, PretrainingImages, UnreadableImage
+from ijepa_hf.data.retrying import RetryPolicy, end_reading_thread
+from ijepa_hf.data.sources.opening import ImageStream, find_image_column, load_split, open_stream
+from ijepa_hf.data.streaming import (
     StreamedBatches,
-    StreamLayout,
-    StreamOrder,
     build_stream_loader,
     check_readers,
     cut_lengths,
     shard_lengths,
     warn_of_one_shard,
 )
-from ijepa_hf.workers import PlainLoader
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.run_rows import RowFile, read_rows
 
 IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little
 _NAMED_AT_A_STOP = 20

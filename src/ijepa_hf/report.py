@@ -17,8 +17,8 @@ from torch import nn
 
 from ijepa_hf import __version__
 from ijepa_hf.collapse_verdict import judge_collapse
+from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.escaping import on_one_line
-from ijepa_hf.evaluation.labelled_data import LabelledSplits
 from ijepa_hf.evaluation.scorecard import score_encoder
 from ijepa_hf.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically

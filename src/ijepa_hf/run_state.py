@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
-from ijepa_hf.evaluation.labelled_data import LabelledSplits
+from ijepa_hf.data.labelled import LabelledSplits
+from ijepa_hf.data.loader import DataWorkerError
+from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.export import export_model, exported_step
@@ -34,12 +36,10 @@ from ijepa_hf.model.sharding import whole_model
 from ijepa_hf.optimization import NonFiniteLossError, ReadyModel
 from ijepa_hf.plan import Plan
 from ijepa_hf.ranks import Ranks
-from ijepa_hf.retrying import DataSourceError
 from ijepa_hf.run_diagnostics import RunDiagnostics
 from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
 from ijepa_hf.run_lock import OutputDirInUseError, RunLock
 from ijepa_hf.run_rows import RowFile
-from ijepa_hf.workers import DataWorkerError
 
 LAST_SAVE_SECONDS = 3600.0  # for which a finished run with on_save_error=continue goes on trying to write its end
 SAVE_AGAIN_SECONDS = 30.0

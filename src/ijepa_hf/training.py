@@ -24,11 +24,13 @@ from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArgumen
 from ijepa_hf.batch_fitting import fit_batch
 from ijepa_hf.checkpointing import Checkpoint, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
-from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator
+from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
+from ijepa_hf.data.order import StreamLayout
+from ijepa_hf.data.reading import CropReader
+from ijepa_hf.data.transforms import normalize
 from ijepa_hf.evaluation.scorecard import first_readable_pixels, load_evaluation_sets
 from ijepa_hf.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
-from ijepa_hf.image_transforms import normalize
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
 from ijepa_hf.loading import close_loader, open_training_images
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
@@ -56,7 +58,6 @@ from ijepa_hf.run_lock import OutputDirInUseError, RunLock, lock_output_dir
 from ijepa_hf.run_rows import read_rows
 from ijepa_hf.run_start import Start, check_checkpoint, find_start, load_starting_encoder
 from ijepa_hf.run_state import RunSetup, RunState
-from ijepa_hf.streaming import StreamLayout
 from ijepa_hf.training_loop import run_steps, skipped_before
 
 MASK_FIGURE_IMAGES = 6

@@ -20,7 +20,11 @@ from transformers import AutoConfig
 
 from ijepa_hf.argument_parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
 from ijepa_hf.arguments import DataArguments, ModelArguments
-from ijepa_hf.data import BatchMaker, CropReader, IJepaDataCollator, ImageRows
+from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
+from ijepa_hf.data.decoding import decode_image
+from ijepa_hf.data.reading import CropReader, ImageRows
+from ijepa_hf.data.sources.opening import ImageSource, find_image_column, find_label_column, load_split
+from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize, stack_images
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone
 from ijepa_hf.feature_figures import (
     cut_patches,
@@ -40,7 +44,6 @@ from ijepa_hf.feature_views import (
     patch_colors,
 )
 from ijepa_hf.html_report import write_html_report
-from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD, decode_image, normalize, resize, stack_images
 from ijepa_hf.loading import open_training_images
 from ijepa_hf.model.configuration_ijepa import MASK_FIELDS, IJepaConfig
 from ijepa_hf.model.features import prediction_errors, target_features
@@ -51,7 +54,6 @@ from ijepa_hf.model.vision_models import ImageSettings, check_model_name, read_i
 from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
 from ijepa_hf.recipe_files import load_recipe, recipe_names
-from ijepa_hf.sources import ImageSource, find_image_column, find_label_column, load_split
 from ijepa_hf.visualization import draw_audit_figure, draw_masks_figure
 from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
 

@@ -39,7 +39,7 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from ijepa_hf.checkpointing import MANIFEST_FILE, config_fields
-from ijepa_hf.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import (
     PRETRAINING_SUBFOLDER,

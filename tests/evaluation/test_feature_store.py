@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
-from ijepa_hf.data import ImageRows
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.evaluation import feature_store
 from ijepa_hf.evaluation.feature_store import differences, fingerprint_images, fingerprint_model, store_features
-from ijepa_hf.sources import load_digits
 
 IDENTITY = {"model": {"sha256": "a"}, "transform": {"size": [32, 32], "mean": [0.5]}}
 

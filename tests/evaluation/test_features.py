@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 from transformers import IJepaConfig, IJepaModel, ResNetConfig, ResNetModel
 
+from ijepa_hf.data.transforms import normalize, resize
 from ijepa_hf.evaluation import extract_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.image_transforms import normalize, resize
 from ijepa_hf.model.vision_models import ImageSettings
 
 

@@ -30,13 +30,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from ijepa_hf.data.labelled import load_labelled_splits
+from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.evaluation import finetune as module
 from ijepa_hf.evaluation.finetune import FinetuningTrainer, SmoothedCrossEntropy, finetune
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_classifier import load_classifier
-from ijepa_hf.evaluation.labelled_data import load_labelled_splits
 from ijepa_hf.export import export_model
-from ijepa_hf.sources import load_digits
 
 NAMES = [str(digit) for digit in range(10)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,15 +8,15 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ijepa_hf.data import ImageRows
+from ijepa_hf.data.labelled import LabelledSplits
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.evaluation.finetune_report import (
     draw_finetuning_curves,
     finetuning_result,
     render_finetuning,
     render_finetuning_card,
 )
-from ijepa_hf.evaluation.labelled_data import LabelledSplits
-from ijepa_hf.sources import load_digits
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from ijepa_hf.data import CropReader, ImageColumn, SampleKey
-from ijepa_hf.image_transforms import CROP_NUMBERS, decode_image, random_resized_crop
+from ijepa_hf.data.decoding import decode_image
+from ijepa_hf.data.order import SampleKey
+from ijepa_hf.data.reading import CropReader, ImageColumn
+from ijepa_hf.data.transforms import CROP_NUMBERS, random_resized_crop
 
 SIZE = (12, 16)
 MODES = (

@@ -12,7 +12,7 @@ from forked_runs import alive, children_of, ended, exit_code, slow_steps, start_
 from tiny import assert_same_run, tiny_flags, tiny_run
 
 from ijepa_hf.checkpointing import find_latest
-from ijepa_hf.sources import load_digits
+from ijepa_hf.data.sources.builtin import load_digits
 
 # torch says that two workers on one core are many
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

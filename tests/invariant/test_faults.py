@@ -16,10 +16,10 @@ from tiny import assert_same_run, final_weights, logged, signal_in_step, tiny_fl
 
 from ijepa_hf import checkpointing, report, run_rows, run_state, training_loop
 from ijepa_hf.checkpointing import find_latest
+from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.optimization import NonFiniteLossError
-from ijepa_hf.retrying import DataSourceError
 
 # -- NaN and infinity ------------------------------------------------------------------------------------------------
 

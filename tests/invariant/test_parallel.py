@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import differences, final_weights, logged, tiny_flags, tiny_run
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.data import StepBatchSampler
+from ijepa_hf.data.order import StepBatchSampler
 from ijepa_hf.model.modeling_ijepa import new_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "run_ijepa_pretraining.py"

@@ -10,7 +10,7 @@ import pytest
 from forked_runs import ended, exit_code, run_ranks, slow_steps, start_run, wait_until
 from tiny import assert_same_run, logged, tiny_flags, tiny_run
 
-from ijepa_hf.sources import load_digits
+from ijepa_hf.data.sources.builtin import load_digits
 
 STEPS = {"max_train_steps": 24, "checkpointing_steps": 3, "max_train_samples": None, "shuffle_buffer_size": 7}
 

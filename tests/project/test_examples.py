@@ -10,9 +10,9 @@ import transformers
 from packaging.version import Version
 from tiny import scrambled_model
 
+from ijepa_hf.data.sources.builtin import load_digits
+from ijepa_hf.data.sources.shapes import draw_shape_scene
 from ijepa_hf.export import export_model
-from ijepa_hf.shapes import draw_shape_scene
-from ijepa_hf.sources import load_digits
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WITHOUT_PACKAGE = (

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 from tiny import tiny_config, tiny_run
 
-from ijepa_hf import estimate, streaming
+from ijepa_hf import estimate
+from ijepa_hf.data import streaming
 from ijepa_hf.step_cost import Parameters, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.step_timing import HARDWARE
 

@@ -30,7 +30,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ijepa_hf import __version__
-from ijepa_hf.data import ImageRows
+from ijepa_hf.data.labelled import LabelledSplits, choose_labelled, load_labelled_splits
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.targets import SegmentationMaps, TargetSplits, load_target_splits
 from ijepa_hf.evaluation.attentive_probe import predict_attentive
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone, raw_patches, raw_pixels, untrained_twin
 from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_boxes, predict_segmentation
@@ -43,11 +45,6 @@ from ijepa_hf.evaluation.finetune_classifier import load_classifier, parameter_g
 from ijepa_hf.evaluation.finetune_folder import ARGUMENTS_FILE, differing_arguments
 from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.knn import predict_knn
-from ijepa_hf.evaluation.labelled_data import (
-    LabelledSplits,
-    choose_labelled,
-    load_labelled_splits,
-)
 from ijepa_hf.evaluation.linear_probe import predict_linear, predict_linear_sgd
 from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
 from ijepa_hf.evaluation.results import (
@@ -63,7 +60,6 @@ from ijepa_hf.evaluation.results import (
     update_card,
     write_scores,
 )
-from ijepa_hf.evaluation.targets import SegmentationMaps, TargetSplits, load_target_splits
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 
 FEATURES_FOLDER = "features"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from ijepa_hf.data import ImageRows
+from ijepa_hf.data.reading import ImageRows
 from ijepa_hf.files import write_atomically, write_json_atomically
 
 MANIFEST_FILE = "manifest.json"

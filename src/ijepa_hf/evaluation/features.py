@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ijepa_hf.image_transforms import normalize, resize, stack_images
+from ijepa_hf.data.transforms import normalize, resize, stack_images
 from ijepa_hf.model.vision_models import ImageSettings
 
 _BATCHES_AHEAD = 2

@@ -33,6 +33,7 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 
+from ijepa_hf.data.labelled import EpochOrder, LabelledImages, LabelledSplits, load_labelled_splits
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_classifier import check_shape, load_classifier, parameter_groups
 from ijepa_hf.evaluation.finetune_folder import (
@@ -48,7 +49,6 @@ from ijepa_hf.evaluation.finetune_report import (
     render_finetuning,
     render_finetuning_card,
 )
-from ijepa_hf.evaluation.labelled_data import EpochOrder, LabelledImages, LabelledSplits, load_labelled_splits
 from ijepa_hf.export import image_processor_fields
 from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings

@@ -12,8 +12,8 @@ from huggingface_hub.constants import REPOCARD_NAME
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
+from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.escaping import code_span, markdown_text, python_string
-from ijepa_hf.evaluation.labelled_data import LabelledSplits
 from ijepa_hf.model_card import address_line, argument_lines
 from ijepa_hf.run_folder import FINETUNING_FILE
 

@@ -15,29 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.data import ImageRows, resized_pixels
-from ijepa_hf.diagnostics import rankme
-from ijepa_hf.evaluation.backbones import raw_pixels
-from ijepa_hf.evaluation.knn import knn_accuracy
-from ijepa_hf.evaluation.labelled_data import (
+from ijepa_hf.data.labelled import (
     LabelledReading,
     LabelledSource,
     LabelledSplits,
     choose_labelled,
     load_labelled_splits,
 )
+from ijepa_hf.data.reading import ImageRows, resized_pixels
+from ijepa_hf.data.retrying import RetryPolicy
+from ijepa_hf.data.sources.opening import load_split
+from ijepa_hf.data.targets import load_target_splits
+from ijepa_hf.data.transforms import resize, stack_images
+from ijepa_hf.diagnostics import rankme
+from ijepa_hf.evaluation.backbones import raw_pixels
+from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy, predict_linear
 from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
 from ijepa_hf.evaluation.splits import share_correct
-from ijepa_hf.evaluation.targets import load_target_splits
-from ijepa_hf.image_transforms import resize, stack_images
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.features import extract_features
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.model_card import NEIGHBOURS, STARTING_WEIGHTS
 from ijepa_hf.official_checkpoint import PUBLISHED_PATCH_INIT_STD
-from ijepa_hf.retrying import RetryPolicy
-from ijepa_hf.sources import load_split
 
 LOW_SHOT_SAMPLES = 10  # labelled images of each class
 LOW_SHOT_DRAWS = 5

@@ -307,7 +307,7 @@ def check_pixels(pixel_values: Tensor) -> None:
     if not pixel_values.is_floating_point():
         raise ValueError(
             f"pixel_values have dtype {pixel_values.dtype}; the model needs normalised floats. Use the image "
-            "processor, IJepaDataCollator(config), or ijepa_hf.image_transforms.normalize."
+            "processor, IJepaDataCollator(config), or ijepa_hf.data.transforms.normalize."
         )
 
 

@@ -5,14 +5,9 @@ wherever there is one; decoding is left to `data`. What a path holds, and which 
 in one place, by the files' names, for data sets read at random and for streams alike.
 """
 
-import functools
 import glob
-import io
-import os
-import re
 import tarfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,42 +16,24 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import datasets
 import huggingface_hub
 import numpy as np
-import PIL.Image
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from datasets.fingerprint import Hasher
 
-from ijepa_hf import shapes
+from ijepa_hf.data.sources.arrays import _map_array_file, _read_array_files, _unreadable
+from ijepa_hf.data.sources.builtin import _BUILT_IN
+from ijepa_hf.data.sources.local_files import (
+    _IMAGE_SUFFIXES,
+    _KIND_OF_SUFFIX,
+    _KINDS_IN_WORDS,
+    _find_files,
+    _is_shard,
+    _LocalFiles,
+)
 
-DIGITS_TEST_SHARE = 0.2
-SHAPES_SPLITS = {"train": (0, 5000), "test": (1, 1000)}  # seed and number of scenes
-
-_IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_KIND_OF_SUFFIX = {
-    **dict.fromkeys(_IMAGE_SUFFIXES, "images"),
-    ".parquet": "parquet",
-    ".tar": "tar",
-    ".csv": "table",
-    ".tsv": "table",
-    ".npy": "arrays",
-}
-_KINDS_IN_WORDS = {
-    "images": "pictures", "parquet": ".parquet files", "tar": ".tar files", "table": ".csv or .tsv files",
-    "arrays": ".npy files", "saved": "a data set saved by save_to_disk",
-}  # fmt: skip
 _STREAMED = ("images", "parquet", "tar")
-_METADATA = ("metadata.csv", "metadata.parquet")  # columns beside the pictures of a folder, read by imagefolder
-_SPLIT_OF_WORD = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
-_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _IMAGE_FEATURES = (datasets.Image, datasets.Array2D, datasets.Array3D)
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "cls")
-_ARRAY_TYPES = ("uint8", "uint16", "float16", "float32", "float64")
-_VALUES_PER_CHUNK = 2**31 - 1  # Arrow counts the values of a list in 32 bits
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -157,10 +134,6 @@ def open_stream(source: ImageSource, split: str) -> ImageStream:
     return ImageStream(rows, list(opened.files) if is_shard_a_file else [])
 
 
-def _is_shard(file: str) -> bool:
-    return _KIND_OF_SUFFIX.get(os.path.splitext(file)[1].lower()) in ("parquet", "tar")
-
-
 class _Opened(NamedTuple):
     """A split as it was opened; for a stream that `datasets` builds also the files that it is built from."""
 
@@ -209,111 +182,6 @@ def _pick(name: str, splits: Any, split: str) -> Any:
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
-
-
-class _LocalFiles(NamedTuple):
-    """What a path holds: files of one kind, by split; whether the folder that each lies in is its class."""
-
-    path: Path
-    kind: str
-    splits: dict[str, list[Path]]
-    folders: dict[str, list[Path]]  # those that are wholly of one split
-    has_classes: bool = False
-
-
-def _find_files(path: Path) -> _LocalFiles:
-    """Finds the files of a path: the only place that decides what kind they are and which split they belong to."""
-    if path.is_file():
-        kind = _KIND_OF_SUFFIX.get(path.suffix.lower())
-        if kind == "images":
-            raise ValueError(f"dataset_name={str(path)!r} is one picture; give the folder that it lies in.")
-        if kind is None:
-            raise ValueError(
-                f"dataset_name={str(path)!r} is a file of no kind that is read: give a .parquet, .tar, .csv, .tsv or "
-                ".npy file, or a folder (an archive has to be unpacked first)."
-            )
-        return _LocalFiles(path, kind, {"train": [path]}, {})
-    if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
-        return _LocalFiles(path, "saved", {}, {})
-    kind, files = _files_of_one_kind(path)
-    below = [file.relative_to(path).parts for file in files]
-    if {parts[0] for parts in below} == {"data"}:
-        return _find_files(path / "data")._replace(path=path)
-    named = _split_folders(path, below)
-    if named:
-        files_of: dict[str, list[Path]] = defaultdict(list)
-        folders_of: dict[str, list[Path]] = defaultdict(list)
-        for top in named:
-            folders_of[_SPLIT_OF_WORD[top.lower()]].append(path / top)
-        for file, parts in zip(files, below, strict=True):
-            files_of[_SPLIT_OF_WORD[parts[0].lower()]].append(file)
-        below = [parts[1:] for parts in below]
-    elif kind in ("images", "arrays"):
-        files_of, folders_of = {"train": files}, {"train": [path]}
-    else:
-        files_of, folders_of = _splits_by_file_name(path, files), {}
-    has_classes = len({parts[0] for parts in below}) > 1 and all(len(parts) == 2 for parts in below)
-    return _LocalFiles(path, kind, dict(files_of), dict(folders_of), has_classes)
-
-
-def _split_folders(folder: Path, below: Sequence[tuple[str, ...]]) -> list[str]:
-    """The folders at the top that stand for splits: all, or none; a single one among others may well be a class."""
-    tops = {parts[0] if len(parts) > 1 else "" for parts in below}
-    named = sorted(top for top in tops if top.lower() in _SPLIT_OF_WORD)
-    others = sorted(top for top in tops if top not in named)
-    if len(named) > 1 and others:
-        raise ValueError(
-            f"dataset_name={str(folder)!r}: {' and '.join(named)} look like splits, but there are files outside of "
-            f"them ({others[0] or 'beside them'}); move those away, or give the folder of one split."
-        )
-    return [] if others else named
-
-
-def _files_of_one_kind(folder: Path) -> tuple[str, list[Path]]:
-    found: dict[str, list[Path]] = defaultdict(list)
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith((".", "__")) and not _leads_back(Path(here, name))
-        )
-        for name in sorted(names):
-            kind = _KIND_OF_SUFFIX.get(os.path.splitext(name)[1].lower())
-            if kind is not None and not name.startswith((".", "__")) and name not in _METADATA:
-                found[kind].append(Path(here, name))
-    if len(found) > 1:
-        found.pop("table", None)
-    if len(found) > 1:
-        kinds = ", ".join(f"{len(files)} {_KINDS_IN_WORDS[kind]}" for kind, files in sorted(found.items()))
-        raise ValueError(
-            f"dataset_name={str(folder)!r} holds {kinds}; give a folder of one kind, or the path of one file."
-        )
-    if not found:
-        raise FileNotFoundError(
-            f"dataset_name={str(folder)!r}: the folder holds no image ({', '.join(_IMAGE_SUFFIXES)}) and no "
-            ".parquet, .tar, .csv, .tsv or .npy file."
-        )
-    return next(iter(found.items()))
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one that it lies in: following it would never end."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
-
-
-def _splits_by_file_name(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    splits: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        shard = _SHARD_NAME.fullmatch(file.stem)
-        words = re.split(r"[-._ ]+", shard[1] if shard else file.stem)
-        said = {_SPLIT_OF_WORD[word.lower()] for word in words if word.lower() in _SPLIT_OF_WORD}
-        if shard and not said:
-            said = {shard[1]}
-        splits[said.pop() if len(said) == 1 else ""].append(file)
-    if "" in splits and len(splits) > 1:
-        raise ValueError(
-            f"dataset_name={str(folder)!r}: some files say their split ({', '.join(sorted(set(splits) - {''}))}), "
-            f"{splits[''][0].name!r} does not; name all like train-00000-of-00002{files[0].suffix}, or give one file."
-        )
-    return {name or "train": part for name, part in splits.items()}
 
 
 def _lists_configurations(folder: Path) -> bool:
@@ -367,12 +235,6 @@ def _build(
         ) from error
     except (datasets.exceptions.DatasetsError, pa.ArrowException, tarfile.TarError, ValueError) as error:
         raise _unreadable(files.path, error) from error
-
-
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
-        error = error.__cause__
-    return ValueError(f"dataset_name={str(path)!r} cannot be read: {error or type(error).__name__}")
 
 
 # -- columns that a builder leaves raw -------------------------------------------------------------------------------
@@ -446,189 +308,7 @@ def _find_path_column(dataset: datasets.Dataset, name: str, column: str | None) 
 # -- arrays ----------------------------------------------------------------------------------------------------------
 
 
-def _map_array_file(path: Path) -> datasets.Dataset:
-    """A data set whose Arrow table is the very file, mapped into memory."""
-    array = _map_array(path)
-    if array.ndim not in (3, 4) or 0 in array.shape:
-        raise ValueError(
-            f"dataset_name={str(path)!r} holds an array of shape {array.shape}; write [n, height, width], [n, "
-            "channels, height, width] or [n, height, width, channels], or a folder with one .npy file for each image."
-        )
-    if not array.flags.c_contiguous:
-        raise ValueError(
-            f"dataset_name={str(path)!r} is in Fortran order, in which images do not lie one after another; write it "
-            "again with numpy.save(path, numpy.ascontiguousarray(array))."
-        )
-    features = datasets.Features({"image": _array_feature(array[0])})
-    kind = features.arrow_schema.field("image").type
-    step = max(1, _VALUES_PER_CHUNK // array[0].size)
-    chunks = [_as_arrow(array[start : start + step], kind) for start in range(0, len(array), step)]
-    status = path.stat()
-    return datasets.Dataset(
-        pa.table({"image": pa.chunked_array(chunks)}),
-        info=datasets.DatasetInfo(features=features),
-        # otherwise the file would be read as a whole to work it out
-        fingerprint=Hasher.hash((str(path.absolute()), status.st_size, status.st_mtime_ns)),
-    )
-
-
-def _map_array(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise _unreadable(path, error) from error
-    if array.dtype.name not in _ARRAY_TYPES or not array.dtype.isnative:
-        raise ValueError(
-            f"{str(path)!r} has dtype {array.dtype.str!r}, which is no image's: write it again as uint8 (0 to 255), "
-            "uint16 (0 to 65535) or float (0 to 1), in this machine's byte order."
-        )
-    return array
-
-
-def _array_feature(image: np.ndarray) -> Any:
-    return (datasets.Array2D if image.ndim == 2 else datasets.Array3D)(image.shape, image.dtype.name)
-
-
-def _as_arrow(array: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Nested lists around the values of a contiguous array, which are not copied."""
-    values = pa.array(np.asarray(array).reshape(-1))
-    for axis in range(array.ndim - 1, 0, -1):
-        length = array.shape[axis]
-        offsets = np.arange(int(np.prod(array.shape[:axis])) + 1, dtype=np.int64) * length
-        values = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-    return pa.ExtensionArray.from_storage(kind, values)
-
-
-def _read_array_files(files: _LocalFiles, split: str) -> datasets.Dataset:
-    """Copies .npy files of one image each into the cache of `datasets`, which knows them again by size and time."""
-    first = _map_array(files.splits[split][0])
-    if first.ndim not in (2, 3) or 0 in first.shape:
-        raise ValueError(
-            f"{str(files.splits[split][0])!r} holds an array of shape {first.shape}; in a folder of .npy files each "
-            "is one image, [height, width], [channels, height, width] or [height, width, channels]. Give the path of "
-            "the file itself if it holds many."
-        )
-    features = {"image": _array_feature(first)}
-    if files.has_classes:
-        names = sorted({file.parent.name for part in files.splits.values() for file in part})
-        features["label"] = datasets.ClassLabel(names=names)
-    rows = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files.splits[split]]
-    arguments = {"rows": tuple(rows), "has_classes": files.has_classes}
-    try:
-        return datasets.Dataset.from_generator(_array_rows, features=datasets.Features(features), gen_kwargs=arguments)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise _unreadable(files.path, error) from error
-
-
-def _array_rows(rows: tuple[tuple[str, int, int], ...], has_classes: bool) -> Iterator[dict[str, Any]]:
-    shape_and_type = None
-    for name, _, _ in rows:
-        image = _map_array(Path(name))
-        shape_and_type = shape_and_type or (image.shape, image.dtype)
-        if (image.shape, image.dtype) != shape_and_type:
-            raise ValueError(
-                f"{name!r} holds {image.dtype} of shape {image.shape}, but {rows[0][0]!r} holds {shape_and_type[1]} "
-                f"of shape {shape_and_type[0]}; in a folder of .npy files each is one image, and all are alike."
-            )
-        yield {"image": np.asarray(image), **({"label": Path(name).parent.name} if has_classes else {})}
-
-
 # -- built in --------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def load_digits(split: str) -> datasets.Dataset:
-    """scikit-learn's 1,797 scanned digits (UCI), 8x8 grayscale, enlarged to 32x32 (bilinear); works offline.
-
-    They are drawn once in a process: the result is shared, so do not change its format in place.
-
-    Args:
-        split: `train` (1,437 images) or `test` (360), a stratified split that never changes.
-
-    Returns:
-        Columns `image` (8-bit grayscale) and `label` (0 .. 9).
-
-    Raises:
-        ValueError: For another split.
-    """
-    from sklearn.datasets import load_digits as load_scans
-    from sklearn.model_selection import train_test_split
-
-    if split not in ("train", "test"):
-        raise ValueError(f"digits has no split {split!r}; it has 'train' and 'test'.")
-    scans = load_scans()
-    indices = np.arange(len(scans.target))
-    halves = train_test_split(indices, test_size=DIGITS_TEST_SHARE, random_state=0, stratify=scans.target)
-    chosen = np.sort(halves[0] if split == "train" else halves[1])
-    # scans hold 0 .. 16
-    pixels = np.rint(scans.images[chosen] * (255 / 16)).astype(np.uint8)
-    images = [PIL.Image.fromarray(scan).resize((32, 32), PIL.Image.Resampling.BILINEAR) for scan in pixels]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
-    return datasets.Dataset.from_dict({"image": images, "label": scans.target[chosen].tolist()}, features=features)
-
-
-def load_shapes(split: str) -> datasets.Dataset:
-    """Drawn scenes of a few coloured shapes (see `draw_shape_scene`), 96x96; works offline.
-
-    They are drawn once, about 2 ms each on one CPU core, and kept in the cache of `datasets`, 7 MB per 1,000.
-
-    Args:
-        split: `train` (5,000 scenes) or `test` (1,000, of another seed), which never change.
-
-    Returns:
-        Columns `image` (RGB), `label` (kind of the object of which most is visible), `count` (objects, 2 .. 6),
-        `nearest_distance` (pixels between the two nearest centres), `boxes` (left, top, right, bottom of the visible
-        part of each object, in pixels), `box_classes` (their kinds), and `segmentation` (picture of mode L: 0 for the
-        background, else 1 + kind).
-
-    Raises:
-        ValueError: For another split.
-    """
-    if split not in SHAPES_SPLITS:
-        raise ValueError(f"shapes has no split {split!r}; it has 'train' and 'test'.")
-    seed, count = SHAPES_SPLITS[split]
-    kinds = datasets.ClassLabel(names=list(shapes.SHAPE_KINDS))
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": kinds,
-            "count": datasets.Value("int32"),
-            "nearest_distance": datasets.Value("float32"),
-            "boxes": datasets.List(datasets.List(datasets.Value("int32"), length=4)),
-            "box_classes": datasets.List(kinds),
-            "segmentation": datasets.Image(),
-        }
-    )
-    # the cache is asked for what these very lines of code draw
-    key = (Path(shapes.__file__).read_text("utf-8"), PIL.__version__, np.__version__)
-    arguments = {"seed": seed, "count": count, "key": Hasher.hash(key)}
-    return datasets.Dataset.from_generator(_shapes_rows, features=features, gen_kwargs=arguments)
-
-
-def _shapes_rows(seed: int, count: int, key: str) -> Iterator[dict[str, Any]]:
-    del key
-    for index in range(count):
-        scene = shapes.draw_shape_scene(seed, index)
-        yield {
-            "image": {"bytes": _to_png(scene.image)},
-            "label": scene.label,
-            "count": scene.count,
-            "nearest_distance": scene.nearest_distance,
-            "boxes": scene.boxes.tolist(),
-            "box_classes": scene.box_classes.tolist(),
-            "segmentation": {"bytes": _to_png(PIL.Image.fromarray(scene.segmentation))},
-        }
-
-
-def _to_png(image: PIL.Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=1)
-    return stream.getvalue()
-
-
-_BUILT_IN: dict[str, Callable[[str], datasets.Dataset]] = {"digits": load_digits, "shapes": load_shapes}
 
 
 def at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:

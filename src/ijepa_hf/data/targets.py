@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
-from ijepa_hf.data import ImageRows
-from ijepa_hf.evaluation.labelled_data import LabelledSource
-from ijepa_hf.sources import at_most, find_image_column, load_split
+from ijepa_hf.data.labelled import LabelledSource
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources.opening import at_most, find_image_column, load_split
 
 _MAP_MODES = ("1", "L", "P", "I", "I;16")  # of pictures whose pixels are whole numbers
 _NUMBERS = ("int", "uint", "float")

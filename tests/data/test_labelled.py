@@ -8,17 +8,12 @@ from image_zoo import write_zoo
 from PIL import Image
 from sklearn.datasets import load_digits as load_scans
 
-from ijepa_hf.data import ImageRows
-from ijepa_hf.evaluation.labelled_data import (
-    EpochOrder,
-    LabelledImages,
-    LabelledSource,
-    choose_labelled,
-    load_labelled_splits,
-)
-from ijepa_hf.image_transforms import decode_image, normalize, resize
+from ijepa_hf.data.decoding import decode_image
+from ijepa_hf.data.labelled import EpochOrder, LabelledImages, LabelledSource, choose_labelled, load_labelled_splits
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources.builtin import load_digits
+from ijepa_hf.data.transforms import normalize, resize
 from ijepa_hf.model.vision_models import ImageSettings
-from ijepa_hf.sources import load_digits
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SETTINGS = ImageSettings((32, 32), MEAN, STD)

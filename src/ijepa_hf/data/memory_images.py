@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ijepa_hf.data import CropReader, ImageRows, SampleKey, crop_numbers, first_readable
-from ijepa_hf.image_transforms import crop_box, resize
+from ijepa_hf.data.order import SampleKey
+from ijepa_hf.data.reading import CropReader, ImageRows, crop_numbers, first_readable
+from ijepa_hf.data.transforms import crop_box, resize
 
 AUTOMATIC_BYTES = 2**30  # what `auto` keeps at most, in each process; 300,000 images of 32 x 32 in colour
 _DECODED_AT_ONCE = 256

@@ -16,7 +16,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
@@ -32,11 +31,11 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from ijepa_hf.data import CropReader, SampleKey, global_batch_size
-from ijepa_hf.randomness import DRAW_BLOCK, DRAW_ORDER, keyed_generator
-from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy, describe, is_shard_failure
-from ijepa_hf.sources import ImageStream
-from ijepa_hf.workers import PlainLoader
+from ijepa_hf.data.loader import PlainLoader
+from ijepa_hf.data.order import SampleKey, StreamOrder, _micro_batches_of
+from ijepa_hf.data.reading import CropReader
+from ijepa_hf.data.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy, describe, is_shard_failure
+from ijepa_hf.data.sources.opening import ImageStream
 
 ROWS_AT_ONCE = 64  # rows fetched from a shard together: bytes, not pixels
 _FOOTERS_AT_ONCE = 16  # over a network their time is waiting
@@ -173,200 +172,6 @@ def warn_of_one_shard(stream: ImageStream) -> None:
 
 
 # -- order -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StreamLayout:
-    """Who reads a stream, and since when.
-
-    Args:
-        start_step: The optimiser step, counted from 0, from which on it holds.
-        num_ranks: Processes.
-        num_workers: Loading processes of each rank; 0 counts as the one reader that the rank itself then is.
-        batch_size: Images per rank and micro-batch.
-        accumulation_steps: Micro-batches per optimiser step.
-    """
-
-    start_step: int
-    num_ranks: int
-    num_workers: int
-    batch_size: int
-    accumulation_steps: int
-
-    @property
-    def readers_per_rank(self) -> int:
-        """Readers of one rank."""
-        return max(1, self.num_workers)
-
-    @property
-    def global_batch_size(self) -> int:
-        """Images in an optimiser step."""
-        return self.num_ranks * self.batch_size * self.accumulation_steps
-
-    def same_readers(self, other: "StreamLayout") -> bool:
-        """Whether both deal the rows out alike, so that one can go on where the other stopped."""
-        mine, theirs = asdict(self), asdict(other)
-        return {**mine, "start_step": 0} == {**theirs, "start_step": 0}
-
-
-class Rows:
-    """Ascending rows of an epoch's line, kept as segments; a place among them is a *position*.
-
-    Args:
-        segments: int64 `[n, 2]`, rows from .. up to, not including; ascending and disjoint.
-    """
-
-    def __init__(self, segments: np.ndarray) -> None:
-        self.starts = segments[:, 0]
-        lengths = segments[:, 1] - self.starts
-        self.ends = np.cumsum(lengths)  # position behind each segment
-        self.begins = self.ends - lengths
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def at(self, first: int, last: int) -> np.ndarray:
-        """The rows at the positions first .. last (not including): int64 `[last - first]`."""
-        positions = np.arange(first, last)
-        segment = np.searchsorted(self.ends, positions, side="right")
-        return self.starts[segment] + positions - self.begins[segment]
-
-    def segments(self, first: int, last: int) -> np.ndarray:
-        """The same rows as segments."""
-        within = slice(np.searchsorted(self.ends, first, side="right"), np.searchsorted(self.begins, last))
-        begins, ends = np.maximum(self.begins[within], first), np.minimum(self.ends[within], last)
-        starts = self.starts[within] + begins - self.begins[within]
-        return np.stack([starts, starts + ends - begins], axis=1)
-
-
-class Stretch(NamedTuple):
-    """What a reader has to read in an epoch: the positions first .. last (not including) of some rows."""
-
-    rows: Rows
-    first: int
-    last: int
-
-    def block(self, number: int, size: int) -> np.ndarray:
-        """The rows of one block of the stretch, ascending: int64, `size` of them or fewer at the end."""
-        first = self.first + number * size
-        return self.rows.at(first, max(first, min(first + size, self.last)))
-
-
-class StreamOrder:
-    """Which rows each reader reads, and when: arithmetic only, nothing is opened.
-
-    Args:
-        lengths: Rows of each shard, in the stream's own order.
-        layouts: Those of the run so far, by `start_step`, the first from step 0; all of one global batch size.
-        seed: The run's seed.
-        shuffle_buffer_size: Rows that a reader permutes together; 1 leaves the order inside a shard as it is.
-
-    Raises:
-        ValueError: If the shards hold less than one global batch, or the layouts do not follow each other.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], layouts: Sequence[StreamLayout], seed: int, shuffle_buffer_size: int
-    ) -> None:
-        self.lengths, self.layouts = np.asarray(lengths, dtype=np.int64), list(layouts)
-        self.seed, self.shuffle_buffer_size = seed, shuffle_buffer_size
-        self.num_rows = int(self.lengths.sum())
-        starts = [layout.start_step for layout in layouts]
-        if starts != sorted(set(starts)) or starts[0] != 0:
-            raise ValueError(f"layouts start at the steps {starts}; they must start at 0 and increase.")
-        if len({layout.global_batch_size for layout in layouts}) > 1:
-            raise ValueError("layouts have different global batch sizes; a run has one.")
-        now = self.layouts[-1]
-        self.global_batch_size = global_batch_size(
-            self.num_rows, now.batch_size, now.accumulation_steps, now.num_ranks
-        )
-        self.steps_per_epoch = self.num_rows // self.global_batch_size
-        self._first_image = np.cumsum(self.lengths) - self.lengths  # of each shard, in the stream's own order
-
-    def epoch_shards(self, epoch: int) -> np.ndarray:
-        """The shards of an epoch in the order of its line: int64, a permutation."""
-        return keyed_generator(self.seed, DRAW_ORDER, epoch).permutation(len(self.lengths))
-
-    def locate(self, epoch_shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where rows of an epoch's line are.
-
-        Args:
-            epoch_shards: Of the epoch.
-            rows: Rows of its line, int64 `[n]`.
-
-        Returns:
-            The shard of each, the row inside it, and the image's number in the stream's own order, which is the same
-            in each epoch and what its crop is keyed on; int64 `[n]` each.
-        """
-        ends = np.cumsum(self.lengths[epoch_shards])
-        place = np.searchsorted(ends, rows, side="right")
-        shards = epoch_shards[place]
-        inside = rows - (ends - self.lengths[epoch_shards])[place]
-        return shards, inside, self._first_image[shards] + inside
-
-    def stretch(self, epoch: int, rank: int, reader: int) -> Stretch:
-        """What a reader of the last layout reads in an epoch, from that layout's first step in the epoch on.
-
-        Args:
-            epoch: Counted from 0; the last layout holds at its end.
-            rank: The process.
-            reader: The reader among those of the process.
-
-        Returns:
-            As many rows as its micro-batches of the rest of the epoch need.
-        """
-        rest = Rows(np.array([[0, self.num_rows]]))
-        start, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
-        for layout, following in zip(self.layouts[:-1], self.layouts[1:], strict=True):
-            first, last = max(layout.start_step, start), min(following.start_step, end)
-            if first < last:
-                rest = self._left_over(rest, layout, epoch, first, last, end)
-        now = self.layouts[-1]
-        bounds = _bounds(now, max(now.start_step, start), end)
-        number = rank * now.readers_per_rank + reader
-        return Stretch(rest, int(bounds[number]), int(bounds[number + 1]))
-
-    def _left_over(self, rest: Rows, layout: StreamLayout, epoch: int, first: int, last: int, end: int) -> Rows:
-        """What the steps first .. last under a layout leave of rows that were dealt out for the steps first .. end."""
-        bounds = _bounds(layout, first, end)
-        left = [rest.segments(int(bounds[-1]), len(rest))]
-        for number, (begin, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-            rank, reader = divmod(number, layout.readers_per_rank)
-            used = layout.batch_size * _micro_batches_of(reader, layout, first, last)
-            blocks, into_block = divmod(used, self.shuffle_buffer_size)
-            if into_block:
-                block = Stretch(rest, begin, stop).block(blocks, self.shuffle_buffer_size)
-                unused = np.sort(block[self.block_order(epoch, layout, rank, reader, blocks, len(block))[into_block:]])
-                left.append(np.stack([unused, unused + 1], axis=1))
-                blocks += 1
-            begin += blocks * self.shuffle_buffer_size
-            if begin < stop:
-                left.append(rest.segments(begin, stop))
-        segments = np.concatenate(left)
-        return Rows(segments[np.argsort(segments[:, 0])])
-
-    def block_order(
-        self, epoch: int, layout: StreamLayout, rank: int, reader: int, block: int, length: int
-    ) -> np.ndarray:
-        """In which order a reader gives the rows of one block: int64 `[length]`."""
-        key = (epoch, layout.start_step, rank, reader, block)
-        return keyed_generator(self.seed, DRAW_BLOCK, *key).permutation(length)
-
-
-def _micro_batches_of(reader: int, layout: StreamLayout, first_step: int, last_step: int) -> int:
-    """How many micro-batches of the steps first .. last (not including) fall to a reader: every so-many-th."""
-
-    def before(step: int) -> int:
-        return (step * layout.accumulation_steps - reader + layout.readers_per_rank - 1) // layout.readers_per_rank
-
-    return before(last_step) - before(first_step)
-
-
-def _bounds(layout: StreamLayout, first_step: int, last_step: int) -> np.ndarray:
-    """The positions between which each reader, rank by rank, has what it needs for the steps first .. last."""
-    readers = range(layout.readers_per_rank)
-    wanted = [layout.batch_size * _micro_batches_of(reader, layout, first_step, last_step) for reader in readers]
-    return np.concatenate([[0], np.cumsum(np.tile(wanted, layout.num_ranks))])
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

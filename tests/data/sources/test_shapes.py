@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
-from ijepa_hf.shapes import MAX_OBJECTS, MIN_OBJECTS, SHAPE_KINDS, draw_shape_scene
+from ijepa_hf.data.sources.shapes import MAX_OBJECTS, MIN_OBJECTS, SHAPE_KINDS, draw_shape_scene
 
 SCENES = 150
 

@@ -14,20 +14,14 @@ from tiny import tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
 from ijepa_hf import IJepaDataCollator, draw_masks
-from ijepa_hf.data import (
-    BatchMaker,
-    CropReader,
-    ImageRows,
-    PretrainingImages,
-    SampleKey,
-    StepBatchSampler,
-    build_loader,
-    crop_numbers,
-    resized_pixels,
-)
-from ijepa_hf.image_transforms import CROP_NUMBERS
+from ijepa_hf.data.collator import BatchMaker
+from ijepa_hf.data.loader import build_loader
+from ijepa_hf.data.order import SampleKey, StepBatchSampler
+from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages, crop_numbers, resized_pixels
+from ijepa_hf.data.sources.builtin import load_digits
+from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
+from ijepa_hf.data.transforms import CROP_NUMBERS
 from ijepa_hf.randomness import DRAW_CROP, keyed_generator
-from ijepa_hf.sources import ImageSource, find_image_column, load_digits, load_split
 
 
 @pytest.fixture(scope="module")

@@ -9,49 +9,34 @@ and the batch says so. Where not the image is broken but what it is read from ha
 until the source is back: another image would make it another run.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import datasets
 import numpy as np
-import torch
 from datasets.utils.file_utils import is_local_path, xopen
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Sampler
 
-from ijepa_hf.image_transforms import (
+from ijepa_hf.data.decoding import decode_image, read_image_file
+from ijepa_hf.data.order import SampleKey
+from ijepa_hf.data.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
+from ijepa_hf.data.transforms import (
     CROP_NUMBERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     check_crop,
-    decode_image,
     normalize,
     random_resized_crop,
-    read_image_file,
     resize,
     stack_images,
 )
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.masking import Masks, draw_masks
-from ijepa_hf.randomness import DRAW_CROP, DRAW_MASKS, DRAW_ORDER, DRAW_SUBSTITUTE, keyed_generator
-from ijepa_hf.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy
-from ijepa_hf.workers import PlainLoader
+from ijepa_hf.randomness import DRAW_CROP, DRAW_SUBSTITUTE, keyed_generator
 
 SUBSTITUTE_TRIES = 10
 
 _Row = TypeVar("_Row")
 _Read = TypeVar("_Read")
-
-
-class SampleKey(NamedTuple):
-    """Where a sample stands: which epoch and optimiser step, which place in the global batch, which image."""
-
-    epoch: int
-    step: int
-    slot: int
-    image: int
 
 
 # -- images ---------------------------------------------------------------------------------------------------------
@@ -184,89 +169,6 @@ def resized_pixels(images: Iterable[Any], config: IJepaConfig, mean: Sequence[fl
 
 
 # -- order -----------------------------------------------------------------------------------------------------------
-
-
-def global_batch_size(num_samples: int, batch_size: int, accumulation_steps: int = 1, num_ranks: int = 1) -> int:
-    """Images in one optimiser step.
-
-    Args:
-        num_samples: Images in the data set.
-        batch_size: Images per device and micro-batch.
-        accumulation_steps: Micro-batches per optimiser step.
-        num_ranks: Processes.
-
-    Returns:
-        The product of the last three.
-
-    Raises:
-        ValueError: If the data set is smaller than that.
-    """
-    size = batch_size * accumulation_steps * num_ranks
-    if num_samples < size:
-        raise ValueError(
-            f"the data set has {num_samples} images, fewer than one global batch of {size} "
-            f"(per_device_train_batch_size {batch_size} x gradient_accumulation_steps {accumulation_steps} x "
-            f"{num_ranks} processes); use --per_device_train_batch_size "
-            f"{max(1, num_samples // (accumulation_steps * num_ranks))} or less."
-        )
-    return size
-
-
-class StepBatchSampler(Sampler[list[SampleKey]]):
-    """The only source of order: yields the micro-batches of one rank, from a given optimiser step on.
-
-    An epoch is a permutation of all images, a function of (seed, epoch); the last incomplete global batch is dropped.
-    Slots of a global batch are laid out micro-batch by micro-batch, and in each of those rank by rank.
-
-    Args:
-        num_samples: Images in the data set.
-        batch_size: Images per device and micro-batch.
-        num_steps: Optimiser steps of the whole run.
-        seed: The run's seed.
-        start_step: Optimiser steps already done.
-        accumulation_steps: Micro-batches per optimiser step.
-        rank: This process.
-        num_ranks: Processes.
-
-    Raises:
-        ValueError: If the data set is smaller than one global batch.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        num_steps: int,
-        seed: int,
-        *,
-        start_step: int = 0,
-        accumulation_steps: int = 1,
-        rank: int = 0,
-        num_ranks: int = 1,
-    ) -> None:
-        self.global_batch_size = global_batch_size(num_samples, batch_size, accumulation_steps, num_ranks)
-        self.steps_per_epoch = num_samples // self.global_batch_size
-        self.num_samples, self.batch_size, self.num_steps, self.seed = num_samples, batch_size, num_steps, seed
-        self.start_step, self.accumulation_steps = start_step, accumulation_steps
-        self.rank, self.num_ranks = rank, num_ranks
-
-    def __len__(self) -> int:
-        return (self.num_steps - self.start_step) * self.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        order, order_epoch = np.empty(0, dtype=np.int64), -1
-        for step in range(self.start_step, self.num_steps):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order = keyed_generator(self.seed, DRAW_ORDER, epoch).permutation(self.num_samples)
-                order_epoch = epoch
-            first = step_in_epoch * self.global_batch_size
-            for micro in range(self.accumulation_steps):
-                slot = (micro * self.num_ranks + self.rank) * self.batch_size
-                yield [
-                    SampleKey(epoch, step, place, int(order[first + place]))
-                    for place in range(slot, slot + self.batch_size)
-                ]
 
 
 def first_readable(
@@ -417,164 +319,3 @@ class PretrainingImages(TorchDataset[dict[str, Any]]):
 
 
 # -- collator --------------------------------------------------------------------------------------------------------
-
-
-class IJepaDataCollator:
-    """Makes a batch of rows: pixels, and the masks drawn for them.
-
-    Works alone in any `DataLoader` and in `transformers.Trainer` (with `remove_unused_columns=False`): rows are
-    those of a data set with an image column (cropped here), or hold ready `pixel_values`. Rows of
-    `PretrainingImages` carry their `SampleKey`, which the masks then depend on; for other rows the draws come from
-    torch's global generator, which a `DataLoader` seeds in each worker.
-
-    Args:
-        config: Says the image size, the grid and how masks are drawn.
-        normalize: Give normalised floats (default), or pixels as they are, to be normalised on the device.
-        image_mean: Of each channel, of pixels in [0, 1]; ImageNet's if not given.
-        image_std: Likewise.
-        min_crop_scale: For rows with images: least share of the image that a random crop covers; 1 means no cropping.
-        image_column_name: For rows with images: their column; `image` or `img` if not given.
-        seed: For rows with a `SampleKey`: the run's seed.
-        global_batch_size: For rows with a `SampleKey`: images in an optimiser step, over all ranks and micro-batches.
-
-    Raises:
-        ValueError: If mean or std do not fit the number of channels.
-    """
-
-    def __init__(
-        self,
-        config: IJepaConfig,
-        normalize: bool = True,
-        *,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        min_crop_scale: float = 0.3,
-        image_column_name: str | None = None,
-        seed: int = 0,
-        global_batch_size: int | None = None,
-    ) -> None:
-        self.config = config
-        self.settings = config.mask_settings()
-        self.normalize = normalize
-        self.image_mean = tuple(IMAGENET_MEAN if image_mean is None else image_mean)
-        self.image_std = tuple(IMAGENET_STD if image_std is None else image_std)
-        self.min_crop_scale = min_crop_scale
-        self.image_column_name = image_column_name
-        self.seed = seed
-        self.global_batch_size = global_batch_size
-        for name in ("image_mean", "image_std"):
-            if normalize and len(getattr(self, name)) != config.num_channels:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values, but num_channels={config.num_channels}; give one "
-                    "for each channel."
-                )
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Makes a batch.
-
-        Args:
-            rows: B rows.
-
-        Returns:
-            `pixel_values` `[B, num_channels, height, width]` (float32, or as the rows have them with
-            `normalize=False`), `context_indices` int64 `[B, K]` or `[B, S, K]`, `target_indices` int64 `[B, M, P]`.
-
-        Raises:
-            ValueError: If a row has neither `pixel_values` nor an image column.
-        """
-        keys = [row["sample_key"] for row in rows if "sample_key" in row]
-        if keys:
-            masks = self._masks_of_step(keys)
-            pixels = stack_images([row["pixel_values"] for row in rows])
-        else:
-            generator = np.random.Generator(np.random.Philox(int(torch.randint(2**62, ()))))
-            masks = draw_masks(self.settings, len(rows), generator)
-            pixels = stack_images([self._pixels_of(row, generator) for row in rows])
-        if self.normalize:
-            pixels = normalize(pixels, self.image_mean, self.image_std)
-        return {
-            "pixel_values": pixels,
-            "context_indices": masks.context_indices,
-            "target_indices": masks.target_indices,
-        }
-
-    def _masks_of_step(self, keys: list[SampleKey]) -> Masks:
-        """Draws the masks of the whole optimiser step and takes this micro-batch's slots."""
-        first = keys[0]
-        if [(key.step, key.slot) for key in keys] != [(first.step, first.slot + i) for i in range(len(keys))]:
-            raise ValueError(
-                "rows of a batch must have consecutive slots of one step, as StepBatchSampler gives them."
-            )
-        size = self.global_batch_size or len(keys)
-        slots = slice(first.slot, first.slot + len(keys))
-        return draw_masks(self.settings, size, keyed_generator(self.seed, DRAW_MASKS, first.step), slots)
-
-    def _pixels_of(self, row: dict[str, Any], generator: np.random.Generator) -> Tensor:
-        if "pixel_values" in row:
-            return torch.as_tensor(row["pixel_values"])
-        image = decode_image(row[self._image_column(row)], self.config.num_channels)
-        return random_resized_crop(
-            image, self.config.image_shape, self.min_crop_scale, generator.random(CROP_NUMBERS).tolist()
-        )
-
-    def _image_column(self, row: dict[str, Any]) -> str:
-        column = self.image_column_name or next((name for name in ("image", "img") if name in row), None)
-        if column is None or column not in row:
-            raise ValueError(
-                f"rows have the columns {', '.join(map(repr, row))}, no pixel_values and no image column; give "
-                "image_column_name, and with transformers.Trainer set remove_unused_columns=False."
-            )
-        return column
-
-
-class Batch(NamedTuple):
-    """What the loaders of a run give: the model's inputs, and the images that had to be skipped for them."""
-
-    inputs: dict[str, Tensor]
-    unreadable: list[UnreadableImage]
-
-
-class BatchMaker:
-    """Makes a `Batch` of rows as `CropReader` gives them.
-
-    Args:
-        collator: Makes the inputs.
-    """
-
-    def __init__(self, collator: IJepaDataCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Returns the batch of some rows."""
-        return Batch(self.collator(rows), [image for row in rows for image in row["unreadable"]])
-
-
-def build_loader(
-    dataset: TorchDataset[dict[str, Any]],
-    sampler: StepBatchSampler,
-    make_batch: Callable[..., Batch],
-    *,
-    num_workers: int,
-    pin_memory: bool,
-) -> PlainLoader:
-    """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
-
-    Args:
-        dataset: Crops.
-        sampler: The order.
-        make_batch: Makes a batch of the rows of a micro-batch.
-        num_workers: Loading processes; the batches do not depend on it.
-        pin_memory: Whether batches go to a GPU.
-
-    Returns:
-        What `make_batch` gives for each micro-batch.
-    """
-    return PlainLoader(
-        dataset,
-        batch_sampler=cast(Any, sampler),
-        collate_fn=make_batch,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        # its own generator: otherwise making the iterator draws from torch's global one
-        generator=torch.Generator().manual_seed(0),
-    )

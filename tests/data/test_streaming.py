@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config
 
-from ijepa_hf import retrying, streaming
-from ijepa_hf.data import CropReader, IJepaDataCollator, ImageColumn, SampleKey
-from ijepa_hf.sources import ImageSource, ImageStream, load_split, open_stream
-from ijepa_hf.streaming import (
+from ijepa_hf.data import retrying, streaming
+from ijepa_hf.data.collator import IJepaDataCollator
+from ijepa_hf.data.order import SampleKey, StreamLayout, StreamOrder
+from ijepa_hf.data.reading import CropReader, ImageColumn
+from ijepa_hf.data.sources.opening import ImageSource, ImageStream, load_split, open_stream
+from ijepa_hf.data.streaming import (
     StreamedBatches,
-    StreamLayout,
-    StreamOrder,
     build_stream_loader,
     check_readers,
     cut_lengths,
@@ -787,9 +787,9 @@ def test_batches_can_be_sent_to_a_worker_that_is_started_afresh(shards):
 
 LEAVES_EARLY = """
 import sys
-from ijepa_hf.data import CropReader, ImageColumn
-from ijepa_hf.sources import ImageSource, open_stream
-from ijepa_hf.streaming import *
+from ijepa_hf.data.reading import CropReader, ImageColumn
+from ijepa_hf.data.sources.opening import ImageSource, open_stream
+from ijepa_hf.data.streaming import *
 
 stream = open_stream(ImageSource(sys.argv[1]), "train")
 column = ImageColumn(stream.rows, "image", 3)

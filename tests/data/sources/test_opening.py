@@ -13,19 +13,18 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from ijepa_hf import sources
-from ijepa_hf.data import ImageRows
-from ijepa_hf.shapes import SHAPE_KINDS, draw_shape_scene
-from ijepa_hf.sources import (
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources import arrays, builtin
+from ijepa_hf.data.sources.builtin import load_digits, load_shapes
+from ijepa_hf.data.sources.opening import (
     ImageSource,
     at_most,
     find_image_column,
     find_label_column,
-    load_digits,
-    load_shapes,
     load_split,
     open_stream,
 )
+from ijepa_hf.data.sources.shapes import SHAPE_KINDS, draw_shape_scene
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_digits_are_all_of_scikit_learns_split_without_overlap_and_stratified():
 
 
 def test_shapes_are_the_drawn_scenes_with_all_their_labels(monkeypatch):
-    monkeypatch.setitem(sources.SHAPES_SPLITS, "train", (0, 5))
+    monkeypatch.setitem(builtin.SHAPES_SPLITS, "train", (0, 5))
     loaded = load("shapes")
     assert len(loaded) == 5
     assert loaded.features["label"].names == list(SHAPE_KINDS)
@@ -134,8 +133,8 @@ def test_shapes_are_the_drawn_scenes_with_all_their_labels(monkeypatch):
 
 
 def test_shapes_have_two_splits_without_a_common_scene_of_which_the_larger_is_for_training(monkeypatch):
-    assert {split: count for split, (_, count) in sources.SHAPES_SPLITS.items()} == {"train": 5000, "test": 1000}
-    monkeypatch.setattr(sources, "SHAPES_SPLITS", {s: (seed, 60) for s, (seed, _) in sources.SHAPES_SPLITS.items()})
+    assert {split: count for split, (_, count) in builtin.SHAPES_SPLITS.items()} == {"train": 5000, "test": 1000}
+    monkeypatch.setattr(builtin, "SHAPES_SPLITS", {s: (seed, 60) for s, (seed, _) in builtin.SHAPES_SPLITS.items()})
     train, test = ({row["image"].tobytes() for row in load_shapes(split)} for split in ("train", "test"))
     assert len(train) == len(test) == 60
     assert not train & test
@@ -419,7 +418,7 @@ def test_an_array_file_gives_its_numbers_in_their_own_type(tmp_path, dtype, shap
 def test_an_array_file_is_neither_copied_nor_cached_and_is_read_in_chunks(tmp_path, monkeypatch):
     values = bands("float32", (10, 2, 32, 32))
     np.save(tmp_path / "all.npy", values)
-    monkeypatch.setattr(sources, "_VALUES_PER_CHUNK", 3 * values[0].size + 1)
+    monkeypatch.setattr(arrays, "_VALUES_PER_CHUNK", 3 * values[0].size + 1)
     loaded = load(tmp_path / "all.npy")
     assert loaded.data.column("image").num_chunks == 4
     assert loaded.cache_files == []

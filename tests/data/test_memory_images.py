@@ -12,21 +12,14 @@ from PIL import Image
 from tiny import tiny_config
 from torch.nn import functional
 
-from ijepa_hf import memory_images
 from ijepa_hf.arguments import DataArguments
-from ijepa_hf.data import (
-    BatchMaker,
-    CropReader,
-    IJepaDataCollator,
-    ImageRows,
-    PretrainingImages,
-    SampleKey,
-    StepBatchSampler,
-    build_loader,
-)
+from ijepa_hf.data import memory_images
+from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
+from ijepa_hf.data.loader import build_loader
+from ijepa_hf.data.memory_images import CannotKeepError, MemoryCrops, decode_all, keep_in_memory, resize_parts
+from ijepa_hf.data.order import SampleKey, StepBatchSampler, StreamLayout
+from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages
 from ijepa_hf.loading import open_training_images
-from ijepa_hf.memory_images import CannotKeepError, MemoryCrops, decode_all, keep_in_memory, resize_parts
-from ijepa_hf.streaming import StreamLayout
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:

@@ -12,8 +12,8 @@ import pytest
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils import signal_handling
 
-from ijepa_hf.retrying import DataSourceError
-from ijepa_hf.workers import DataWorkerError, PlainLoader, _describe_deaths
+from ijepa_hf.data.loader import DataWorkerError, PlainLoader, _describe_deaths
+from ijepa_hf.data.retrying import DataSourceError
 
 # torch says that two workers on one core are many
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

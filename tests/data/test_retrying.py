@@ -28,9 +28,10 @@ import requests
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, UnidentifiedImageError
 
-from ijepa_hf import retrying, streaming
-from ijepa_hf.data import CropReader, ImageColumn, ImageRows
-from ijepa_hf.retrying import (
+from ijepa_hf.data import retrying, streaming
+from ijepa_hf.data.order import StreamLayout, StreamOrder
+from ijepa_hf.data.reading import CropReader, ImageColumn, ImageRows
+from ijepa_hf.data.retrying import (
     DataSourceError,
     RetryPolicy,
     StalledReadError,
@@ -39,8 +40,8 @@ from ijepa_hf.retrying import (
     is_shard_failure,
     is_source_failure,
 )
-from ijepa_hf.sources import ImageSource, load_split, open_stream
-from ijepa_hf.streaming import StreamedBatches, StreamLayout, StreamOrder, shard_lengths
+from ijepa_hf.data.sources.opening import ImageSource, load_split, open_stream
+from ijepa_hf.data.streaming import StreamedBatches, shard_lengths
 
 IMPATIENT = RetryPolicy(seconds=20.0, timeout=5.0)
 
@@ -245,7 +246,7 @@ def test_every_thread_has_its_own_reading_thread_and_it_ends_with_it(threads_sin
 STUCK_AT_THE_END = """
 import sys, threading
 import pyarrow.parquet as pq
-from ijepa_hf.retrying import *
+from ijepa_hf.data.retrying import *
 
 class Stuck:
     closed = False
@@ -406,7 +407,7 @@ def test_a_stream_whose_source_fails_for_a_while_gives_the_very_batches_of_one_t
     policy = RetryPolicy(seconds=20, timeout=0.3 if fault == "a stall" else 0.0 if fault == "none" else 5.0)
     with caplog.at_level(logging.WARNING):
         assert batches_of(stream, column, policy) == healthy
-    said = [record.getMessage() for record in caplog.records if record.name == "ijepa_hf.retrying"]
+    said = [record.getMessage() for record in caplog.records if record.name == "ijepa_hf.data.retrying"]
     assert bool(said) == bool(FAULTS[fault])
     assert all("shard" in text and ".parquet) cannot be read: " in text for text in said)
     assert Failing.count > max(FAULTS[fault], default=0)
@@ -557,7 +558,7 @@ def test_shards_of_a_server_that_fails_for_a_while_give_the_very_batches(
     stream, column = opened(shards, server)
     assert batches_of(stream, column, RetryPolicy(30, 0.5 if "stall" in plan.values() else 10)) == healthy
     assert Handler.count > max(plan, default=1)
-    said = [record for record in caplog.records if record.name == "ijepa_hf.retrying"]
+    said = [record for record in caplog.records if record.name == "ijepa_hf.data.retrying"]
     assert bool(said) == bool(plan)
 
 
@@ -584,9 +585,9 @@ def pictures(tmp_path):
 
 def test_a_picture_whose_disk_fails_is_read_again_and_not_replaced(pictures, monkeypatch, at_once, caplog):
     del at_once
-    from ijepa_hf import data
+    from ijepa_hf.data import reading
 
-    read, failures = data.read_image_file, iter([EIO, OSError(errno.ESTALE, "Stale file handle")])
+    read, failures = reading.read_image_file, iter([EIO, OSError(errno.ESTALE, "Stale file handle")])
 
     def failing_read(path):
         if path.endswith("3.png"):
@@ -594,19 +595,19 @@ def test_a_picture_whose_disk_fails_is_read_again_and_not_replaced(pictures, mon
                 raise error
         return read(path)
 
-    monkeypatch.setattr(data, "read_image_file", failing_read)
+    monkeypatch.setattr(reading, "read_image_file", failing_read)
     assert pictures[3].getpixel((0, 0)) == (3, 6, 9)
     assert len([record for record in caplog.records if "3.png' cannot be read: OSError" in record.getMessage()]) == 2
 
 
 def test_a_picture_whose_disk_stays_away_is_no_broken_image_but_an_error_of_the_source(pictures, monkeypatch, at_once):
     del at_once
-    from ijepa_hf import data
+    from ijepa_hf.data import reading
 
     def failing_read(path):
         raise EIO
 
-    monkeypatch.setattr(data, "read_image_file", failing_read)
+    monkeypatch.setattr(reading, "read_image_file", failing_read)
     pictures.images.retries = RetryPolicy(0.1, 5)
     with pytest.raises(DataSourceError, match=r"image file '.*2\.png' cannot be read: OSError: Input/output error"):
         _ = pictures[2]
@@ -614,16 +615,16 @@ def test_a_picture_whose_disk_stays_away_is_no_broken_image_but_an_error_of_the_
 
 def test_a_picture_whose_read_stalls_is_read_again(pictures, monkeypatch, at_once):
     del at_once
-    from ijepa_hf import data
+    from ijepa_hf.data import reading
 
-    read, stalls = data.read_image_file, iter([1.0])
+    read, stalls = reading.read_image_file, iter([1.0])
 
     def slow_read(path):
         for seconds in stalls:
             time.sleep(seconds)
         return read(path)
 
-    monkeypatch.setattr(data, "read_image_file", slow_read)
+    monkeypatch.setattr(reading, "read_image_file", slow_read)
     pictures.images.retries = RetryPolicy(20, 0.2)
     assert pictures[2].getpixel((0, 0)) == (2, 4, 6)
     end_reading_thread()

@@ -18,12 +18,19 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ijepa_hf.data import ImageRows
-from ijepa_hf.image_transforms import CROP_NUMBERS, normalize, random_resized_crop, resize
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.retrying import DEFAULT_RETRIES, RetryPolicy
+from ijepa_hf.data.sources.opening import (
+    ImageSource,
+    at_most,
+    find_image_column,
+    find_label_column,
+    load_split,
+    open_stream,
+)
+from ijepa_hf.data.transforms import CROP_NUMBERS, normalize, random_resized_crop, resize
 from ijepa_hf.model.vision_models import ImageSettings
 from ijepa_hf.randomness import DRAW_LABELLED_CROP, DRAW_LABELS, DRAW_ORDER, keyed_generator
-from ijepa_hf.retrying import DEFAULT_RETRIES, RetryPolicy
-from ijepa_hf.sources import ImageSource, at_most, find_image_column, find_label_column, load_split, open_stream
 
 _STRINGS = ("string", "large_string")
 

@@ -21,10 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_hf import preparation, sources
-from ijepa_hf.image_transforms import decode_image
-from ijepa_hf.preparation import build_prepare_parser, parse_size, prepare
-from ijepa_hf.sources import ImageSource, load_split
+from ijepa_hf.data.decoding import decode_image
+from ijepa_hf.data.prepare import prepare as preparation
+from ijepa_hf.data.prepare import shards
+from ijepa_hf.data.prepare.prepare import build_prepare_parser, parse_size, prepare
+from ijepa_hf.data.sources import builtin, opening
+from ijepa_hf.data.sources.opening import ImageSource, load_split
 
 # the tests compare two workers with none, also where there is one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -54,7 +56,7 @@ def prepared(source, out, split="train", **options):
     """Prepares, and returns the rows of the shards with images as bytes."""
     prepare(source, out, split_name=split, **options)
     rows = load_split(ImageSource(str(out)), split)
-    column = sources.find_image_column(rows)
+    column = opening.find_image_column(rows)
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
@@ -364,7 +366,7 @@ def test_pictures_of_other_columns_are_taken_along_from_where_they_lie(tmp_path)
 
 
 def test_shards_are_read_by_datasets_with_features_and_by_streams_a_shard_a_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.SHAPES_SPLITS, "train", (0, 40))
+    monkeypatch.setitem(builtin.SHAPES_SPLITS, "train", (0, 40))
     source, out = load_split(ImageSource("shapes"), "train"), tmp_path / "out"
     prepare("shapes", out, shard_size="100KB")
     files = sorted((out / "data").iterdir())
@@ -381,7 +383,7 @@ def test_shards_are_read_by_datasets_with_features_and_by_streams_a_shard_a_file
     stream = datasets.load_dataset(str(out), split="train", streaming=True)
     assert stream.num_shards == len(files)
     assert [row["count"] for row in stream] == list(source["count"])
-    ours = sources.open_stream(ImageSource(str(out)), "train").rows
+    ours = opening.open_stream(ImageSource(str(out)), "train").rows
     assert ours.num_shards == len(files)
     assert [row["image"]["bytes"] for row in ours] == [
         row["image"]["bytes"] for row in source.cast_column("image", datasets.Image(decode=False))
@@ -500,7 +502,7 @@ def test_a_command_that_dies_anywhere_goes_on_to_the_same_bytes(whole, tmp_path,
         # each a place between two states of the disk; the writer's tidying up is what a killed process lacks
         patch.setattr(preparation, "write_json_atomically", die_at(preparation.write_json_atomically))
         patch.setattr(preparation.os, "replace", die_at(os.replace))
-        patch.setattr(preparation._ShardWriter, "close", lambda self: None)
+        patch.setattr(shards._ShardWriter, "close", lambda self: None)
         with pytest.raises(Death):
             prepare(source, tmp_path / "out", **OPTIONS)
     prepare(source, tmp_path / "out", **OPTIONS)

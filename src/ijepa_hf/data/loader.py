@@ -14,9 +14,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from ijepa_hf.data.collator import Batch
+from ijepa_hf.data.order import StepBatchSampler
 
 _TORCH_HANDLERS = "torch.utils.data._utils.signal_handling"
 _DEATH_SECONDS = 1.0  # within which the end of a process that broke a connection is known
@@ -238,3 +243,34 @@ class _PassingCollate:
 
     def __call__(self, samples: Any) -> Any:
         return samples if isinstance(samples, _Failed) else _passing(self.collate, samples)
+
+
+def build_loader(
+    dataset: TorchDataset[dict[str, Any]],
+    sampler: StepBatchSampler,
+    make_batch: Callable[..., Batch],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+) -> PlainLoader:
+    """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
+
+    Args:
+        dataset: Crops.
+        sampler: The order.
+        make_batch: Makes a batch of the rows of a micro-batch.
+        num_workers: Loading processes; the batches do not depend on it.
+        pin_memory: Whether batches go to a GPU.
+
+    Returns:
+        What `make_batch` gives for each micro-batch.
+    """
+    return PlainLoader(
+        dataset,
+        batch_sampler=cast(Any, sampler),
+        collate_fn=make_batch,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # its own generator: otherwise making the iterator draws from torch's global one
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_hf import sources
-from ijepa_hf.evaluation.labelled_data import (
-    LabelledSource,
-)
-from ijepa_hf.evaluation.targets import load_target_splits
+from ijepa_hf.data.labelled import LabelledSource
+from ijepa_hf.data.sources import builtin
+from ijepa_hf.data.sources.shapes import draw_shape_scene
+from ijepa_hf.data.targets import load_target_splits
 from ijepa_hf.model.vision_models import ImageSettings
-from ijepa_hf.shapes import draw_shape_scene
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SETTINGS = ImageSettings((32, 32), MEAN, STD)
@@ -25,8 +23,8 @@ ROWS = {"train": (9, [0, 2, 4, 6, 8]), "test": (7, [0, 3, 6])}  # scenes that th
 @pytest.fixture
 def shapes(monkeypatch):
     """Flags that ask for some of few shapes, and their scenes drawn by themselves, training ones first."""
-    seeds = {split: seed for split, (seed, _) in sources.SHAPES_SPLITS.items()}
-    monkeypatch.setattr(sources, "SHAPES_SPLITS", {split: (seeds[split], ROWS[split][0]) for split in seeds})
+    seeds = {split: seed for split, (seed, _) in builtin.SHAPES_SPLITS.items()}
+    monkeypatch.setattr(builtin, "SHAPES_SPLITS", {split: (seeds[split], ROWS[split][0]) for split in seeds})
     flags = LabelledSource(dataset_name="shapes", max_train_samples=5, max_eval_samples=3)
     return flags, [[draw_shape_scene(seeds[split], row) for row in ROWS[split][1]] for split in ("train", "test")]
 

@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 from scipy import stats
 from transformers import ViTImageProcessorPil
 
-from ijepa_hf.image_transforms import CROP_NUMBERS, crop_box, decode_image, normalize, random_resized_crop, resize
+from ijepa_hf.data.decoding import decode_image
+from ijepa_hf.data.transforms import CROP_NUMBERS, crop_box, normalize, random_resized_crop, resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -349,7 +350,7 @@ def test_crops_are_the_same_where_pillow_cannot_lend_its_memory(mode: str, monke
     def refuse(picture: Image.Image) -> None:
         raise ValueError("in several pieces")
 
-    monkeypatch.setattr("ijepa_hf.image_transforms.pa.array", refuse)
+    monkeypatch.setattr("ijepa_hf.data.transforms.pa.array", refuse)
     for seed, crop in enumerate(lent):
         assert torch.equal(random_resized_crop(image, (24, 32), 0.3, drawn(seed)), crop)
 
@@ -505,7 +506,7 @@ def test_normalize_is_the_closed_form_for_bytes_and_floats_one_image_and_a_batch
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_normalize_is_within_a_millionth_of_three_steps_for_every_byte_however_images_are_grouped(batch, monkeypatch):
-    monkeypatch.setattr("ijepa_hf.image_transforms._NORMALIZED_AT_ONCE", 2 * 3 * 256)  # two images at once
+    monkeypatch.setattr("ijepa_hf.data.transforms._NORMALIZED_AT_ONCE", 2 * 3 * 256)  # two images at once
     every = torch.arange(256, dtype=torch.uint8).expand(batch, 3, 4, 256)[:, :, :1]
     for mean, std in ((MEAN, STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))):
         mean_values, std_values = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))

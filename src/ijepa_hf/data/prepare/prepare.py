@@ -1,0 +1,323 @@
+"""Any source to parquet shards, shrunk once instead of in every epoch: `ijepa-hf prepare SOURCE OUT`.
+
+What is written loads with `datasets.load_dataset(OUT)`, and as `dataset_name`, at random or as a stream:
+
+    OUT/
+      manifest.json                        settings, source, shards, and each row that was skipped with the reason
+      data/train-00000-of-00004.parquet    rows in the order of the source, other columns and features as they were
+
+The same settings and source give the same bytes, for any number of workers, and however often the command was stopped
+and started again (under one version of Pillow and pyarrow). Shards have hidden names until all are written, so that
+half a data set is never taken for a whole one.
+
+A picture that is written anew is what `image_transforms.decode_image` makes of it: upright by its EXIF orientation;
+the first frame of an animation; transparency composited onto white; palettes and CMYK to RGB; grayscale stays one
+channel; colour profiles and other metadata are dropped unseen. 16-bit grayscale is always written as 16-bit PNG and a
+float picture as float TIFF, as no lossy format holds them; colour of 16 bits becomes 8, which is all that Pillow reads
+of it. Arrays stay arrays of their dtype. Shrinking is bilinear with antialias, as in training; nothing is ever
+enlarged.
+"""
+
+import contextlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ijepa_hf.argument_parsing import CommandParser, command_parser
+from ijepa_hf.data.prepare.rewriting import DEFAULT_QUALITY, IMAGE_FORMATS, PictureFormat, _check_numbers
+from ijepa_hf.data.prepare.rows import _ROWS_AT_ONCE, PreparedImage, SourceRows
+from ijepa_hf.data.prepare.shards import (
+    MANIFEST_FILE,
+    Manifest,
+    _failures_named,
+    _make_ready,
+    _ManifestFile,
+    _ShardWriter,
+    _take_up,
+)
+from ijepa_hf.data.sources.opening import ImageSource, load_split
+from ijepa_hf.escaping import on_one_line
+
+_ROWS_BEFORE_JUDGING = 1000  # as in training: a share of fewer images says little
+_NAMED_IN_SUMMARY, _NAMED_AT_A_STOP = 3, 20
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def build_prepare_parser() -> CommandParser:
+    """Returns the parser of `ijepa-hf prepare`, whose values are the arguments of `prepare`."""
+    parser = command_parser(
+        "prepare",
+        "Write the images of any source as parquet shards, shrunk once instead of in every epoch. The "
+        "same command goes on where an earlier one was stopped. Images that cannot be read are skipped, and listed "
+        "with the reason in OUT/manifest.json. Other columns are kept as they are: boxes and maps in pixels are not "
+        "rescaled when their pictures shrink.",
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="What --dataset_name of ijepa-hf pretrain takes: a folder, file or Hub id.")
+    add("out", metavar="OUT", help="Folder to write; missing, empty, or written by this command.")
+    add("--dataset_config_name", help="Configuration of the Hub data set.")
+    add("--split_name", default="train", help="Split to write; another call may add another split to the same OUT.")
+    add("--image_column_name", help="Column of the images; found by itself if there is only one.")
+    add(
+        "--shortest_side", type=int, help="Shrink images whose shortest side has more pixels; sizes stay if not given."
+    )
+    add(
+        "--image_format",
+        choices=IMAGE_FORMATS,
+        default="keep",
+        help="How pictures are written. keep: those that need no shrinking stay the very files they are, shrunk JPEG "
+        "and WebP keep their format, all else becomes PNG, so that nothing lossless becomes lossy. bmp: uncompressed, "
+        "six times the bytes of JPEG, decoded in a quarter of the time. 16-bit pictures are PNG in any case.",
+    )
+    add("--quality", type=int, help=f"Of JPEG and WebP, 1 to 100; {DEFAULT_QUALITY} if not given.")
+    add(
+        "--channel_axis",
+        type=int,
+        choices=(0, -1),
+        help="For arrays to be shrunk: 0 if they are [channels, height, width], -1 if [height, width, channels]; the "
+        "shortest axis if not given.",
+    )
+    add("--shard_size", default="100MB", help="Bytes of a shard at most, with a unit: KB, MB or GB.")
+    add(
+        "--num_workers",
+        type=int,
+        default=0,
+        help="Processes that read and write pictures; what is written is the same.",
+    )
+    add("--max_samples", type=int, help="Write only the first N images of the source.")
+    add(
+        "--max_broken_share",
+        type=float,
+        default=0.05,
+        help="Stop, and list them, when more than this share of the images cannot be read; others are skipped.",
+    )
+    add("--overwrite", action="store_true", help="Delete what OUT holds of this split, and start again.")
+    return parser
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    *,
+    dataset_config_name: str | None = None,
+    split_name: str = "train",
+    image_column_name: str | None = None,
+    shortest_side: int | None = None,
+    image_format: str = "keep",
+    quality: int | None = None,
+    channel_axis: int | None = None,
+    shard_size: int | str = "100MB",
+    num_workers: int = 0,
+    max_samples: int | None = None,
+    max_broken_share: float = 0.05,
+    overwrite: bool = False,
+) -> str:
+    """Writes one split of any source as parquet shards; goes on where an earlier call was stopped.
+
+    Args:
+        source: What `sources.load_split` opens.
+        out: Folder to write; missing, empty, or written by this function.
+        dataset_config_name: Configuration of a Hub data set.
+        split_name: Split to read and write.
+        image_column_name: Column of the images; found by itself if there is only one.
+        shortest_side: Pixels to which images are shrunk whose shortest side has more, aspect kept; `None` keeps sizes.
+        image_format: `keep`, `jpeg`, `png`, `webp` or `bmp`. `keep` leaves pictures that need no shrinking the very
+            bytes they are, writes shrunk JPEG and WebP in their own format and all else as PNG. `bmp` is uncompressed:
+            six times the bytes of JPEG, decoded in a quarter of the time.
+        quality: Of JPEG and WebP, 1 to 100. The default, 95, is 39 dB from the pixels at a quarter of the bytes of PNG
+            (photographs at 256 pixels; 90 is 37 dB at a fifth).
+        channel_axis: 0 or -1 for arrays to be shrunk; by default the axis, first or last, that is shortest.
+        shard_size: Bytes of a shard at most, before compression; a row that is larger has a shard to itself. A number,
+            or text with KB, MB or GB.
+        num_workers: Processes that read, shrink and encode; 0 does it in this one.
+        max_samples: Take only the first so many rows.
+        max_broken_share: Stop when more than this share of the images cannot be read, judged from 1,000 images on.
+        overwrite: Delete what `out` holds of this split first.
+
+    Returns:
+        A few lines for the user: what was written, what was skipped, and the next command.
+
+    Raises:
+        FileNotFoundError: If the source does not exist.
+        ValueError: If a value is bad, the source cannot be read or holds no usable images, `out` holds something else
+            (other settings, another source, files of another kind), or too many images cannot be read.
+        OSError: If `out` cannot be written; what is complete stays, and the same call goes on.
+    """
+    format_settings = PictureFormat(shortest_side, image_format, quality, channel_axis)
+    format_settings.check()
+    limit = parse_size(shard_size)
+    _check_numbers(num_workers=(num_workers, 0), max_samples=(max_samples, 1))
+    if not 0.0 <= max_broken_share <= 1.0:
+        raise ValueError(f"max_broken_share={max_broken_share} must be from 0 to 1; 0 stops at the first one.")
+    folder = Path(out).expanduser()
+    _check_place(source, folder, split_name)
+    images = ImageSource(str(source), dataset_config_name, image_column_name)
+    rows = SourceRows(load_split(images, split_name), image_column_name, format_settings, max_samples)
+    manifest = Manifest(
+        settings={
+            **format_settings.resolved(),
+            "shard_size": limit,
+            "max_samples": max_samples,
+            "image_column": rows.column,
+        },
+        source={"fingerprint": rows.fingerprint, "num_rows": len(rows), "dataset_config_name": dataset_config_name},
+        features=json.loads(json.dumps(rows.features.to_dict())),  # as they will be read back: lists, no tuples
+        source_name=str(source),
+    )
+    others, manifest = _take_up(folder, split_name, manifest, overwrite=overwrite)
+    finished = manifest.finished
+    if not finished:
+        _write_shards(rows, _ManifestFile(folder, split_name, others, manifest), num_workers, max_broken_share)
+    return ("already finished; " if finished else "") + _summary(folder, split_name, manifest, rows, image_column_name)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as `100MB`.
+
+    Args:
+        size: A number of bytes, or a number with KB, MB or GB (powers of 1,000).
+
+    Returns:
+        Bytes, at least 1.
+
+    Raises:
+        ValueError: If it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", str(size).strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if count < 1:
+        raise ValueError(f"shard_size={size!r} must be a number of bytes above 0, with KB, MB or GB; e.g. 100MB.")
+    return count
+
+
+def _check_place(source: str, folder: Path, split: str) -> None:
+    """Refuses what could be overwritten or read back by mistake, before the source is opened, which may take long."""
+    if not re.fullmatch(r"\w+", split):
+        raise ValueError(f"split_name={split!r} must be a split's whole name of letters, digits and _, e.g. train.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={str(folder)!r} is a file; give a folder, or a path where there is nothing yet.")
+    # a command that was killed at its very start leaves half a manifest
+    others = {path.name for path in folder.iterdir()} - {f".{MANIFEST_FILE}.partial"} if folder.is_dir() else set()
+    if others and MANIFEST_FILE not in others:
+        raise ValueError(
+            f"out={str(folder)!r} holds other files (and no {MANIFEST_FILE} of ijepa-hf prepare); choose an "
+            "empty folder, or a path where there is nothing yet."
+        )
+    given, place = Path(source).expanduser(), folder.resolve()
+    if given.exists() and (given.resolve() in (place, *place.parents) or place in given.resolve().parents):
+        raise ValueError(
+            f"out={str(folder)!r} and source={str(source)!r} lie in one another; choose a folder beside the source."
+        )
+
+
+def _summary(folder: Path, split: str, manifest: "Manifest", rows: "SourceRows", column_name: str | None) -> str:
+    written, shards = (
+        sum(shard["bytes"] for shard in manifest.shards),
+        "shard" if len(manifest.shards) == 1 else "shards",
+    )
+    lines = [
+        f"{folder}: {manifest.num_images:,} images of split {split!r} in {len(manifest.shards):,} {shards}, "
+        f"{_in_words(written)} (the images were {_in_words(manifest.bytes_in)}); {manifest.num_shrunk:,} shrunk"
+    ]
+    if manifest.skipped:
+        lines.append(
+            f"skipped: {len(manifest.skipped):,} of {len(rows):,} that cannot be read, all in {folder / MANIFEST_FILE}"
+        )
+        lines += _listed(manifest.skipped, _NAMED_IN_SUMMARY)
+    in_pixels = rows.columns_of_many_values()
+    if manifest.num_shrunk and in_pixels:
+        lines.append(
+            f"kept as they were, also where they hold positions in pixels: {', '.join(map(on_one_line, in_pixels))}"
+        )
+    command = ["ijepa-hf", "pretrain", "RECIPE", "--dataset_name", str(folder), "--streaming"]
+    command += [] if split == "train" else ["--train_split_name", split]
+    command += [] if column_name is None else ["--image_column_name", column_name]
+    return "\n".join([*lines, f"next: {shlex.join(command)}"])
+
+
+def _in_words(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _listed(skipped: Sequence[Mapping[str, Any]], most: int) -> list[str]:
+    lines = []
+    for row in skipped[:most]:
+        named = row["path"] is None or row["path"] in row["reason"]
+        words = row["reason"] if named else f"{row['path']}: {row['reason']}"
+        lines.append(f"  row {row['row']}: {on_one_line(words)}")
+    return lines + ([f"  and {len(skipped) - most:,} more"] if len(skipped) > most else [])
+
+
+# -- one image -------------------------------------------------------------------------------------------------------
+
+
+# -- rows of the source ----------------------------------------------------------------------------------------------
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(rows: SourceRows, file: _ManifestFile, num_workers: int, max_broken_share: float) -> None:
+    manifest = file.manifest
+    first_piece = manifest.next_row // _ROWS_AT_ONCE
+    num_pieces = math.ceil(len(rows) / _ROWS_AT_ONCE)
+    loader = DataLoader(
+        rows,
+        sampler=cast(Any, range(first_piece, num_pieces)),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(0),  # its own: otherwise it draws from torch's global one
+    )
+    progress = tqdm(total=len(rows), initial=manifest.next_row, unit="image", desc="prepare", mininterval=1.0)
+    with _failures_named(file.folder):
+        _make_ready(file)
+    with contextlib.closing(progress), contextlib.closing(_ShardWriter(rows, file)) as writer:
+        for number, images in zip(range(first_piece, num_pieces), loader, strict=True):
+            others = rows.other_columns(number) if any(image.reason is None for image in images) else None
+            for place, (row, image) in enumerate(zip(rows.piece(number), images, strict=True)):
+                if row < manifest.next_row:
+                    continue  # an earlier call wrote the front of this piece
+                if image.reason is None:
+                    writer.add(row, image, None if others is None else others.slice(place, 1))
+                else:
+                    writer.skip(row, image)
+                    _judge(file, row + 1, len(rows), max_broken_share)
+                progress.update()
+        _judge(file, len(rows), len(rows), max_broken_share)
+        writer.finish()
+
+
+def _as_it_is(images: list[PreparedImage]) -> list[PreparedImage]:
+    return images
+
+
+def _judge(file: _ManifestFile, num_seen: int, num_rows: int, max_share: float) -> None:
+    skipped = file.manifest.skipped
+    none_left = num_seen == num_rows == len(skipped)
+    if not none_left and (num_seen < min(num_rows, _ROWS_BEFORE_JUDGING) or len(skipped) <= max_share * num_seen):
+        return
+    with _failures_named(file.folder):
+        file.write()
+    raise ValueError(
+        f"{len(skipped)} of the {num_seen} images seen so far cannot be read, "
+        + ("so that there is nothing to write:\n" if none_left else f"more than max_broken_share={max_share:g}:\n")
+        + "\n".join(_listed(skipped, _NAMED_AT_A_STOP))
+        + f"\nAll are listed in {file.folder / MANIFEST_FILE}. Allow more with --max_broken_share, and the command "
+        "goes on; or mend or remove them, and start again with --overwrite."
+    )

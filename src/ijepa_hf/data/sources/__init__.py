@@ -1,0 +1,1 @@
+"""Opens a data set by name or path: local files, arrays, the Hub, and two built-in sets."""
