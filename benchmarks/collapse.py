@@ -144,8 +144,8 @@ def folder(root: Path, run: tuple[str, str, int]) -> Path:
 
 def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str) -> None:
     """One run, in this process."""
-    from ijepa_hf.argument_parsing import as_flags, parse_arguments
-    from ijepa_hf.recipe_files import load_recipe
+    from ijepa_hf.recipes.parsing import as_flags, parse_arguments
+    from ijepa_hf.recipes.recipe_files import load_recipe
     from ijepa_hf.run_diagnostics import RunDiagnostics
     from ijepa_hf.training import pretrain
 

@@ -25,12 +25,12 @@ from PIL import Image
 from published_step import PublishedStep, reference_name
 from side_by_side import Row, Spread
 
-from ijepa_hf.argument_parsing import as_flags, parse_arguments
 from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
 from ijepa_hf.data.transforms import CROP_NUMBERS, crop_box
 from ijepa_hf.model.masking import MaskSettings, draw_masks
 from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.recipe_files import load_recipe
+from ijepa_hf.recipes.parsing import as_flags, parse_arguments
+from ijepa_hf.recipes.recipe_files import load_recipe
 
 RECIPE = "cifar10-vit-micro"
 WARM_UP_STEPS = 4

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ijepa_hf.argument_parsing import parse_arguments
-from ijepa_hf.arguments import ModelArguments, PretrainingArguments
 from ijepa_hf.data.prepare.prepare import parse_size
 from ijepa_hf.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
 from ijepa_hf.files import flush_to_disk, write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.plan import make_plan
+from ijepa_hf.recipes.arguments import ModelArguments, PretrainingArguments
+from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.step_cost import (
     Parameters,
     count_parameters,

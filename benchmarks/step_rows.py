@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from ijepa_hf.argument_parsing import as_flags, parse_arguments
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import IJepaModel, new_model
 from ijepa_hf.optimization import ReadyModel, set_up_model
 from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.recipe_files import load_recipe
+from ijepa_hf.recipes.parsing import as_flags, parse_arguments
+from ijepa_hf.recipes.recipe_files import load_recipe
 
 MIB = 2**20
 VALUES = StepValues(learning_rate=1e-4, weight_decay=0.04, ema_momentum=0.996, encoder_is_frozen=False)

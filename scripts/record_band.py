@@ -16,10 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_hf.argument_parsing import parse_arguments
-from ijepa_hf.arguments import argument_defaults, argument_differences, argument_values
-from ijepa_hf.expected_band import KEYS, NOT_COMPARED, WORDS, BandCurve, BandWatch, ExpectedBand, LossWindows, RunRows
-from ijepa_hf.recipe_files import recipe_names
+from ijepa_hf.recipes.arguments import argument_defaults, argument_differences, argument_values
+from ijepa_hf.recipes.expected_band import (
+    KEYS,
+    NOT_COMPARED,
+    WORDS,
+    BandCurve,
+    BandWatch,
+    ExpectedBand,
+    LossWindows,
+    RunRows,
+)
+from ijepa_hf.recipes.parsing import parse_arguments
+from ijepa_hf.recipes.recipe_files import recipe_names
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE
 from ijepa_hf.run_rows import read_rows
 

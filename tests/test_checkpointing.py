@@ -17,7 +17,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ijepa_hf import checkpointing, files
-from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.checkpointing import (
     DamagedCheckpointError,
     adopt_checkpoint,
@@ -32,6 +31,7 @@ from ijepa_hf.checkpointing import (
 )
 from ijepa_hf.files import SaveError
 from ijepa_hf.optimization import make_optimizer
+from ijepa_hf.recipes.arguments import PretrainingArguments
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 

@@ -8,8 +8,8 @@ from forked_runs import start_run
 from PIL import Image
 
 from ijepa_hf import collapse_demo
-from ijepa_hf.argument_parsing import as_flags
 from ijepa_hf.cli import main
+from ijepa_hf.recipes.parsing import as_flags
 
 
 def start_forked(folder: Path, values: dict[str, Any]) -> Any:

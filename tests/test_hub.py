@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from ijepa_hf import IJepaForPretraining, hub
-from ijepa_hf.arguments import argument_defaults
 from ijepa_hf.checkpointing import (
     DamagedCheckpointError,
     collect_state,
@@ -32,6 +31,7 @@ from ijepa_hf.cli import main
 from ijepa_hf.export import CODE_FILES, export_model
 from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
 from ijepa_hf.model_card import address_line
+from ijepa_hf.recipes.arguments import argument_defaults
 
 REPO = "me/model"
 ARGUMENTS = {**argument_defaults(), "output_dir": "run", "dataset_name": "digits", "license": "mit"}

@@ -6,13 +6,13 @@ import multiprocessing
 import pytest
 from tiny import tiny_config
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.order import StreamLayout
 from ijepa_hf.data.reading import CropReader, UnreadableImage
 from ijepa_hf.data.retrying import RetryPolicy
 from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.loading import TooManyUnreadableError, UnreadableLog, close_loader, open_training_images
+from ijepa_hf.recipes.arguments import DataArguments
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ import torch
 from faults import every_moment, in_fork, limit_file_size
 from tiny import scrambled_model
 
-from ijepa_hf.argument_parsing import parse_arguments
-from ijepa_hf.arguments import PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import (
     Checkpoint,
     collect_state,
@@ -23,6 +21,8 @@ from ijepa_hf.checkpointing import (
 )
 from ijepa_hf.export import export_model
 from ijepa_hf.files import SaveError
+from ijepa_hf.recipes.arguments import PretrainingArguments, argument_values
+from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.run_folder import (
     bytes_to_come,
     check_begun,

@@ -34,7 +34,6 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from ijepa_hf import conversion, escaping
-from ijepa_hf.arguments import ModelArguments, argument_values
 from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.cli import main
 from ijepa_hf.data.decoding import decode_image
@@ -48,7 +47,8 @@ from ijepa_hf.export import export_model, exported_step, image_processor_fields
 from ijepa_hf.hub_contents import StagedFolder
 from ijepa_hf.model_card import loading_lines, render_card
 from ijepa_hf.official_checkpoint import read_official_checkpoint
-from ijepa_hf.recipe_files import load_recipe
+from ijepa_hf.recipes.arguments import ModelArguments, argument_values
+from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.warm_start import open_starting_weights
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_hf import step_timing
 from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
-from ijepa_hf.argument_parsing import as_flags, parse_arguments
-from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.model.mask_audit import TRIALS
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.recipe_files import load_recipe
+from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.recipes.parsing import as_flags, parse_arguments
+from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.step_cost import (
     Parameters,
     Sizes,

@@ -9,7 +9,7 @@ from test_step_cost import sizes_of
 from tiny import tiny_config
 
 from ijepa_hf import step_timing
-from ijepa_hf.arguments import PretrainingArguments
+from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.step_cost import draw_sizes, model_work
 from ijepa_hf.step_timing import HARDWARE, Hardware, StepTime, measure_step_time, step_time_on
 

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training_loop
-from ijepa_hf.argument_parsing import parse_arguments
 from ijepa_hf.randomness import keyed_generator
+from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.training import pretrain
 
 NETWORKS = ("context_encoder", "ijepa", "predictor")

@@ -33,7 +33,7 @@ from views import ViewSettings
 from ijepa_hf import IJepaConfig
 from ijepa_hf.data.transforms import normalize
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features, score_features
-from ijepa_hf.recipe_files import load_recipe
+from ijepa_hf.recipes.recipe_files import load_recipe
 
 FAMILIES: dict[str, type[Family]] = {
     "untrained": Untrained,

@@ -12,10 +12,10 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
-from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.ranks import Ranks
+from ijepa_hf.recipes.arguments import PretrainingArguments
 
 logger = logging.getLogger(__name__)
 

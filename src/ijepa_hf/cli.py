@@ -70,7 +70,6 @@ def _log_handler() -> logging.Handler:
 
 
 def _pretrain(argv: list[str]) -> int:
-    from ijepa_hf.argument_parsing import parse_arguments
     from ijepa_hf.batch_fitting import DoesNotFitError
     from ijepa_hf.data.loader import DataWorkerError
     from ijepa_hf.data.retrying import DataSourceError
@@ -78,6 +77,7 @@ def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.hub import UploadIncompleteError
     from ijepa_hf.optimization import NonFiniteLossError
     from ijepa_hf.ranks import LostRankError
+    from ijepa_hf.recipes.parsing import parse_arguments
     from ijepa_hf.run_diagnostics import CollapseError
     from ijepa_hf.training import pretrain
 
@@ -240,12 +240,12 @@ def build_push_parser() -> argparse.ArgumentParser:
 
 def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
-    from ijepa_hf.argument_parsing import build_parser
     from ijepa_hf.data.prepare.prepare import build_prepare_parser
     from ijepa_hf.diagnose import build_diagnose_parser
     from ijepa_hf.estimate import build_estimate_parser
     from ijepa_hf.evaluation.evaluate_arguments import build_evaluate_parser
     from ijepa_hf.evaluation.finetune_arguments import build_finetune_parser
+    from ijepa_hf.recipes.parsing import build_parser
     from ijepa_hf.visualize import visualize_flags
 
     parsers: dict[str, argparse.ArgumentParser] = {

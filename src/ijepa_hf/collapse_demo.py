@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ijepa_hf.argument_parsing import as_flags
 from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
+from ijepa_hf.recipes.parsing import as_flags
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE
 from ijepa_hf.run_rows import read_rows
 

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ijepa_hf.argument_parsing import CommandParser, command_parser, parse_flags
-from ijepa_hf.arguments import flag
 from ijepa_hf.collapse_demo import run_demo
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
 from ijepa_hf.collapse_verdict import (
@@ -35,6 +33,8 @@ from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings
+from ijepa_hf.recipes.arguments import flag
+from ijepa_hf.recipes.parsing import CommandParser, command_parser, parse_flags
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_run
 from ijepa_hf.run_rows import read_rows
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ijepa_hf.argument_parsing import CommandParser, build_parser, parse_arguments, parse_flags
-from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.files import write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.optimization import eager_is_faster
 from ijepa_hf.plan import make_plan
-from ijepa_hf.recipe_files import load_recipe
+from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
+from ijepa_hf.recipes.parsing import CommandParser, build_parser, parse_arguments, parse_flags
+from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.step_cost import (
     Memory,
     Sizes,

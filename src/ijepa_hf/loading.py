@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data.collator import Batch
 from ijepa_hf.data.loader import PlainLoader, build_loader
 from ijepa_hf.data.memory_images import keep_in_memory
@@ -30,6 +29,7 @@ from ijepa_hf.data.streaming import (
     warn_of_one_shard,
 )
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.recipes.arguments import DataArguments
 from ijepa_hf.run_rows import RowFile, read_rows
 
 IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijepa_hf.arguments import ModelArguments, argument_values
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
+from ijepa_hf.recipes.arguments import ModelArguments, argument_values
 
 PUBLISHED_LICENSE = "cc-by-nc-4.0"
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # encoder width -> heads

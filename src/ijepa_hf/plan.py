@@ -8,8 +8,8 @@ otherwise send large, meaningless gradients into an encoder that is worth keepin
 import math
 from dataclasses import dataclass
 
-from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.data.order import global_batch_size
+from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
 PREDICTOR_WARMUP_SHARE = 0.05  # of the run, where the predictor is new and nobody says otherwise

@@ -20,7 +20,6 @@ from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.scorecard import score_encoder
-from ijepa_hf.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model_card import (
@@ -30,6 +29,7 @@ from ijepa_hf.model_card import (
     score_table,
     verdict,
 )
+from ijepa_hf.recipes.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.run_folder import (
     DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,

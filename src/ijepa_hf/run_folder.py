@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from ijepa_hf.arguments import PretrainingArguments, argument_defaults, argument_differences, argument_names
 from ijepa_hf.checkpointing import (
     Checkpoint,
     adopt_checkpoint,
@@ -34,7 +33,8 @@ from ijepa_hf.files import (
     write_text_atomically,
 )
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
-from ijepa_hf.recipe_files import as_recipe
+from ijepa_hf.recipes.arguments import PretrainingArguments, argument_defaults, argument_differences, argument_names
+from ijepa_hf.recipes.recipe_files import as_recipe
 from ijepa_hf.run_lock import LOCK_FILE
 from ijepa_hf.run_rows import DAMAGED_SUFFIX, move_damaged_lines, sort_rows
 

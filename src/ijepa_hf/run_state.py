@@ -18,13 +18,11 @@ from accelerate import Accelerator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.data.loader import DataWorkerError
 from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
-from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.export import export_model, exported_step
 from ijepa_hf.files import SaveError
 from ijepa_hf.hub import HubUploader
@@ -36,6 +34,8 @@ from ijepa_hf.model.sharding import whole_model
 from ijepa_hf.optimization import NonFiniteLossError, ReadyModel
 from ijepa_hf.plan import Plan
 from ijepa_hf.ranks import Ranks
+from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
+from ijepa_hf.recipes.expected_band import BandWatch
 from ijepa_hf.run_diagnostics import RunDiagnostics
 from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
 from ijepa_hf.run_lock import OutputDirInUseError, RunLock

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from ijepa_hf.arguments import PretrainingArguments
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.optimization import set_up_model
 from ijepa_hf.plan import StepValues
+from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.step_cost import draw_sizes, model_work
 
 MEASURING_ROUNDS = 4

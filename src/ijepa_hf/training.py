@@ -20,7 +20,6 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from threadpoolctl import threadpool_limits
 
 from ijepa_hf.announcement import announce, draw_first_masks
-from ijepa_hf.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.batch_fitting import fit_batch
 from ijepa_hf.checkpointing import Checkpoint, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
@@ -29,7 +28,6 @@ from ijepa_hf.data.order import StreamLayout
 from ijepa_hf.data.reading import CropReader
 from ijepa_hf.data.transforms import normalize
 from ijepa_hf.evaluation.scorecard import first_readable_pixels, load_evaluation_sets
-from ijepa_hf.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
 from ijepa_hf.loading import close_loader, open_training_images
@@ -38,6 +36,8 @@ from ijepa_hf.model.sharding import make_fsdp_plugin
 from ijepa_hf.optimization import choose_kernels, set_up_model
 from ijepa_hf.plan import make_plan
 from ijepa_hf.ranks import Ranks
+from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
+from ijepa_hf.recipes.expected_band import BandWatch, RunRows, find_band
 from ijepa_hf.report import (
     describe_machine,
     render_report,

@@ -17,7 +17,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from ijepa_hf.expected_band import BandWatch
 from ijepa_hf.model.mask_audit import MaskAudit
 from ijepa_hf.panels import (
     BLOCK_COLORS,
@@ -32,6 +31,7 @@ from ijepa_hf.panels import (
     show_picture,
     to_pictures,
 )
+from ijepa_hf.recipes.expected_band import BandWatch
 
 _FADE = 0.80  # how far a panel of a target block fades what is not in the block
 _TINT = 0.25  # how much of the block's colour is laid over it

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ijepa_hf.argument_parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
-from ijepa_hf.arguments import DataArguments, ModelArguments
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.reading import CropReader, ImageRows
@@ -53,7 +51,9 @@ from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, read_image_settings
 from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
-from ijepa_hf.recipe_files import load_recipe, recipe_names
+from ijepa_hf.recipes.arguments import DataArguments, ModelArguments
+from ijepa_hf.recipes.parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
+from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 from ijepa_hf.visualization import draw_audit_figure, draw_masks_figure
 from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
 

@@ -12,7 +12,6 @@ from PIL import Image
 from tiny import tiny_config
 from torch.nn import functional
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data import memory_images
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.loader import build_loader
@@ -20,6 +19,7 @@ from ijepa_hf.data.memory_images import CannotKeepError, MemoryCrops, decode_all
 from ijepa_hf.data.order import SampleKey, StepBatchSampler, StreamLayout
 from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages
 from ijepa_hf.loading import open_training_images
+from ijepa_hf.recipes.arguments import DataArguments
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:

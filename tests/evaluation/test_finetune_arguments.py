@@ -2,12 +2,12 @@
 
 import pytest
 
-from ijepa_hf.arguments import argument_names
 from ijepa_hf.evaluation.finetune_arguments import (
     FinetuningArguments,
     build_finetune_parser,
     parse_finetune_arguments,
 )
+from ijepa_hf.recipes.arguments import argument_names
 
 
 def test_flags_have_the_names_of_pretraining_where_they_mean_the_same():

@@ -5,7 +5,6 @@ from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from tiny import scrambled_model, tiny_config
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import (
@@ -18,6 +17,7 @@ from ijepa_hf.evaluation.scorecard import (
     score_encoder,
     score_features,
 )
+from ijepa_hf.recipes.arguments import DataArguments
 
 DIGITS = {"dataset_name": "digits", "eval_split_name": "test", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 

@@ -199,7 +199,7 @@ def known() -> Known:
     from accelerate.commands.launch import launch_command_parser
 
     from ijepa_hf.cli import command_flags
-    from ijepa_hf.recipe_files import recipe_names
+    from ijepa_hf.recipes.recipe_files import recipe_names
 
     makefile = (ROOT / "Makefile").read_text("utf-8")
     return Known(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ijepa_hf.argument_parsing import CommandParser, model_parser, parse_flags
-from ijepa_hf.arguments import LabelledDataFlags, flag, nearest_name
 from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
 from ijepa_hf.model_card import NEIGHBOURS
+from ijepa_hf.recipes.arguments import LabelledDataFlags, flag, nearest_name
+from ijepa_hf.recipes.parsing import CommandParser, model_parser, parse_flags
 
 METHODS = (
     "knn", "linear", "linear_sgd", "attentive", "low_shot", "regression", "segmentation", "localization", "finetune",

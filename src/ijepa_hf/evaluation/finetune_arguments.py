@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ijepa_hf.argument_parsing import CommandParser, model_parser, parse_flags
-from ijepa_hf.arguments import LabelledDataFlags, flag
+from ijepa_hf.recipes.arguments import LabelledDataFlags, flag
+from ijepa_hf.recipes.parsing import CommandParser, model_parser, parse_flags
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ijepa_hf.arguments import DataArguments
 from ijepa_hf.data.labelled import (
     LabelledReading,
     LabelledSource,
@@ -38,6 +37,7 @@ from ijepa_hf.model.features import extract_features
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.model_card import NEIGHBOURS, STARTING_WEIGHTS
 from ijepa_hf.official_checkpoint import PUBLISHED_PATCH_INIT_STD
+from ijepa_hf.recipes.arguments import DataArguments
 
 LOW_SHOT_SAMPLES = 10  # labelled images of each class
 LOW_SHOT_DRAWS = 5

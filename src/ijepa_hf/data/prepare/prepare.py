@@ -31,7 +31,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ijepa_hf.argument_parsing import CommandParser, command_parser
 from ijepa_hf.data.prepare.rewriting import DEFAULT_QUALITY, IMAGE_FORMATS, PictureFormat, _check_numbers
 from ijepa_hf.data.prepare.rows import _ROWS_AT_ONCE, PreparedImage, SourceRows
 from ijepa_hf.data.prepare.shards import (
@@ -45,6 +44,7 @@ from ijepa_hf.data.prepare.shards import (
 )
 from ijepa_hf.data.sources.opening import ImageSource, load_split
 from ijepa_hf.escaping import on_one_line
+from ijepa_hf.recipes.parsing import CommandParser, command_parser
 
 _ROWS_BEFORE_JUDGING = 1000  # as in training: a share of fewer images says little
 _NAMED_IN_SUMMARY, _NAMED_AT_A_STOP = 3, 20

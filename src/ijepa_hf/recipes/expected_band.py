@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_hf.arguments import argument_defaults, argument_differences, argument_names
-from ijepa_hf.recipe_files import load_recipe, recipe_names
+from ijepa_hf.recipes.arguments import argument_defaults, argument_differences, argument_names
+from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 
 POINTS_TO_LEAVE = 2  # outside, one after the other
 LEAST_ROWS_SHARE = 0.5  # of the rows in a window of the band; with fewer, the run has no loss to compare there

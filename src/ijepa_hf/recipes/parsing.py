@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ijepa_hf.arguments import (
+from ijepa_hf.recipes.arguments import (
     ARGUMENT_CLASSES,
     DataArguments,
     ModelArguments,
@@ -18,7 +18,7 @@ from ijepa_hf.arguments import (
     argument_values,
     nearest_name,
 )
-from ijepa_hf.recipe_files import load_recipe, recipe_names
+from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 
 _LARGEST_WHOLE = 2**63 - 1
 

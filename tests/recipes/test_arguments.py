@@ -6,10 +6,17 @@ import pytest
 import yaml
 
 from ijepa_hf import IJepaConfig
-from ijepa_hf.argument_parsing import build_parser, parse_arguments
-from ijepa_hf.arguments import ARGUMENT_CLASSES, DataArguments, ModelArguments, argument_names, argument_values, flag
 from ijepa_hf.data.retrying import DEFAULT_RETRIES, RetryPolicy
-from ijepa_hf.recipe_files import load_recipe, recipe_names
+from ijepa_hf.recipes.arguments import (
+    ARGUMENT_CLASSES,
+    DataArguments,
+    ModelArguments,
+    argument_names,
+    argument_values,
+    flag,
+)
+from ijepa_hf.recipes.parsing import build_parser, parse_arguments
+from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 
 PUBLISHED = {
     # recipe: (image, patch, width, depth, heads, mlp, predictor depth, epochs, warmup, global batch)

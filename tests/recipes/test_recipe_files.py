@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_hf.recipe_files import read_yaml, write_yaml
+from ijepa_hf.recipes.recipe_files import read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

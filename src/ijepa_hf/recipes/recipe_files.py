@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ijepa_hf.arguments import ARGUMENT_CLASSES, argument_defaults, argument_names, nearest_name
+from ijepa_hf.recipes.arguments import ARGUMENT_CLASSES, argument_defaults, argument_names, nearest_name
 
 # What PyYAML raises: its own, and what Python does with a tag that its value does not fit, or with lists in lists in
 # lists.
