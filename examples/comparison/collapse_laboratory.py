@@ -47,9 +47,9 @@ from ijepa_hf.data.transforms import normalize
 from ijepa_hf.diagnostics import measure_matrix, spectrum
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features
+from ijepa_hf.figures.panels import BLOCK_COLORS, DPI, FAINT_COLOR, TEXT_COLOR, plain_frame
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS, gather_patches
-from ijepa_hf.panels import BLOCK_COLORS, DPI, FAINT_COLOR, TEXT_COLOR, plain_frame
 
 NETWORK = IJepaConfig(
     image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ijepa_hf.panels import DPI, FAINT_COLOR, LINE_COLORS, TEXT_COLOR, plain_frame
+from ijepa_hf.figures.panels import DPI, FAINT_COLOR, LINE_COLORS, TEXT_COLOR, plain_frame
 
 # families in the order of the tables, with the names that they have there
 TITLES = {

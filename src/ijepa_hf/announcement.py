@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 from ijepa_hf.data.collator import Batch
+from ijepa_hf.figures.masks import draw_masks_figure
 from ijepa_hf.files import FIGURE_BYTES, saving
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.expected_band import band_notice
 from ijepa_hf.run_state import RunSetup
-from ijepa_hf.visualization import draw_masks_figure
 
 TRIAL_IMAGES = 64  # in each step whose masks are drawn to announce what they are like
 HIGH_REDRAW_RATE = 0.4

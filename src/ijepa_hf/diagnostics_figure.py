@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ijepa_hf.collapse_verdict import SIGNS_OF_PARTS, SINGLE_SIGNS, Panel
-from ijepa_hf.panels import DPI, FAINT_COLOR, LINE_COLORS, TEXT_COLOR, plain_frame
+from ijepa_hf.figures.panels import DPI, FAINT_COLOR, LINE_COLORS, TEXT_COLOR, plain_frame
 
 _COLUMNS = 3
 _LIMIT_COLOR = "#D55E00"

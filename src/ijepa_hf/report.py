@@ -20,6 +20,7 @@ from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.scorecard import score_encoder
+from ijepa_hf.figures.curves import draw_curves_figure
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model_card import (
@@ -40,7 +41,6 @@ from ijepa_hf.run_folder import (
     UNREADABLE_FILE,
 )
 from ijepa_hf.run_rows import read_rows
-from ijepa_hf.visualization import draw_curves_figure
 
 
 def write_report(

@@ -10,7 +10,7 @@ from typing import Any
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor
 from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
-from ijepa_hf.feature_figures import draw_training_figures
+from ijepa_hf.figures.features import draw_training_figures
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.run_folder import DIAGNOSTICS_FILE
 from ijepa_hf.run_rows import RowFile, read_rows

@@ -24,7 +24,7 @@ from ijepa_hf.data.reading import CropReader, ImageRows
 from ijepa_hf.data.sources.opening import ImageSource, find_image_column, find_label_column, load_split
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize, stack_images
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone
-from ijepa_hf.feature_figures import (
+from ijepa_hf.figures.features import (
     cut_patches,
     draw_cosine_figure,
     draw_errors_figure,
@@ -33,7 +33,9 @@ from ijepa_hf.feature_figures import (
     draw_retrieval_figure,
     draw_spectrum_figure,
 )
-from ijepa_hf.feature_views import (
+from ijepa_hf.figures.masks import draw_audit_figure, draw_masks_figure
+from ijepa_hf.figures.panels import to_pictures
+from ijepa_hf.figures.views import (
     PatchMatches,
     box_to_patches,
     differing_patches,
@@ -49,12 +51,10 @@ from ijepa_hf.model.mask_audit import audit_masks, render_audit
 from ijepa_hf.model.masking import STRATEGIES, draw_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, read_image_settings
-from ijepa_hf.panels import to_pictures
 from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PATCHES, keyed_generator
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments
 from ijepa_hf.recipes.parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
-from ijepa_hf.visualization import draw_audit_figure, draw_masks_figure
 from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
 
 FIGURES = {

@@ -2,7 +2,7 @@
 
 `audit_masks` draws the masks of many steps and counts: how often each patch is seen and predicted, how much context is
 left at which batch size, what overlaps, what is never reached. `render_audit` prints it and says in words what is
-biased; `ijepa_hf.visualization.draw_audit_figure` draws it.
+biased; `ijepa_hf.figures.masks.draw_audit_figure` draws it.
 
 Letters in shapes as in `masking`: B images, N patches, K context patches, M target blocks, P patches in a block,
 S context sets.

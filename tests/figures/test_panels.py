@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_hf.panels import keep_patches, mark_patches, outline, panel_grid, per_pixel, to_pictures
+from ijepa_hf.figures.panels import keep_patches, mark_patches, outline, panel_grid, per_pixel, to_pictures
 
 
 def test_bytes_are_shown_as_they_are_and_floats_are_stretched_each_by_itself():

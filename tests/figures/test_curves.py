@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from ijepa_hf.figures.curves import draw_curves_figure
+from ijepa_hf.figures.masks import draw_audit_figure, draw_masks_figure
 from ijepa_hf.model.mask_audit import MaskAudit, Spread, audit_masks
 from ijepa_hf.model.masking import MaskSettings
-from ijepa_hf.visualization import draw_audit_figure, draw_curves_figure, draw_masks_figure
 
 GRAY = 204  # a hidden patch
 BLOCK_COLORS = [(230, 159, 0), (86, 180, 233)]  # of the first two target blocks

@@ -13,7 +13,7 @@ from test_visualization import patch_centres, patches_of_one_colour
 from tiny import scrambled_model, tiny_batch
 
 from ijepa_hf.diagnostics import rankme
-from ijepa_hf.feature_figures import (
+from ijepa_hf.figures.features import (
     cut_patches,
     draw_cosine_figure,
     draw_errors_figure,
@@ -23,9 +23,9 @@ from ijepa_hf.feature_figures import (
     draw_spectrum_figure,
     draw_training_figures,
 )
-from ijepa_hf.feature_views import Expectation, PatchColors, PatchMatches
+from ijepa_hf.figures.panels import to_pictures
+from ijepa_hf.figures.views import Expectation, PatchColors, PatchMatches
 from ijepa_hf.model.features import encode_patches
-from ijepa_hf.panels import to_pictures
 
 GRID, PATCH = (3, 4), (8, 6)
 
@@ -283,7 +283,9 @@ def test_the_target_encoder_is_what_is_looked_at(tmp_path, monkeypatch):
     model = scrambled_model()
     batch = tiny_batch(model.config, size=3)
     drawn = {}
-    monkeypatch.setattr("ijepa_hf.feature_figures.draw_spectrum_figure", lambda features, path: drawn.update(features))
+    monkeypatch.setattr(
+        "ijepa_hf.figures.features.draw_spectrum_figure", lambda features, path: drawn.update(features)
+    )
     draw_training_figures(model, **batch, output_dir=tmp_path)
     features = encode_patches(model.target_encoder, batch["pixel_values"])
     torch.testing.assert_close(drawn["images"], features.mean(dim=(1, 2)))

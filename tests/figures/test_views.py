@@ -9,7 +9,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from tiny import scrambled_model, tiny_batch, tiny_config
 from torch import nn
 
-from ijepa_hf.feature_views import (
+from ijepa_hf.figures.views import (
     PatchMatches,
     box_to_patches,
     cosine_map,
@@ -233,7 +233,7 @@ def brute_force(queries: torch.Tensor, gallery: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("part", [1, 3, 7])
 @pytest.mark.parametrize("limit", [2**24, 10])
 def test_nearest_patches_are_those_of_a_full_matrix_however_the_gallery_is_cut(monkeypatch, part: int, limit: int):
-    monkeypatch.setattr("ijepa_hf.feature_views._MOST_SIMILARITIES", limit)
+    monkeypatch.setattr("ijepa_hf.figures.views._MOST_SIMILARITIES", limit)
     queries, gallery = random(11, 6), random(7, 5, 6, seed=1)
     found = find_nearest_patches(queries, gallery.split(part))
     matrix = brute_force(queries, gallery)

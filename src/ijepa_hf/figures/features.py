@@ -18,18 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ijepa_hf.diagnostics import rankme, spectrum
-from ijepa_hf.feature_views import (
-    Expectation,
-    PatchColors,
-    PatchMatches,
-    cosine_map,
-    error_map,
-    expect_patches,
-    patch_colors,
-)
-from ijepa_hf.model.features import encode_patches, prediction_errors, target_features
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.panels import (
+from ijepa_hf.figures.panels import (
     BLOCK_COLORS,
     DPI,
     FAINT_COLOR,
@@ -45,6 +34,17 @@ from ijepa_hf.panels import (
     show_picture,
     to_pictures,
 )
+from ijepa_hf.figures.views import (
+    Expectation,
+    PatchColors,
+    PatchMatches,
+    cosine_map,
+    error_map,
+    expect_patches,
+    patch_colors,
+)
+from ijepa_hf.model.features import encode_patches, prediction_errors, target_features
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 TRAINING_IMAGES = 64  # of a batch, at most: gallery, and spectrum
 TRAINING_ROWS = 4

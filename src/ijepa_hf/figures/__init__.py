@@ -1,0 +1,1 @@
+"""Pictures of masks, curves and features, and what is computed for them."""
