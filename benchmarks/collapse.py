@@ -179,8 +179,8 @@ def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str)
 def judge(root: Path, datasets: list[str]) -> dict[str, Any]:
     """Judges the rows of all finished runs, row by row as a run would have been."""
     from ijepa_hf.collapse_verdict import judge_collapse
-    from ijepa_hf.run_folder import DIAGNOSTICS_FILE
-    from ijepa_hf.run_rows import read_rows
+    from ijepa_hf.runs.folder import DIAGNOSTICS_FILE
+    from ijepa_hf.runs.rows import read_rows
 
     judged = []
     for run in runs(datasets):

@@ -80,7 +80,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 out, stock = folder / f"by-{sys.argv[2]}", folder / f"classifier-by-{sys.argv[2]}"
 if supported:
     from ijepa_hf import IJepaConfig, IJepaForPretraining
-    from ijepa_hf.export import export_model
+    from ijepa_hf.runs.export import export_model
     config = IJepaConfig(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
                          intermediate_size=64, predictor_hidden_size=16, predictor_num_hidden_layers=2)
     model = IJepaForPretraining(config)

@@ -36,8 +36,8 @@ from ijepa_hf.data.sources.shapes import draw_shape_scene
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.feature_store import store_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.export import image_processor_fields
 from ijepa_hf.model.vision_models import ImageSettings
+from ijepa_hf.runs.export import image_processor_fields
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # name: images, their side in pixels, format, the model's side, patch, width, layers, images a batch

@@ -39,8 +39,8 @@ import torch  # noqa: E402
 from forked_runs import alive, children_of, exit_code, newest_checkpoint, start_run, wait_until  # noqa: E402
 from tiny import final_weights, tiny_flags  # noqa: E402
 
-from ijepa_hf.checkpointing import find_latest  # noqa: E402
 from ijepa_hf.data.prepare.prepare import prepare as prepare_shards  # noqa: E402
+from ijepa_hf.runs.checkpoints import find_latest  # noqa: E402
 
 STEPS = 240
 EVERY = 8  # steps between saves
@@ -187,9 +187,9 @@ def send_signal(number: signal.Signals, campaign: Campaign) -> None:
 
 
 def _disk_full(save: int) -> None:
-    from ijepa_hf import checkpointing
+    from ijepa_hf.runs import checkpoints
 
-    whole, count = checkpointing.save_tensors, iter(range(1, 10**6))
+    whole, count = checkpoints.save_tensors, iter(range(1, 10**6))
 
     def save_tensors(tensors: Any, path: Path, *arguments: Any, **options: Any) -> None:
         if next(count) == save:
@@ -197,7 +197,7 @@ def _disk_full(save: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         whole(tensors, path, *arguments, **options)
 
-    checkpointing.save_tensors = save_tensors
+    checkpoints.save_tensors = save_tensors
 
 
 def fill_the_disk(campaign: Campaign) -> None:

@@ -29,8 +29,8 @@ from ijepa_hf.recipes.expected_band import (
 )
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.recipes.recipe_files import recipe_names
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE
-from ijepa_hf.run_rows import read_rows
+from ijepa_hf.runs.folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE
+from ijepa_hf.runs.rows import read_rows
 
 BANDS = Path(__file__).resolve().parent.parent / "src" / "ijepa_hf" / "recipes" / "bands"
 LEAST_SEEDS = 3

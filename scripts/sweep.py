@@ -39,8 +39,8 @@ from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.model.modeling_ijepa import IJepaModel, new_model
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe, read_yaml
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE, METRICS_FILE
-from ijepa_hf.run_rows import read_rows
+from ijepa_hf.runs.folder import DIAGNOSTICS_FILE, METRICS_FILE
+from ijepa_hf.runs.rows import read_rows
 
 CONFIDENCE = 0.95
 UNTRAINED = "untrained"

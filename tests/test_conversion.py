@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from tiny import scrambled_model, tiny_batch, tiny_run
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.checkpointing import config_fields, find_latest, read_checkpoint, restore
 from ijepa_hf.conversion import convert, convert_to_official
-from ijepa_hf.export import export_model
 from ijepa_hf.official_checkpoint import PARTS, model_from_official, read_official_checkpoint, translate
 from ijepa_hf.optimization import make_optimizer, training_step
 from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.runs.checkpoints import config_fields, find_latest, read_checkpoint, restore
+from ijepa_hf.runs.export import export_model
 
 HEADS = plain_ijepa.SMALL["heads"]
 

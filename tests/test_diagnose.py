@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from ijepa_hf.cli import main
 from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.diagnose import DiagnoseFlags, measure_model
-from ijepa_hf.export import export_model
+from ijepa_hf.runs.export import export_model
 
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
              "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True, "do_resize": True}  # fmt: skip

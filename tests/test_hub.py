@@ -20,18 +20,18 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from ijepa_hf import IJepaForPretraining, hub
-from ijepa_hf.checkpointing import (
+from ijepa_hf.cli import main
+from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
+from ijepa_hf.recipes.arguments import argument_defaults
+from ijepa_hf.runs.cards import address_line
+from ijepa_hf.runs.checkpoints import (
     DamagedCheckpointError,
     collect_state,
     config_fields,
     read_checkpoint,
     save_checkpoint,
 )
-from ijepa_hf.cli import main
-from ijepa_hf.export import CODE_FILES, export_model
-from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
-from ijepa_hf.model_card import address_line
-from ijepa_hf.recipes.arguments import argument_defaults
+from ijepa_hf.runs.export import CODE_FILES, export_model
 
 REPO = "me/model"
 ARGUMENTS = {**argument_defaults(), "output_dir": "run", "dataset_name": "digits", "license": "mit"}

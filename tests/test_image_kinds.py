@@ -18,12 +18,12 @@ from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 from transformers import AutoModel
 
 from ijepa_hf import cli
-from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.data import decoding
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.reading import ImageColumn, ImageRows
 from ijepa_hf.data.transforms import CROP_NUMBERS, random_resized_crop
 from ijepa_hf.interruption import StoppedBySignal
+from ijepa_hf.runs.checkpoints import find_latest
 
 FEW = {"max_train_steps": 3, "warmup_epochs": 0, "max_train_samples": None}
 

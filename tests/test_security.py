@@ -34,21 +34,20 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from ijepa_hf import conversion, escaping
-from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.cli import main
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.prepare.prepare import prepare
 from ijepa_hf.data.sources.opening import ImageSource, load_split, open_stream
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
-from ijepa_hf.evaluation.finetune_report import render_finetuning_card
 from ijepa_hf.evaluation.results import Score, render_scores
-from ijepa_hf.export import export_model, exported_step, image_processor_fields
 from ijepa_hf.hub_contents import StagedFolder
-from ijepa_hf.model_card import loading_lines, render_card
 from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
 from ijepa_hf.recipes.recipe_files import load_recipe
+from ijepa_hf.runs.cards import loading_lines, render_card, render_finetuning_card
+from ijepa_hf.runs.checkpoints import find_latest
+from ijepa_hf.runs.export import export_model, exported_step, image_processor_fields
 from ijepa_hf.warm_start import open_starting_weights
 
 ROOT = Path(__file__).resolve().parent.parent

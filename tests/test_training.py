@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from tiny import final_weights, logged, tiny_config, tiny_run
 
 from ijepa_hf import training
-from ijepa_hf.export import CODE_FILES, exported_step
 from ijepa_hf.report import render_report
+from ijepa_hf.runs.export import CODE_FILES, exported_step
 
 
 @pytest.fixture

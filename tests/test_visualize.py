@@ -12,8 +12,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from ijepa_hf import cli, visualize
 from ijepa_hf.data.sources.builtin import load_digits
-from ijepa_hf.export import export_model
 from ijepa_hf.randomness import DRAW_GALLERY, keyed_generator
+from ijepa_hf.runs.export import export_model
 
 pytestmark = pytest.mark.figures
 MEAN, STD = [0.3, 0.3, 0.3], [0.4, 0.4, 0.4]

@@ -18,27 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_hf.checkpointing import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    Checkpoint,
-    collect_state,
-    config_fields,
-    find_latest,
-    save_checkpoint,
-)
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_hf.escaping import code_span
-from ijepa_hf.export import WEIGHTS_FILE, export_model, exported_step
 from ijepa_hf.files import flush_to_disk, read_json, write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name, to_file_name
-from ijepa_hf.model_card import TAGS, address_line
 from ijepa_hf.official_checkpoint import (
     ADAMW_SLOTS,
     FROZEN_NAMES,
@@ -64,7 +51,18 @@ from ijepa_hf.official_checkpoint import (
     unpickle,
 )
 from ijepa_hf.published_code import check_checkout, compare_with_published_code
-from ijepa_hf.run_folder import CONVERSION_FILE
+from ijepa_hf.runs.cards import render_converted_card
+from ijepa_hf.runs.checkpoints import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoint,
+    collect_state,
+    config_fields,
+    find_latest,
+    save_checkpoint,
+)
+from ijepa_hf.runs.export import WEIGHTS_FILE, export_model, exported_step
+from ijepa_hf.runs.folder import CONVERSION_FILE
 
 # What a gradient scaler starts with. The published code calls its load under bf16, and an error there sends it back to
 # epoch 0; the scale changes nothing in bf16.
@@ -298,65 +296,6 @@ def _converted_message(config: IJepaConfig, source: Path, target: Path, report: 
         largest = max(value["largest_difference"] for value in report["published_code"]["outputs"].values())
         lines.append(f"published code computes the same: largest difference {largest:.2g}")
     return "\n".join([*lines, "licence: weights of published checkpoints stay CC BY-NC 4.0"])
-
-
-def render_converted_card(config: IJepaConfig, report: Mapping[str, Any], name: str, license: str) -> str:
-    """The model card of a converted checkpoint, as Markdown with the Hub's metadata in front."""
-    data = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=TAGS,
-    )
-    height, width = config.image_shape
-    text = f"""---
-{data.to_yaml()}
----
-
-# I-JEPA, converted from {code_span(report["source"]["name"])}
-
-The weights of a checkpoint published with [I-JEPA](https://arxiv.org/abs/2301.08243), every bit compared: the target
-encoder at the root, both encoders and the predictor in `pretraining/`. `{CONVERSION_FILE}` has the SHA-256 of the
-file and lists each tensor.
-
-- {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads
-- images of {height}x{width} pixels, patches of {config.patch_shape[0]}x{config.patch_shape[1]}
-- ImageNet mean and standard deviation
-
-The weights keep the licence of the original, CC BY-NC 4.0.
-
-## Features of an image
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-{address_line(name)}
-processor = AutoImageProcessor.from_pretrained(model_id)
-model = AutoModel.from_pretrained(model_id)
-with torch.no_grad():
-    patches = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")).last_hidden_state
-features = patches.mean(dim=1)  # [1, {config.hidden_size}], as evaluated in the paper
-```
-
-## Fine-tune a classifier
-
-```python
-from transformers import AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained(model_id, num_labels=10)  # only the last layer is new
-```
-
-## Go on pretraining, on your own images
-
-```bash
-pip install ijepa-hf
-{address_line(name, shell=True)}
-ijepa-hf pretrain adapt --model_name_or_path "$MODEL" --dataset_name path/to/images
-```
-"""
-    return str(ModelCard(text))
 
 
 # -- ours -> published -----------------------------------------------------------------------------------------------

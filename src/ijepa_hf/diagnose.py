@@ -35,8 +35,8 @@ from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretrai
 from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings
 from ijepa_hf.recipes.arguments import flag
 from ijepa_hf.recipes.parsing import CommandParser, command_parser, parse_flags
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE, read_run
-from ijepa_hf.run_rows import read_rows
+from ijepa_hf.runs.folder import DIAGNOSTICS_FILE, read_run
+from ijepa_hf.runs.rows import read_rows
 
 EXIT_CODES = {HEALTHY: 0, LOSS_RISING: 0, UNKNOWN: 6}
 FAILURE_EXIT_CODE = 5

@@ -15,9 +15,9 @@ from typing import Any
 from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.figures.curves import draw_curves_figure
 from ijepa_hf.files import read_json, write_text_atomically
-from ijepa_hf.model_card import NEIGHBOURS, verdict
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_run
-from ijepa_hf.run_rows import read_rows
+from ijepa_hf.runs.cards import NEIGHBOURS, verdict
+from ijepa_hf.runs.folder import DIAGNOSTICS_FILE, EVALUATIONS_FILE, METRICS_FILE, REPORT_FILE, read_run
+from ijepa_hf.runs.rows import read_rows
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # What a browser may take: the page's own style and pictures. It asks nobody, and runs nothing, whatever it finds.

@@ -27,8 +27,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ijepa_hf import hub_process
-from ijepa_hf.checkpointing import find_latest
-from ijepa_hf.export import exported_step
 from ijepa_hf.hub_contents import (
     ABOUT_THE_MODEL,
     LAST_CHECKPOINT,
@@ -37,7 +35,9 @@ from ijepa_hf.hub_contents import (
     StagedFolder,
 )
 from ijepa_hf.recipes.arguments import HUB_STRATEGIES
-from ijepa_hf.run_folder import GROWING_FILES, REPORT_FILE, RUN_FILE
+from ijepa_hf.runs.checkpoints import find_latest
+from ijepa_hf.runs.export import exported_step
+from ijepa_hf.runs.folder import GROWING_FILES, REPORT_FILE, RUN_FILE
 
 # Seconds before the 2nd, ... 7th try: 126 in all. A server may ask for more, up to hub_process.LONGEST_WAIT each time.
 RETRY_WAITS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)

@@ -17,10 +17,10 @@ from typing import Any
 
 from huggingface_hub.constants import REPOCARD_NAME
 
-from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
-from ijepa_hf.model_card import with_address
-from ijepa_hf.run_folder import (
+from ijepa_hf.runs.cards import with_address
+from ijepa_hf.runs.export import CODE_FILES, WEIGHTS_FILE, exported_step
+from ijepa_hf.runs.folder import (
     CONVERSION_FILE,
     EVAL_RESULTS_FOLDER,
     FINETUNING_FILE,

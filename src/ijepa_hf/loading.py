@@ -30,7 +30,7 @@ from ijepa_hf.data.streaming import (
 )
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.recipes.arguments import DataArguments
-from ijepa_hf.run_rows import RowFile, read_rows
+from ijepa_hf.runs.rows import RowFile, read_rows
 
 IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little
 _NAMED_AT_A_STOP = 20

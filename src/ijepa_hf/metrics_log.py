@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from ijepa_hf.diagnostics import feature_std, rankme
 from ijepa_hf.optimization import StepResult
 from ijepa_hf.plan import Plan, StepValues
-from ijepa_hf.run_folder import METRICS_FILE
-from ijepa_hf.run_rows import RowFile
+from ijepa_hf.runs.folder import METRICS_FILE
+from ijepa_hf.runs.rows import RowFile
 
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 

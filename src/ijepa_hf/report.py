@@ -23,15 +23,9 @@ from ijepa_hf.evaluation.scorecard import score_encoder
 from ijepa_hf.figures.curves import draw_curves_figure
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.model_card import (
-    loading_lines,
-    render_card,
-    render_eval_results,
-    score_table,
-    verdict,
-)
 from ijepa_hf.recipes.expected_band import BandWatch, RunRows, find_band
-from ijepa_hf.run_folder import (
+from ijepa_hf.runs.cards import loading_lines, render_card, render_eval_results, score_table, verdict
+from ijepa_hf.runs.folder import (
     DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,
     EVALUATIONS_FILE,
@@ -40,7 +34,7 @@ from ijepa_hf.run_folder import (
     SKIPPED_FILE,
     UNREADABLE_FILE,
 )
-from ijepa_hf.run_rows import read_rows
+from ijepa_hf.runs.rows import read_rows
 
 
 def write_report(

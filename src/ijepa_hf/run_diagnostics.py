@@ -12,8 +12,8 @@ from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.figures.features import draw_training_figures
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.run_folder import DIAGNOSTICS_FILE
-from ijepa_hf.run_rows import RowFile, read_rows
+from ijepa_hf.runs.folder import DIAGNOSTICS_FILE
+from ijepa_hf.runs.rows import RowFile, read_rows
 
 COST_IN_STEPS = 1.3  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
 MOST_SHARE = 0.01  # of the time, that goes into rows

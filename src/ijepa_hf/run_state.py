@@ -18,12 +18,10 @@ from accelerate import Accelerator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ijepa_hf.checkpointing import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.data.loader import DataWorkerError
 from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
-from ijepa_hf.export import export_model, exported_step
 from ijepa_hf.files import SaveError
 from ijepa_hf.hub import HubUploader
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
@@ -37,9 +35,11 @@ from ijepa_hf.ranks import Ranks
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.recipes.expected_band import BandWatch
 from ijepa_hf.run_diagnostics import RunDiagnostics
-from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
-from ijepa_hf.run_lock import OutputDirInUseError, RunLock
-from ijepa_hf.run_rows import RowFile
+from ijepa_hf.runs.checkpoints import collect_state, config_fields, find_latest, save_checkpoint
+from ijepa_hf.runs.export import export_model, exported_step
+from ijepa_hf.runs.folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
+from ijepa_hf.runs.lock import OutputDirInUseError, RunLock
+from ijepa_hf.runs.rows import RowFile
 
 LAST_SAVE_SECONDS = 3600.0  # for which a finished run with on_save_error=continue goes on trying to write its end
 SAVE_AGAIN_SECONDS = 30.0

@@ -21,7 +21,6 @@ from threadpoolctl import threadpool_limits
 
 from ijepa_hf.announcement import announce, draw_first_masks
 from ijepa_hf.batch_fitting import fit_batch
-from ijepa_hf.checkpointing import Checkpoint, config_fields, restore
 from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.order import StreamLayout
@@ -44,7 +43,10 @@ from ijepa_hf.report import (
     write_report,
 )
 from ijepa_hf.run_diagnostics import RunDiagnostics
-from ijepa_hf.run_folder import (
+from ijepa_hf.run_start import Start, check_checkpoint, find_start, load_starting_encoder
+from ijepa_hf.run_state import RunSetup, RunState
+from ijepa_hf.runs.checkpoints import Checkpoint, config_fields, restore
+from ijepa_hf.runs.folder import (
     DIAGNOSTICS_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -54,10 +56,8 @@ from ijepa_hf.run_folder import (
     is_finished,
     prepare_output_dir,
 )
-from ijepa_hf.run_lock import OutputDirInUseError, RunLock, lock_output_dir
-from ijepa_hf.run_rows import read_rows
-from ijepa_hf.run_start import Start, check_checkpoint, find_start, load_starting_encoder
-from ijepa_hf.run_state import RunSetup, RunState
+from ijepa_hf.runs.lock import OutputDirInUseError, RunLock, lock_output_dir
+from ijepa_hf.runs.rows import read_rows
 from ijepa_hf.training_loop import run_steps, skipped_before
 
 MASK_FIGURE_IMAGES = 6

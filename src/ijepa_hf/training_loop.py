@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from ijepa_hf.batch_fitting import DoesNotFitError, does_not_fit_message, is_out_of_memory, largest_micro_batch
-from ijepa_hf.checkpointing import collect_state
 from ijepa_hf.data.collator import Batch
 from ijepa_hf.data.loader import DataWorkerError, PlainLoader
 from ijepa_hf.data.transforms import normalize
-from ijepa_hf.export import exported_step
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.loading import TooManyUnreadableError
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line
@@ -30,9 +28,11 @@ from ijepa_hf.optimization import NonFiniteLossError, StepResult
 from ijepa_hf.plan import StepValues, values_at
 from ijepa_hf.randomness import DRAW_DROPOUT, keyed_generator
 from ijepa_hf.run_diagnostics import CollapseError, is_due, steps_between
-from ijepa_hf.run_folder import EVALUATIONS_FILE, SKIPPED_FILE
-from ijepa_hf.run_rows import read_rows
 from ijepa_hf.run_state import RunState
+from ijepa_hf.runs.checkpoints import collect_state
+from ijepa_hf.runs.export import exported_step
+from ijepa_hf.runs.folder import EVALUATIONS_FILE, SKIPPED_FILE
+from ijepa_hf.runs.rows import read_rows
 
 _SIGNAL_SECONDS = 0.5  # within which a signal that has ended a loading process reaches this process too
 

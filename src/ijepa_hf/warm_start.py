@@ -38,7 +38,6 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from ijepa_hf.checkpointing import MANIFEST_FILE, config_fields
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import (
@@ -49,8 +48,9 @@ from ijepa_hf.model.modeling_ijepa import (
     from_file_name,
     sincos_position_table,
 )
-from ijepa_hf.model_card import read_license
 from ijepa_hf.official_checkpoint import PUBLISHED_LICENSE, model_from_official, read_official_checkpoint
+from ijepa_hf.runs.cards import read_license
+from ijepa_hf.runs.checkpoints import MANIFEST_FILE, config_fields
 
 PUBLISHED_SUFFIXES = (".pth.tar", ".pth")
 USABLE = (

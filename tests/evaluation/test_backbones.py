@@ -28,8 +28,8 @@ from ijepa_hf.evaluation.backbones import (
     raw_pixels,
     untrained_twin,
 )
-from ijepa_hf.export import export_model
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
+from ijepa_hf.runs.export import export_model
 
 SHAPE = (32, 32)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

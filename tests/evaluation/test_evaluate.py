@@ -24,7 +24,7 @@ from ijepa_hf.evaluation.evaluate import evaluate_model
 from ijepa_hf.evaluation.evaluate_arguments import EvaluationArguments
 from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.results import ROWS
-from ijepa_hf.export import export_model, image_processor_fields
+from ijepa_hf.runs.export import export_model, image_processor_fields
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 COLORS = np.array([(150, 105, 105), (105, 150, 105), (105, 105, 150)])

@@ -36,7 +36,7 @@ from ijepa_hf.evaluation import finetune as module
 from ijepa_hf.evaluation.finetune import FinetuningTrainer, SmoothedCrossEntropy, finetune
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_classifier import load_classifier
-from ijepa_hf.export import export_model
+from ijepa_hf.runs.export import export_model
 
 NAMES = [str(digit) for digit in range(10)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

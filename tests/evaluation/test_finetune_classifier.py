@@ -10,8 +10,8 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, 
 
 from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
 from ijepa_hf.evaluation.finetune_classifier import load_classifier, parameter_groups
-from ijepa_hf.export import export_model
 from ijepa_hf.model.modeling_ijepa import IJepaModel, sincos_position_table
+from ijepa_hf.runs.export import export_model
 
 NAMES = [str(digit) for digit in range(10)]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining
-from ijepa_hf.checkpointing import (
+from ijepa_hf.runs.checkpoints import (
     DamagedCheckpointError,
     collect_state,
     config_fields,
@@ -29,7 +29,7 @@ from ijepa_hf.checkpointing import (
     restore,
     save_checkpoint,
 )
-from ijepa_hf.export import export_model
+from ijepa_hf.runs.export import export_model
 
 CONFIG = {
     "image_size": 16,

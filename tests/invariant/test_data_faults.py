@@ -11,8 +11,8 @@ from failing_source import fail_in
 from forked_runs import alive, children_of, ended, exit_code, slow_steps, start_run, steps_logged, wait_until
 from tiny import assert_same_run, tiny_flags, tiny_run
 
-from ijepa_hf.checkpointing import find_latest
 from ijepa_hf.data.sources.builtin import load_digits
+from ijepa_hf.runs.checkpoints import find_latest
 
 # torch says that two workers on one core are many
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

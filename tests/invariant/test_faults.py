@@ -14,12 +14,14 @@ from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
 from tiny import assert_same_run, final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
-from ijepa_hf import checkpointing, report, run_rows, run_state, training_loop
-from ijepa_hf.checkpointing import find_latest
+from ijepa_hf import report, run_state, training_loop
 from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.files import SaveError
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.optimization import NonFiniteLossError
+from ijepa_hf.runs import checkpoints
+from ijepa_hf.runs import rows as run_rows
+from ijepa_hf.runs.checkpoints import find_latest
 
 # -- NaN and infinity ------------------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(tmp_path,
     # schedules depend on the length of the run, so the twin is the same run before its last step
     twin = tiny_run(tmp_path / "twin", max_train_steps=4, warmup_epochs=0, checkpointing_steps=3)
     before = find_latest(run).path, twin / "checkpoint-3"
-    ours, theirs = [checkpointing.load_file(folder / name) for folder in before for name in ("model.safetensors",)]
+    ours, theirs = [checkpoints.load_file(folder / name) for folder in before for name in ("model.safetensors",)]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -117,10 +119,10 @@ class DiskFull:
     """Lets writing of weights fail, as a full disk does, at some of the saves."""
 
     def __init__(self, monkeypatch, *saves):
-        self.saves, self.count, whole = saves, 0, checkpointing.save_tensors
+        self.saves, self.count, whole = saves, 0, checkpoints.save_tensors
 
         def save_tensors(tensors, path, *args, **options):
-            self.count += path.name == checkpointing.MODEL_FILE
+            self.count += path.name == checkpoints.MODEL_FILE
             if self.count in self.saves:
                 whole(tensors, path, *args, **options)
                 with open(path, "r+b") as file:
@@ -128,7 +130,7 @@ class DiskFull:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             return whole(tensors, path, *args, **options)
 
-        monkeypatch.setattr(checkpointing, "save_tensors", save_tensors)
+        monkeypatch.setattr(checkpoints, "save_tensors", save_tensors)
 
 
 def test_a_full_disk_stops_the_run_with_the_previous_checkpoint_whole_and_one_error(

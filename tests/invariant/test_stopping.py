@@ -25,7 +25,7 @@ from forked_runs import (
 )
 from tiny import assert_same_run, logged, tiny_flags, tiny_run
 
-from ijepa_hf.checkpointing import find_latest
+from ijepa_hf.runs.checkpoints import find_latest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGED = ("step", "loss", "learning_rate", "grad_norm_encoder", "target_rankme")

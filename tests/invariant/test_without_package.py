@@ -15,8 +15,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.data.sources.builtin import load_digits
-from ijepa_hf.export import CODE_FILES
 from ijepa_hf.model import modeling_ijepa
+from ijepa_hf.runs.export import CODE_FILES
 
 PROGRAM = """
 import json, sys

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from sharded_processes import RUN, SAVED_AT, STEPS, WAYS, fresh_model, one_pass, share_a_model, take_steps
 from tiny import NETWORKS, differences, scrambled_model, tiny_batch, tiny_model
 
-from ijepa_hf.checkpointing import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaLayer
 from ijepa_hf.model.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
 from ijepa_hf.optimization import make_optimizer
+from ijepa_hf.runs.checkpoints import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
 
 TOLERANCE = 1e-6
 

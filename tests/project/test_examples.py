@@ -12,7 +12,7 @@ from tiny import scrambled_model
 
 from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.data.sources.shapes import draw_shape_scene
-from ijepa_hf.export import export_model
+from ijepa_hf.runs.export import export_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WITHOUT_PACKAGE = (

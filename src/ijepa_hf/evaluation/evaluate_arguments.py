@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
-from ijepa_hf.model_card import NEIGHBOURS
 from ijepa_hf.recipes.arguments import LabelledDataFlags, flag, nearest_name
 from ijepa_hf.recipes.parsing import CommandParser, model_parser, parse_flags
+from ijepa_hf.runs.cards import NEIGHBOURS
 
 METHODS = (
     "knn", "linear", "linear_sgd", "attentive", "low_shot", "regression", "segmentation", "localization", "finetune",

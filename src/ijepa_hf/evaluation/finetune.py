@@ -47,12 +47,11 @@ from ijepa_hf.evaluation.finetune_report import (
     draw_finetuning_curves,
     finetuning_result,
     render_finetuning,
-    render_finetuning_card,
 )
-from ijepa_hf.export import image_processor_fields
 from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
-from ijepa_hf.model_card import read_license
+from ijepa_hf.runs.cards import read_license, render_finetuning_card
+from ijepa_hf.runs.export import image_processor_fields
 
 logger = logging.getLogger(__name__)
 

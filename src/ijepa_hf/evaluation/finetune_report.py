@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.constants import REPOCARD_NAME
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from ijepa_hf.data.labelled import LabelledSplits
-from ijepa_hf.escaping import code_span, markdown_text, python_string
-from ijepa_hf.model_card import address_line, argument_lines
-from ijepa_hf.run_folder import FINETUNING_FILE
+from ijepa_hf.runs.cards import _loading_lines, _summary, _unknown_license_lines
+from ijepa_hf.runs.folder import FINETUNING_FILE
 
 RESULT_FILE = FINETUNING_FILE
 
@@ -117,97 +114,3 @@ def render_finetuning(output_dir: Path) -> str:
             *(f"    {line}" for line in _loading_lines(str(output_dir))),
         ]
     )
-
-
-def _summary(result: Mapping[str, Any]) -> str:
-    low, high = (100 * value for value in result["accuracy_interval"])
-    start = "new weights" if result["arguments"]["from_scratch"] else "pretrained weights"
-    head = ", the encoder frozen" if result["arguments"]["freeze_encoder"] else ""
-    return (
-        f"top-1 {100 * result['accuracy']:.1f} % ({low:.1f} to {high:.1f}, 95 % interval) of "
-        f"{result['num_eval_images']} held-out images, from {start}{head}, with {result['num_train_images']} labelled "
-        f"images of {len(result['classes'])} classes"
-    )
-
-
-def _unknown_license_lines(result: Mapping[str, Any]) -> list[str]:
-    if result.get("license_is_known", True):
-        return []
-    model = code_span(result["arguments"]["model"])
-    return [
-        f"that of {model} could not be read; look it up, and set `license` at the top of the card ({REPOCARD_NAME})"
-    ]
-
-
-def _loading_lines(name: str) -> list[str]:
-    return [
-        "from transformers import pipeline",
-        f'classify = pipeline("image-classification", model={python_string(name)})',
-        'classify("picture.png")',
-    ]
-
-
-def render_finetuning_card(result: Mapping[str, Any]) -> str:
-    """Renders the model card of a fine-tuned model.
-
-    Args:
-        result: As in `finetune.json`.
-
-    Returns:
-        Markdown with the Hub's metadata in front.
-    """
-    arguments = result["arguments"]
-    dataset = Path(arguments["dataset_name"]).name
-    base = None if Path(arguments["model"]).exists() else arguments["model"]  # a folder is nothing to link to
-    data = ModelCardData(
-        license=result["license"],
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["ijepa", "vision"],
-        base_model=base,
-        model_name=Path(arguments["output_dir"]).name,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split=arguments["eval_split_name"],
-                metric_type="accuracy",
-                metric_value=result["accuracy"],
-            )
-        ],
-    )
-    start = (
-        "A network with new weights" if arguments["from_scratch"] else code_span(base or Path(arguments["model"]).name)
-    )
-    if not arguments["from_scratch"] and result.get("model_commit") is not None:
-        start += f" (commit `{result['model_commit']}`)"
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# {markdown_text(Path(arguments['output_dir']).name)}",
-        "",
-        f"{start}, fine-tuned on {code_span(dataset)} with `ijepa-hf finetune`.",
-        "",
-        f"{_summary(result)[0].upper()}{_summary(result)[1:]}. It is the last epoch's; nothing was chosen on the "
-        "held-out images. The interval is that of the images alone, not of other seeds.",
-        "",
-        *(f"Licence: {line}.\n" for line in _unknown_license_lines(result)),
-        "```python",
-        "from transformers import pipeline",
-        "",
-        address_line(arguments["output_dir"]),
-        'classify = pipeline("image-classification", model=model_id)',
-        'classify("picture.png")',
-        "```",
-        "",
-        "![Training loss and held-out accuracy](figures/curves.png)",
-        "",
-        "```",
-        *argument_lines(arguments),
-        "```",
-        "",
-    ]
-    return str(ModelCard("\n".join(lines)))

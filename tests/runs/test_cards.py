@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from tiny import tiny_run
 
-from ijepa_hf.model_card import read_license, render_card, render_eval_results, verdict
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
+from ijepa_hf.runs.cards import read_license, render_card, render_eval_results, verdict
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

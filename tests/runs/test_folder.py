@@ -11,7 +11,10 @@ import torch
 from faults import every_moment, in_fork, limit_file_size
 from tiny import scrambled_model
 
-from ijepa_hf.checkpointing import (
+from ijepa_hf.files import SaveError
+from ijepa_hf.recipes.arguments import PretrainingArguments, argument_values
+from ijepa_hf.recipes.parsing import parse_arguments
+from ijepa_hf.runs.checkpoints import (
     Checkpoint,
     collect_state,
     config_fields,
@@ -19,11 +22,8 @@ from ijepa_hf.checkpointing import (
     read_checkpoint,
     save_checkpoint,
 )
-from ijepa_hf.export import export_model
-from ijepa_hf.files import SaveError
-from ijepa_hf.recipes.arguments import PretrainingArguments, argument_values
-from ijepa_hf.recipes.parsing import parse_arguments
-from ijepa_hf.run_folder import (
+from ijepa_hf.runs.export import export_model
+from ijepa_hf.runs.folder import (
     bytes_to_come,
     check_begun,
     check_output_dir,
@@ -34,8 +34,8 @@ from ijepa_hf.run_folder import (
     prepare_output_dir,
     read_run,
 )
-from ijepa_hf.run_lock import lock_output_dir
-from ijepa_hf.run_rows import append_rows, read_rows
+from ijepa_hf.runs.lock import lock_output_dir
+from ijepa_hf.runs.rows import append_rows, read_rows
 
 ARGUMENTS = {"masking_strategy": "multi_block", "seed": 0, "max_broken_share": 0.05, "per_device_train_batch_size": 8}
 

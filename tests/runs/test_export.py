@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny import scrambled_model, tiny_batch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ijepa_hf import IJepaForPretraining, export
-from ijepa_hf.export import CODE_FILES, export_model, exported_step, image_processor_fields
+from ijepa_hf import IJepaForPretraining
 from ijepa_hf.files import SaveError, file_bytes
+from ijepa_hf.runs import export
+from ijepa_hf.runs.export import CODE_FILES, export_model, exported_step, image_processor_fields
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 

@@ -15,14 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from ijepa_hf.checkpointing import (
-    Checkpoint,
-    adopt_checkpoint,
-    delete_checkpoints_after,
-    find_latest,
-    remove_leftovers,
-)
-from ijepa_hf.export import CODE_FILES, WEIGHTS_FILE, exported_step
 from ijepa_hf.files import (
     SaveError,
     file_bytes,
@@ -35,8 +27,16 @@ from ijepa_hf.files import (
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.recipes.arguments import PretrainingArguments, argument_defaults, argument_differences, argument_names
 from ijepa_hf.recipes.recipe_files import as_recipe
-from ijepa_hf.run_lock import LOCK_FILE
-from ijepa_hf.run_rows import DAMAGED_SUFFIX, move_damaged_lines, sort_rows
+from ijepa_hf.runs.checkpoints import (
+    Checkpoint,
+    adopt_checkpoint,
+    delete_checkpoints_after,
+    find_latest,
+    remove_leftovers,
+)
+from ijepa_hf.runs.export import CODE_FILES, WEIGHTS_FILE, exported_step
+from ijepa_hf.runs.lock import LOCK_FILE
+from ijepa_hf.runs.rows import DAMAGED_SUFFIX, move_damaged_lines, sort_rows
 
 logger = logging.getLogger(__name__)
 

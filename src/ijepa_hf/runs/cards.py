@@ -19,9 +19,11 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
     metadata_load,
 )
+from huggingface_hub.constants import REPOCARD_NAME
 
 from ijepa_hf.escaping import code_span, markdown_text, on_one_line, python_string
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.runs.folder import CONVERSION_FILE
 
 TAGS = ["ijepa", "jepa", "self-supervised-learning", "vision"]
 _ADDRESS_MARK = "  # `ijepa-hf push` writes the repository's name here"
@@ -290,3 +292,156 @@ def _markdown_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     header, *rows = score_table(scores, "| {} | {} | {} | {} |")
     return [header, "| --- | --- | --- | --- |", *rows]
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    low, high = (100 * value for value in result["accuracy_interval"])
+    start = "new weights" if result["arguments"]["from_scratch"] else "pretrained weights"
+    head = ", the encoder frozen" if result["arguments"]["freeze_encoder"] else ""
+    return (
+        f"top-1 {100 * result['accuracy']:.1f} % ({low:.1f} to {high:.1f}, 95 % interval) of "
+        f"{result['num_eval_images']} held-out images, from {start}{head}, with {result['num_train_images']} labelled "
+        f"images of {len(result['classes'])} classes"
+    )
+
+
+def _unknown_license_lines(result: Mapping[str, Any]) -> list[str]:
+    if result.get("license_is_known", True):
+        return []
+    model = code_span(result["arguments"]["model"])
+    return [
+        f"that of {model} could not be read; look it up, and set `license` at the top of the card ({REPOCARD_NAME})"
+    ]
+
+
+def _loading_lines(name: str) -> list[str]:
+    return [
+        "from transformers import pipeline",
+        f'classify = pipeline("image-classification", model={python_string(name)})',
+        'classify("picture.png")',
+    ]
+
+
+def render_finetuning_card(result: Mapping[str, Any]) -> str:
+    """Renders the model card of a fine-tuned model.
+
+    Args:
+        result: As in `finetune.json`.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+    """
+    arguments = result["arguments"]
+    dataset = Path(arguments["dataset_name"]).name
+    base = None if Path(arguments["model"]).exists() else arguments["model"]  # a folder is nothing to link to
+    data = ModelCardData(
+        license=result["license"],
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["ijepa", "vision"],
+        base_model=base,
+        model_name=Path(arguments["output_dir"]).name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=arguments["eval_split_name"],
+                metric_type="accuracy",
+                metric_value=result["accuracy"],
+            )
+        ],
+    )
+    start = (
+        "A network with new weights" if arguments["from_scratch"] else code_span(base or Path(arguments["model"]).name)
+    )
+    if not arguments["from_scratch"] and result.get("model_commit") is not None:
+        start += f" (commit `{result['model_commit']}`)"
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {markdown_text(Path(arguments['output_dir']).name)}",
+        "",
+        f"{start}, fine-tuned on {code_span(dataset)} with `ijepa-hf finetune`.",
+        "",
+        f"{_summary(result)[0].upper()}{_summary(result)[1:]}. It is the last epoch's; nothing was chosen on the "
+        "held-out images. The interval is that of the images alone, not of other seeds.",
+        "",
+        *(f"Licence: {line}.\n" for line in _unknown_license_lines(result)),
+        "```python",
+        "from transformers import pipeline",
+        "",
+        address_line(arguments["output_dir"]),
+        'classify = pipeline("image-classification", model=model_id)',
+        'classify("picture.png")',
+        "```",
+        "",
+        "![Training loss and held-out accuracy](figures/curves.png)",
+        "",
+        "```",
+        *argument_lines(arguments),
+        "```",
+        "",
+    ]
+    return str(ModelCard("\n".join(lines)))
+
+
+def render_converted_card(config: IJepaConfig, report: Mapping[str, Any], name: str, license: str) -> str:
+    """The model card of a converted checkpoint, as Markdown with the Hub's metadata in front."""
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=TAGS,
+    )
+    height, width = config.image_shape
+    text = f"""---
+{data.to_yaml()}
+---
+
+# I-JEPA, converted from {code_span(report["source"]["name"])}
+
+The weights of a checkpoint published with [I-JEPA](https://arxiv.org/abs/2301.08243), every bit compared: the target
+encoder at the root, both encoders and the predictor in `pretraining/`. `{CONVERSION_FILE}` has the SHA-256 of the
+file and lists each tensor.
+
+- {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} heads
+- images of {height}x{width} pixels, patches of {config.patch_shape[0]}x{config.patch_shape[1]}
+- ImageNet mean and standard deviation
+
+The weights keep the licence of the original, CC BY-NC 4.0.
+
+## Features of an image
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+{address_line(name)}
+processor = AutoImageProcessor.from_pretrained(model_id)
+model = AutoModel.from_pretrained(model_id)
+with torch.no_grad():
+    patches = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")).last_hidden_state
+features = patches.mean(dim=1)  # [1, {config.hidden_size}], as evaluated in the paper
+```
+
+## Fine-tune a classifier
+
+```python
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained(model_id, num_labels=10)  # only the last layer is new
+```
+
+## Go on pretraining, on your own images
+
+```bash
+pip install ijepa-hf
+{address_line(name, shell=True)}
+ijepa-hf pretrain adapt --model_name_or_path "$MODEL" --dataset_name path/to/images
+```
+"""
+    return str(ModelCard(text))

@@ -16,8 +16,12 @@ from tiny import scrambled_model, tiny_batch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ijepa_hf import checkpointing, files
-from ijepa_hf.checkpointing import (
+from ijepa_hf import files
+from ijepa_hf.files import SaveError
+from ijepa_hf.optimization import make_optimizer
+from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.runs import checkpoints
+from ijepa_hf.runs.checkpoints import (
     DamagedCheckpointError,
     adopt_checkpoint,
     collect_state,
@@ -29,9 +33,6 @@ from ijepa_hf.checkpointing import (
     restore,
     save_checkpoint,
 )
-from ijepa_hf.files import SaveError
-from ijepa_hf.optimization import make_optimizer
-from ijepa_hf.recipes.arguments import PretrainingArguments
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 
@@ -242,7 +243,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(run, monkeypatch):
     def refuse(path):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(checkpointing, "_fingerprint", refuse)
+    monkeypatch.setattr(checkpoints, "_fingerprint", refuse)
     for number in (
         errno.ESTALE,
         errno.EACCES,
@@ -264,8 +265,8 @@ def rewritten(folder, name, change):
     save_file(tensors, folder / name)
     record = json.loads((folder / "checkpoint.json").read_text())
     del record["sha256"]
-    record["files"][name] = checkpointing._fingerprint(folder / name)
-    (folder / "checkpoint.json").write_text(checkpointing._sealed(record))
+    record["files"][name] = checkpoints._fingerprint(folder / name)
+    (folder / "checkpoint.json").write_text(checkpoints._sealed(record))
     return read_checkpoint(folder)
 
 
@@ -453,7 +454,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_a_warning(run, pair, monk
     def refuse(_):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(checkpointing, "_delete", refuse)
+    monkeypatch.setattr(checkpoints, "_delete", refuse)
     save(run, 2, pair, limit=1)
     assert find_latest(run).step == 2
     assert "checkpoint-1 is beyond checkpoints_total_limit and could not be removed" in caplog.text

@@ -1,0 +1,1 @@
+"""The folder of a run: who owns it, its logs, lock, checkpoints, exported model and cards."""
