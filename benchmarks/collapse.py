@@ -144,9 +144,9 @@ def folder(root: Path, run: tuple[str, str, int]) -> Path:
 
 def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str) -> None:
     """One run, in this process."""
+    from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
     from ijepa_hf.recipes.parsing import as_flags, parse_arguments
     from ijepa_hf.recipes.recipe_files import load_recipe
-    from ijepa_hf.run_diagnostics import RunDiagnostics
     from ijepa_hf.training import pretrain
 
     dataset, kind, seed = run
@@ -178,7 +178,7 @@ def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str)
 
 def judge(root: Path, datasets: list[str]) -> dict[str, Any]:
     """Judges the rows of all finished runs, row by row as a run would have been."""
-    from ijepa_hf.collapse_verdict import judge_collapse
+    from ijepa_hf.diagnosis.verdict import judge_collapse
     from ijepa_hf.runs.folder import DIAGNOSTICS_FILE
     from ijepa_hf.runs.rows import read_rows
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
-from ijepa_hf.diagnostics import rankme
+from ijepa_hf.diagnosis.measures import rankme
+from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
+from ijepa_hf.diagnosis.run_monitor import steps_between
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.optimization import set_up_model
@@ -26,7 +27,6 @@ from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe
-from ijepa_hf.run_diagnostics import steps_between
 from ijepa_hf.training import CHUNK_OF_BATCHES
 
 RECIPES = ("digits", "cifar10-vit-micro", "cifar10-vit-tiny")

@@ -14,8 +14,8 @@ from tiny import scrambled_model, tiny_run
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from ijepa_hf.cli import main
-from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.diagnose import DiagnoseFlags, measure_model
+from ijepa_hf.diagnosis.verdict import judge_collapse
 from ijepa_hf.runs.export import export_model
 
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},

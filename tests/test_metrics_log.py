@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ijepa_hf.diagnostics import feature_std, rankme
+from ijepa_hf.diagnosis.measures import feature_std, rankme
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line, log_line
 from ijepa_hf.optimization import StepResult
 from ijepa_hf.plan import StepValues, make_plan

@@ -38,7 +38,7 @@ from ijepa_hf.cli import main
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.prepare.prepare import prepare
 from ijepa_hf.data.sources.opening import ImageSource, load_split, open_stream
-from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
+from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.results import Score, render_scores
 from ijepa_hf.hub_contents import StagedFolder

@@ -41,10 +41,10 @@ from training import TrainingSettings, make_optimizer, step_values, training_ste
 from views import ViewSettings, plain_images
 
 from ijepa_hf import IJepaConfig
-from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
-from ijepa_hf.collapse_verdict import COMPLETE, DIMENSIONAL, LEAST_RANK, judge_collapse
 from ijepa_hf.data.transforms import normalize
-from ijepa_hf.diagnostics import measure_matrix, spectrum
+from ijepa_hf.diagnosis.measures import measure_matrix, spectrum
+from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
+from ijepa_hf.diagnosis.verdict import COMPLETE, DIMENSIONAL, LEAST_RANK, judge_collapse
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features
 from ijepa_hf.figures.panels import BLOCK_COLORS, DPI, FAINT_COLOR, TEXT_COLOR, plain_frame

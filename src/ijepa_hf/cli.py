@@ -73,12 +73,12 @@ def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.batch_fitting import DoesNotFitError
     from ijepa_hf.data.loader import DataWorkerError
     from ijepa_hf.data.retrying import DataSourceError
+    from ijepa_hf.diagnosis.run_monitor import CollapseError
     from ijepa_hf.files import SaveError
     from ijepa_hf.hub import UploadIncompleteError
     from ijepa_hf.optimization import NonFiniteLossError
     from ijepa_hf.ranks import LostRankError
     from ijepa_hf.recipes.parsing import parse_arguments
-    from ijepa_hf.run_diagnostics import CollapseError
     from ijepa_hf.training import pretrain
 
     codes: dict[type[Exception], int] = {

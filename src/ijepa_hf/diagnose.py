@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ijepa_hf.collapse_demo import run_demo
-from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
-from ijepa_hf.collapse_verdict import (
+from ijepa_hf.data.reading import ImageRows
+from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
+from ijepa_hf.data.transforms import normalize, resize
+from ijepa_hf.diagnosis.demo import run_demo
+from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
+from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
+from ijepa_hf.diagnosis.verdict import (
     HEALTHY,
     LOSS_RISING,
     SIGNS_OF_PARTS,
@@ -26,10 +30,6 @@ from ijepa_hf.collapse_verdict import (
     CollapseVerdict,
     judge_collapse,
 )
-from ijepa_hf.data.reading import ImageRows
-from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
-from ijepa_hf.data.transforms import normalize, resize
-from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings

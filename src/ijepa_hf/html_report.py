@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
+from ijepa_hf.diagnosis.verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.figures.curves import draw_curves_figure
 from ijepa_hf.files import read_json, write_text_atomically
 from ijepa_hf.runs.cards import NEIGHBOURS, verdict

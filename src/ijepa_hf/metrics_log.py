@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ijepa_hf.diagnostics import feature_std, rankme
+from ijepa_hf.diagnosis.measures import feature_std, rankme
 from ijepa_hf.optimization import StepResult
 from ijepa_hf.plan import Plan, StepValues
 from ijepa_hf.runs.folder import METRICS_FILE

@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 
 from ijepa_hf import __version__
-from ijepa_hf.collapse_verdict import judge_collapse
 from ijepa_hf.data.labelled import LabelledSplits
+from ijepa_hf.diagnosis.verdict import judge_collapse
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.scorecard import score_encoder
 from ijepa_hf.figures.curves import draw_curves_figure

@@ -21,6 +21,7 @@ from torch import Tensor
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.data.loader import DataWorkerError
 from ijepa_hf.data.retrying import DataSourceError
+from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.files import SaveError
 from ijepa_hf.hub import HubUploader
@@ -34,7 +35,6 @@ from ijepa_hf.plan import Plan
 from ijepa_hf.ranks import Ranks
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.recipes.expected_band import BandWatch
-from ijepa_hf.run_diagnostics import RunDiagnostics
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.runs.export import export_model, exported_step
 from ijepa_hf.runs.folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there

@@ -21,11 +21,12 @@ from threadpoolctl import threadpool_limits
 
 from ijepa_hf.announcement import announce, draw_first_masks
 from ijepa_hf.batch_fitting import fit_batch
-from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.order import StreamLayout
 from ijepa_hf.data.reading import CropReader
 from ijepa_hf.data.transforms import normalize
+from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
+from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import first_readable_pixels, load_evaluation_sets
 from ijepa_hf.hub import HubUploader, UploadIncompleteError
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
@@ -42,7 +43,6 @@ from ijepa_hf.report import (
     render_report,
     write_report,
 )
-from ijepa_hf.run_diagnostics import RunDiagnostics
 from ijepa_hf.run_start import Start, check_checkpoint, find_start, load_starting_encoder
 from ijepa_hf.run_state import RunSetup, RunState
 from ijepa_hf.runs.checkpoints import Checkpoint, config_fields, restore

@@ -18,6 +18,7 @@ from ijepa_hf.batch_fitting import DoesNotFitError, does_not_fit_message, is_out
 from ijepa_hf.data.collator import Batch
 from ijepa_hf.data.loader import DataWorkerError, PlainLoader
 from ijepa_hf.data.transforms import normalize
+from ijepa_hf.diagnosis.run_monitor import CollapseError, is_due, steps_between
 from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.loading import TooManyUnreadableError
 from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line
@@ -27,7 +28,6 @@ from ijepa_hf.non_finite import first_non_finite
 from ijepa_hf.optimization import NonFiniteLossError, StepResult
 from ijepa_hf.plan import StepValues, values_at
 from ijepa_hf.randomness import DRAW_DROPOUT, keyed_generator
-from ijepa_hf.run_diagnostics import CollapseError, is_due, steps_between
 from ijepa_hf.run_state import RunState
 from ijepa_hf.runs.checkpoints import collect_state
 from ijepa_hf.runs.export import exported_step

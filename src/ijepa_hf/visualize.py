@@ -23,6 +23,7 @@ from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.reading import CropReader, ImageRows
 from ijepa_hf.data.sources.opening import ImageSource, find_image_column, find_label_column, load_split
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize, stack_images
+from ijepa_hf.diagnosis.figures import draw_spectrum_figure
 from ijepa_hf.evaluation.backbones import Backbone, load_backbone
 from ijepa_hf.figures.features import (
     cut_patches,
@@ -31,7 +32,6 @@ from ijepa_hf.figures.features import (
     draw_expectation_figure,
     draw_pca_figure,
     draw_retrieval_figure,
-    draw_spectrum_figure,
 )
 from ijepa_hf.figures.masks import draw_audit_figure, draw_masks_figure
 from ijepa_hf.figures.panels import to_pictures

@@ -12,7 +12,8 @@ from PIL import Image
 from test_visualization import patch_centres, patches_of_one_colour
 from tiny import scrambled_model, tiny_batch
 
-from ijepa_hf.diagnostics import rankme
+from ijepa_hf.diagnosis.figures import draw_spectrum_figure, draw_training_figures
+from ijepa_hf.diagnosis.measures import rankme
 from ijepa_hf.figures.features import (
     cut_patches,
     draw_cosine_figure,
@@ -20,8 +21,6 @@ from ijepa_hf.figures.features import (
     draw_expectation_figure,
     draw_pca_figure,
     draw_retrieval_figure,
-    draw_spectrum_figure,
-    draw_training_figures,
 )
 from ijepa_hf.figures.panels import to_pictures
 from ijepa_hf.figures.views import Expectation, PatchColors, PatchMatches
@@ -284,7 +283,7 @@ def test_the_target_encoder_is_what_is_looked_at(tmp_path, monkeypatch):
     batch = tiny_batch(model.config, size=3)
     drawn = {}
     monkeypatch.setattr(
-        "ijepa_hf.figures.features.draw_spectrum_figure", lambda features, path: drawn.update(features)
+        "ijepa_hf.diagnosis.figures.draw_spectrum_figure", lambda features, path: drawn.update(features)
     )
     draw_training_figures(model, **batch, output_dir=tmp_path)
     features = encode_patches(model.target_encoder, batch["pixel_values"])

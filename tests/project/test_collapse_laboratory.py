@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_hf.collapse_verdict import COMPLETE, DIMENSIONAL
+from ijepa_hf.diagnosis.verdict import COMPLETE, DIMENSIONAL
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,7 @@ from ijepa_hf.data.retrying import RetryPolicy
 from ijepa_hf.data.sources.opening import load_split
 from ijepa_hf.data.targets import load_target_splits
 from ijepa_hf.data.transforms import resize, stack_images
-from ijepa_hf.diagnostics import rankme
+from ijepa_hf.diagnosis.measures import rankme
 from ijepa_hf.evaluation.backbones import raw_pixels
 from ijepa_hf.evaluation.knn import knn_accuracy
 from ijepa_hf.evaluation.linear_probe import linear_accuracy, predict_linear

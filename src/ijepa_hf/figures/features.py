@@ -4,35 +4,30 @@ All functions write a PNG and return the matplotlib figure. What is drawn comes 
 `draw_training_figures` does both for a batch of a run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ijepa_hf.diagnostics import rankme, spectrum
 from ijepa_hf.figures.panels import (
     BLOCK_COLORS,
     DPI,
     FAINT_COLOR,
     HIDDEN,
-    LINE_COLORS,
     PANEL_INCHES,
     TEXT_COLOR,
     keep_patches,
     mark_patches,
     outline,
     panel_grid,
-    plain_frame,
     show_picture,
-    to_pictures,
 )
 from ijepa_hf.figures.views import (
     Expectation,
@@ -40,14 +35,7 @@ from ijepa_hf.figures.views import (
     PatchMatches,
     cosine_map,
     error_map,
-    expect_patches,
-    patch_colors,
 )
-from ijepa_hf.model.features import encode_patches, prediction_errors, target_features
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-
-TRAINING_IMAGES = 64  # of a batch, at most: gallery, and spectrum
-TRAINING_ROWS = 4
 
 _LONGEST_NAME = 24  # characters below a panel
 _LINE = 0.17  # inches of a line of text below a panel
@@ -256,98 +244,7 @@ def draw_retrieval_figure(
     return figure
 
 
-def draw_spectrum_figure(features: Mapping[str, Tensor], path: str | Path) -> Figure:
-    """Draws the singular values of feature matrices, on logarithmic axes, with their effective ranks.
-
-    Features are not centred, as in RankMe, so the first value is mostly their common offset. Values are divided by the
-    largest. A line that falls off a cliff is dimensional collapse; a line of slope 0 uses all directions alike.
-
-    Args:
-        features: `[n, D]` for each name in the legend.
-        path: PNG to write; its folder must exist.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: No features, or values that are not finite.
-        FileNotFoundError: The folder of `path` does not exist.
-    """
-    if not features:
-        raise ValueError("features is empty; give at least one matrix, for example pooled features.")
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained", facecolor="white")
-    axis = figure.subplots()
-    for (name, matrix), color, style in zip(features.items(), cycle(LINE_COLORS), cycle(["-", "--", ":"])):
-        values = spectrum(matrix, center=False).sqrt().cpu().numpy()
-        values = values / values[0] if values[0] > 0 else values
-        seen = values > 0  # zero has no place on a logarithmic axis
-        label = f"{name}: RankMe {rankme(matrix):.1f} of {len(values)}"
-        numbers = np.arange(1, len(values) + 1)
-        axis.plot(numbers[seen], values[seen], color=color, linestyle=style, linewidth=1.8, label=label)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # below is rounding
-    axis.set_xlabel("number of the singular value", fontsize=10, color=FAINT_COLOR)
-    axis.set_ylabel("singular value / largest", fontsize=10, color=FAINT_COLOR)
-    axis.set_title("Singular values of the features", fontsize=11, loc="left", fontweight="bold", color=TEXT_COLOR)
-    plain_frame(axis)
-    axis.tick_params(labelsize=9)
-    # below: inside, a spectrum that falls off a cliff would run through it
-    figure.legend(fontsize=9, frameon=False, loc="outside lower center")
-    figure.savefig(path, dpi=DPI)
-    return figure
-
-
 # -- a batch of a run ------------------------------------------------------------------------------------------------
-
-
-def draw_training_figures(
-    model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor, output_dir: Path
-) -> list[Path]:
-    """Draws `figures/pca.png`, `predictions.png` and `spectrum.png` of one fixed batch, to be compared over a run.
-
-    At most 64 images of the batch count. The model is left as it was: weights, gradients, mode of each module, and
-    torch's random numbers.
-
-    Args:
-        model: The model, not wrapped.
-        pixel_values: float `[B, C, height, width]`, normalised, B at least 2: an image's patches are looked for in the
-            others.
-        context_indices: int64 `[B, K]` or `[B, S, K]`.
-        target_indices: int64 `[B, M, P]`.
-        output_dir: The run's folder; `figures` is made in it.
-
-    Returns:
-        The three files.
-
-    Raises:
-        ValueError: If there is one image only.
-    """
-    if len(pixel_values) < 2:
-        raise ValueError(
-            "pictures of a batch need at least 2 images: the patches of one are looked for in the others."
-        )
-    folder = output_dir / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("pca.png", "predictions.png", "spectrum.png")]
-    pixel_values = pixel_values[:TRAINING_IMAGES]
-    shown = slice(0, min(TRAINING_ROWS, len(pixel_values)))
-    pictures = to_pictures(pixel_values, limits=(float(pixel_values.min()), float(pixel_values.max())))
-
-    features = encode_patches(model.target_encoder, pixel_values)
-    draw_pca_figure(pictures[: 2 * TRAINING_ROWS], patch_colors(features[: 2 * TRAINING_ROWS]), paths[0])
-    masks = context_indices[shown], target_indices[shown]
-    errors = prediction_errors(model, pixel_values[shown], *masks)
-    expectation = expect_patches(
-        model,
-        pixel_values[shown],
-        *masks,
-        [target_features(model, pixel_values)],
-        own_images=torch.arange(len(errors)),
-    )
-    draw_predictions_figure(pictures, *masks, errors, expectation, model.config.patch_shape, paths[1])
-    draw_spectrum_figure({"images": features.mean(dim=(1, 2)), "patches": features.flatten(0, 2)}, paths[2])
-    return paths
 
 
 def draw_predictions_figure(

@@ -7,14 +7,7 @@ import torch
 from tiny import scrambled_model, tiny_batch, tiny_config, tiny_model
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.collapse_monitor import (
-    LIDAR_VIEWS,
-    SPECTRUM_ROWS,
-    CollapseMonitor,
-    make_monitor_batch,
-    measure_features,
-)
-from ijepa_hf.diagnostics import (
+from ijepa_hf.diagnosis.measures import (
     cross_image_gap,
     effective_rank,
     lidar,
@@ -22,6 +15,13 @@ from ijepa_hf.diagnostics import (
     measure_matrix,
     position_share,
     rankme,
+)
+from ijepa_hf.diagnosis.monitor import (
+    LIDAR_VIEWS,
+    SPECTRUM_ROWS,
+    CollapseMonitor,
+    make_monitor_batch,
+    measure_features,
 )
 
 PARTS, KINDS = ("target", "context", "prediction"), ("pooled", "patch")

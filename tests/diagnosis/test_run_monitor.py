@@ -10,11 +10,11 @@ import torch
 from forked_runs import run_ranks
 from tiny import final_weights, tiny_flags, tiny_model, tiny_run
 
-from ijepa_hf import run_diagnostics
 from ijepa_hf.cli import main
-from ijepa_hf.collapse_monitor import CollapseMonitor, make_monitor_batch
-from ijepa_hf.collapse_verdict import judge_collapse
-from ijepa_hf.run_diagnostics import MOST_SHARE, RunDiagnostics, is_due, steps_between
+from ijepa_hf.diagnosis import run_monitor
+from ijepa_hf.diagnosis.monitor import CollapseMonitor, make_monitor_batch
+from ijepa_hf.diagnosis.run_monitor import MOST_SHARE, RunDiagnostics, is_due, steps_between
+from ijepa_hf.diagnosis.verdict import judge_collapse
 
 COLLAPSING = {"ema_momentum": 0.0, "final_ema_momentum": 0.0, "learning_rate": 0.1, "max_train_steps": 40,
               "checkpointing_steps": 100}  # fmt: skip
@@ -128,13 +128,13 @@ def test_pictures_before_the_end_wait_until_they_are_a_small_part_of_the_time(
 ):
     now = [0.0]
     drawn: list[float] = []
-    monkeypatch.setattr(run_diagnostics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_monitor.time, "monotonic", lambda: now[0])
 
     def draw(*_: Any) -> None:
         drawn.append(now[0])
         now[0] += 2.0
 
-    monkeypatch.setattr(run_diagnostics, "draw_training_figures", draw)
+    monkeypatch.setattr(run_monitor, "draw_training_figures", draw)
     run, model = diagnostics(tmp_path), tiny_model()
     for moment in (1.0, 49.0, 51.0, 52.0, 99.0, 160.0, 180.0):
         now[0] = max(now[0], moment)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ijepa_hf.diagnostics import (
+from ijepa_hf.diagnosis.measures import (
     cross_image_gap,
     lidar,
     measure_matrix,

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.collapse_monitor import MONITOR_IMAGES, CollapseMonitor
-from ijepa_hf.collapse_verdict import CollapseVerdict, judge_collapse
-from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
-from ijepa_hf.figures.features import draw_training_figures
+from ijepa_hf.diagnosis.figures import draw_diagnostics_figure, draw_training_figures
+from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor
+from ijepa_hf.diagnosis.verdict import CollapseVerdict, judge_collapse
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.runs.folder import DIAGNOSTICS_FILE
 from ijepa_hf.runs.rows import RowFile, read_rows

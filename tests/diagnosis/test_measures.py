@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from sklearn.metrics import r2_score
 
-from ijepa_hf.diagnostics import (
+from ijepa_hf.diagnosis.measures import (
     cross_image_gap,
     dead_dimensions,
     effective_rank,

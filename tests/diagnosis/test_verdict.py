@@ -4,11 +4,7 @@ from typing import Any
 
 import pytest
 
-from ijepa_hf.collapse_verdict import (
-    FAILURES,
-    VERDICTS,
-    judge_collapse,
-)
+from ijepa_hf.diagnosis.verdict import FAILURES, VERDICTS, judge_collapse
 
 HEALTHY = {
     "loss": 0.2,

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ijepa_hf.collapse_verdict import judge_collapse
-from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
+from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
+from ijepa_hf.diagnosis.verdict import judge_collapse
 from ijepa_hf.recipes.parsing import as_flags
 from ijepa_hf.runs.folder import DIAGNOSTICS_FILE
 from ijepa_hf.runs.rows import read_rows

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ijepa_hf.collapse_verdict import LEAST_RANK, LEAST_STD, MOST_POSITION_SHARE
-from ijepa_hf.diagnostics_figure import draw_diagnostics_figure
+from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
+from ijepa_hf.diagnosis.verdict import LEAST_RANK, LEAST_STD, MOST_POSITION_SHARE
 
 
 def rows(scale: float = 1.0) -> list[dict[str, Any]]:

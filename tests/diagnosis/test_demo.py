@@ -7,8 +7,8 @@ import pytest
 from forked_runs import start_run
 from PIL import Image
 
-from ijepa_hf import collapse_demo
 from ijepa_hf.cli import main
+from ijepa_hf.diagnosis import demo
 from ijepa_hf.recipes.parsing import as_flags
 
 
@@ -25,10 +25,10 @@ def test_the_twins_get_two_verdicts_and_one_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     short = {"max_train_steps": 60, "max_train_samples": 128, "warmup_epochs": 1, "diagnostics_steps": 15}
-    monkeypatch.setattr(collapse_demo, "_RUN", {**collapse_demo._RUN, **short})
+    monkeypatch.setattr(demo, "_RUN", {**demo._RUN, **short})
     # a collapse of so short a run hangs on the last bits; a target encoder that never moves is found in any case
-    monkeypatch.setattr(collapse_demo, "_start", start_forked)
-    monkeypatch.setitem(collapse_demo.TWINS, "collapsing", {"ema_momentum": 1.0, "final_ema_momentum": 1.0})
+    monkeypatch.setattr(demo, "_start", start_forked)
+    monkeypatch.setitem(demo.TWINS, "collapsing", {"ema_momentum": 1.0, "final_ema_momentum": 1.0})
     folder = tmp_path / "demo"
     assert main(["diagnose", "--demo", "--output_dir", str(folder)]) == 0
     text = capsys.readouterr().out
@@ -49,6 +49,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys
 
 
 def test_a_training_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(collapse_demo, "_RUN", {**collapse_demo._RUN, "patch_size": 7})
+    monkeypatch.setattr(demo, "_RUN", {**demo._RUN, "patch_size": 7})
     with pytest.raises(RuntimeError, match=r"failed with exit code 2:\n[\s\S]*patch_size"):
-        collapse_demo.run_demo(tmp_path / "demo")
+        demo.run_demo(tmp_path / "demo")

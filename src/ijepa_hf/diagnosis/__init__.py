@@ -1,0 +1,1 @@
+"""Measures features for signs of collapse, judges them, and draws the measurements."""
