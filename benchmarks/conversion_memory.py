@@ -35,10 +35,11 @@ from typing import Any
 import torch
 import transformers.models.ijepa.modeling_ijepa
 
-from ijepa_hf.conversion import convert, convert_to_official
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
-from ijepa_hf.official_checkpoint import PARTS, official_names, optimizer_groups, translate
+from ijepa_hf.weights.convert import convert
+from ijepa_hf.weights.convert_back import convert_to_official
+from ijepa_hf.weights.official_names import PARTS, official_names, optimizer_groups, translate
 
 MODELS: dict[str, dict[str, Any]] = {
     "huge14": {"patch_size": 14, "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.published_code import check_checkout
+from ijepa_hf.weights.published_code import check_checkout
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 

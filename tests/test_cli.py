@@ -11,8 +11,8 @@ from tiny import tiny_flags, tiny_run
 from ijepa_hf import cli, training
 from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub import UploadIncompleteError
-from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.optimization import NonFiniteLossError
+from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
 
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):

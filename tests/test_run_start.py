@@ -15,7 +15,7 @@ from ijepa_hf import IJepaForPretraining, run_start
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.run_start import find_start, load_starting_encoder
 from ijepa_hf.runs.checkpoints import config_fields, read_checkpoint
-from ijepa_hf.warm_start import open_starting_weights
+from ijepa_hf.weights.start import open_starting_weights
 
 # neither recipe nor flags say what the model is
 FREE = dict.fromkeys([*TINY, "predictor_num_attention_heads"])

@@ -33,7 +33,7 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
 
-from ijepa_hf import conversion, escaping
+from ijepa_hf import escaping
 from ijepa_hf.cli import main
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.prepare.prepare import prepare
@@ -42,13 +42,14 @@ from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.results import Score, render_scores
 from ijepa_hf.hub_contents import StagedFolder
-from ijepa_hf.official_checkpoint import read_official_checkpoint
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
 from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.runs.cards import loading_lines, render_card, render_finetuning_card
 from ijepa_hf.runs.checkpoints import find_latest
 from ijepa_hf.runs.export import export_model, exported_step, image_processor_fields
-from ijepa_hf.warm_start import open_starting_weights
+from ijepa_hf.weights import convert
+from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
+from ijepa_hf.weights.start import open_starting_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "words-of-a-secret-file"
@@ -471,7 +472,7 @@ def cards(name, tmp_path):
     arguments = {**report["arguments"], **dict.fromkeys(asked, name)}
     yield "run", render_card({**report, "arguments": arguments, "hub_dataset": name, "hub_base_model": name}, config)
     published = {"source": {"name": name}}
-    yield "conversion", conversion._card(tiny_config(), published, name)
+    yield "conversion", convert._card(tiny_config(), published, name)
     values = {**dict.fromkeys(("dataset_name", "model", "output_dir", "eval_split_name"), name)}
     result = {
         "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "num_eval_images": 10, "num_train_images": 10,

@@ -147,7 +147,8 @@ def _visualize(argv: list[str]) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    from ijepa_hf.conversion import convert, convert_to_official
+    from ijepa_hf.weights.convert import convert
+    from ijepa_hf.weights.convert_back import convert_to_official
 
     named = build_convert_parser().parse_args(argv)
     if named.to == "official":

@@ -38,7 +38,7 @@ from ijepa_hf.step_cost import (
     update_bytes,
 )
 from ijepa_hf.step_timing import HARDWARE, StepTime, measure_step_time, step_time_on
-from ijepa_hf.warm_start import open_starting_weights
+from ijepa_hf.weights.start import open_starting_weights
 
 DEFAULT_UTILIZATION = 0.35  # of the peak; docs/performance.md says what is known of it
 MEASURING_SECONDS = 4.0  # at least, on the machine at hand

@@ -18,7 +18,7 @@ from ijepa_hf.plan import Plan
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.runs.checkpoints import Checkpoint, find_latest, read_checkpoint
 from ijepa_hf.runs.folder import check_begun, differing_arguments, is_finished, read_run
-from ijepa_hf.warm_start import StartingWeights, check_fits, open_starting_weights, start_model
+from ijepa_hf.weights.start import StartingWeights, check_fits, open_starting_weights, start_model
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PAT
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments
 from ijepa_hf.recipes.parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
-from ijepa_hf.warm_start import StartingWeights, open_starting_weights, start_model
+from ijepa_hf.weights.start import StartingWeights, open_starting_weights, start_model
 
 FIGURES = {
     "pca": "the first three principal components of the patches as colours",

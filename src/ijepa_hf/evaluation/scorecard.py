@@ -35,9 +35,9 @@ from ijepa_hf.evaluation.splits import share_correct
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.features import extract_features
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
-from ijepa_hf.official_checkpoint import PUBLISHED_PATCH_INIT_STD
 from ijepa_hf.recipes.arguments import DataArguments
 from ijepa_hf.runs.cards import NEIGHBOURS, STARTING_WEIGHTS
+from ijepa_hf.weights.official_names import PUBLISHED_PATCH_INIT_STD
 
 LOW_SHOT_SAMPLES = 10  # labelled images of each class
 LOW_SHOT_DRAWS = 5

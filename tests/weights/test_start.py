@@ -19,10 +19,10 @@ from tiny import scrambled_model, tiny_batch
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.model.modeling_ijepa import sincos_position_table
-from ijepa_hf.official_checkpoint import model_from_official, read_official_checkpoint
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, save_checkpoint
 from ijepa_hf.runs.export import export_model
-from ijepa_hf.warm_start import adapt_channels, check_fits, open_starting_weights, start_model
+from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
+from ijepa_hf.weights.start import adapt_channels, check_fits, open_starting_weights, start_model
 
 # every field that changes what the same weights compute is away from its default
 SIZES = {

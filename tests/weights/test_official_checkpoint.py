@@ -11,19 +11,16 @@ import torch
 from plain_ijepa import same_bits, trained_networks, write_checkpoint, write_run
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.official_checkpoint import (
-    PARTS,
+from ijepa_hf.weights.official_checkpoint import (
     config_from_official,
     model_from_official,
     networks_of,
-    official_names,
-    our_names,
     read_contents,
     read_official_checkpoint,
-    read_optimizer_state,
     read_scalars,
-    translate,
 )
+from ijepa_hf.weights.official_names import PARTS, official_names, our_names, translate
+from ijepa_hf.weights.official_optimizer import read_optimizer_state
 
 HEADS = plain_ijepa.SMALL["heads"]
 HUGE = {"image_size": 224, "patch_size": 14, "width": 1280, "depth": 32, "heads": 16}

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from tiny import scrambled_model, tiny_batch, tiny_run
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.conversion import convert, convert_to_official
-from ijepa_hf.official_checkpoint import PARTS, model_from_official, read_official_checkpoint, translate
 from ijepa_hf.optimization import make_optimizer, training_step
 from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.runs.checkpoints import config_fields, find_latest, read_checkpoint, restore
 from ijepa_hf.runs.export import export_model
+from ijepa_hf.weights.convert import convert
+from ijepa_hf.weights.convert_back import convert_to_official
+from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
+from ijepa_hf.weights.official_names import PARTS, translate
 
 HEADS = plain_ijepa.SMALL["heads"]
 
@@ -153,7 +155,7 @@ def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_used(official, tmp_pa
 
 
 def test_what_the_disk_gives_back_is_compared_and_nothing_is_left_if_it_differs(official, tmp_path, monkeypatch):
-    from ijepa_hf import conversion
+    from ijepa_hf.weights import convert as conversion
 
     def export_wrong(model, folder, **options):
         export_model(model, folder, **options)

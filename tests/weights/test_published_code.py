@@ -4,8 +4,8 @@ import plain_ijepa
 import pytest
 from plain_ijepa import write_checkout, write_checkpoint
 
-from ijepa_hf.official_checkpoint import model_from_official, read_official_checkpoint
-from ijepa_hf.published_code import check_checkout, compare_with_published_code
+from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
+from ijepa_hf.weights.published_code import check_checkout, compare_with_published_code
 
 HEADS = plain_ijepa.SMALL["heads"]
 

@@ -14,7 +14,6 @@ import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,17 @@ from torch import Tensor
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
-from ijepa_hf.recipes.arguments import ModelArguments, argument_values
-
-PUBLISHED_LICENSE = "cc-by-nc-4.0"
-PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # encoder width -> heads
-PUBLISHED_LAYER_NORM_EPS = 1e-6
-PUBLISHED_PATCH_INIT_STD = 0.02
-PUBLISHED_MASKING_STRATEGY = "multi_block_official"
-
-Networks = Mapping[str, Mapping[str, Tensor]]  # part of the checkpoint -> name, without its prefix -> tensor
+from ijepa_hf.weights.official_names import (
+    NAME_PREFIX,
+    PARTS,
+    PUBLISHED_HEADS,
+    PUBLISHED_LAYER_NORM_EPS,
+    PUBLISHED_MASKING_STRATEGY,
+    PUBLISHED_PATCH_INIT_STD,
+    SCALARS,
+    Networks,
+    our_names,
+)
 
 _LISTED_PROBLEMS = 40
 # Published training averages the (constant) target table too, which rounds: up to 2e-7 in six steps.
@@ -41,140 +42,8 @@ _POSITION_TOLERANCE = 1e-3
 
 # -- the table -------------------------------------------------------------------------------------------------------
 
-_BLOCK = {
-    "norm1": ("layernorm_before",),
-    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    "attn.proj": ("attention.o_proj",),
-    "norm2": ("layernorm_after",),
-    "mlp.fc1": ("mlp.fc1",),
-    "mlp.fc2": ("mlp.fc2",),
-}
 
-
-def _with_weight_and_bias(modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    return {
-        f"{theirs}.{kind}": tuple(f"{name}.{kind}" for name in ours)
-        for theirs, ours in modules.items()
-        for kind in ("weight", "bias")
-    }
-
-
-# published name -> ours, in the order of the published files; three names on the right: the tensor is cut in three
-# along its first axis; `*` stands for the layer's number
-ENCODER_NAMES: dict[str, tuple[str, ...]] = {
-    "pos_embed": ("embeddings.position_embeddings",),
-    **_with_weight_and_bias(
-        {
-            "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
-            **{f"blocks.*.{theirs}": tuple(f"layers.*.{name}" for name in ours) for theirs, ours in _BLOCK.items()},
-            "norm": ("layernorm",),
-        }
-    ),
-}
-PREDICTOR_NAMES: dict[str, tuple[str, ...]] = {
-    "mask_token": ("mask_token",),
-    "predictor_pos_embed": ("position_embeddings",),
-    **_with_weight_and_bias(
-        {
-            "predictor_embed": ("embed",),
-            **{
-                f"predictor_blocks.*.{theirs}": tuple(f"layers.*.{name}" for name in ours)
-                for theirs, ours in _BLOCK.items()
-            },
-            "predictor_norm": ("layernorm",),
-            "predictor_proj": ("project",),
-        }
-    ),
-}
-# part of the checkpoint -> part of our model, and its names
-PARTS = {
-    "encoder": ("context_encoder", ENCODER_NAMES),
-    "predictor": ("predictor", PREDICTOR_NAMES),
-    "target_encoder": ("ijepa", ENCODER_NAMES),
-}
-TRAINED_PARTS = ("encoder", "predictor")
-# the numbers beside the networks
-SCALARS = ("epoch", "loss", "batch_size", "world_size", "lr")
-NAME_PREFIX = "module."  # of every published name: the networks were wrapped for distributed training
-FROZEN_NAMES = ("pos_embed", "predictor_pos_embed")  # in the optimiser's groups, but never given a gradient or a state
-ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 _ENTRIES = (*PARTS, "opt", "scaler", *SCALARS)
-
-
-def translate(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Our names of a published tensor.
-
-    Args:
-        name: E.g. `blocks.3.attn.qkv.weight`.
-        names: `ENCODER_NAMES` or `PREDICTOR_NAMES`.
-
-    Returns:
-        One or three names, or `None` where the table has none.
-    """
-    layer = re.search(r"\.([0-9]+)\.", name)
-    pattern = name.replace(layer[0], ".*.", 1) if layer else name
-    if pattern not in names or (layer is None and "*" in name):
-        return None
-    return tuple(ours.replace("*", layer[1] if layer else "") for ours in names[pattern])
-
-
-def our_names(part: str, name: str) -> list[str]:
-    """Where a published tensor goes in our model.
-
-    Args:
-        part: Of the file: `encoder`, `predictor` or `target_encoder`.
-        name: In that part, without the `module.` prefix.
-
-    Returns:
-        Full names, such as `context_encoder.layernorm.bias`: one, three where the tensor is cut, none where the table
-        has none.
-    """
-    ours, names = PARTS[part]
-    return [f"{ours}.{key}" for key in translate(name, names) or ()]
-
-
-def official_names(config: IJepaConfig) -> dict[str, list[str]]:
-    """The names in a published file of this architecture, in its order: that of the modules and of the optimiser.
-
-    Args:
-        config: The architecture.
-
-    Returns:
-        For each part of the file its names, without the `module.` prefix.
-    """
-    depths = {"encoder": config.num_hidden_layers, "target_encoder": config.num_hidden_layers}
-    depths["predictor"] = config.predictor_num_hidden_layers
-    found = {}
-    for part, (_, names) in PARTS.items():
-        patterns = [name for name in names if config.qkv_bias or not name.endswith("qkv.bias")]
-        blocks = [name for name in patterns if "*" in name]
-        first = patterns.index(blocks[0])
-        layers = [name.replace("*", str(layer)) for layer in range(depths[part]) for name in blocks]
-        found[part] = patterns[:first] + layers + patterns[first + len(blocks) :]
-    return found
-
-
-def optimizer_groups(networks: Networks) -> list[list[tuple[str, str]]]:
-    """Which tensors the published optimiser holds, group by group; its state numbers them through in this order.
-
-    Encoder decayed, predictor decayed, encoder not decayed, predictor not decayed; biases and 1-D tensors do not
-    decay. The frozen position tables take part in the numbering and have no state.
-
-    Args:
-        networks: As `read_official_checkpoint` returns them; order and dimensions count, values do not.
-
-    Returns:
-        Four lists of (part, name).
-    """
-
-    def members(part: str, decays: bool) -> list[tuple[str, str]]:
-        return [
-            (part, name)
-            for name, tensor in networks[part].items()
-            if decays == ("bias" not in name and tensor.ndim != 1)
-        ]
-
-    return [members(part, decays) for decays in (True, False) for part in TRAINED_PARTS]
 
 
 # -- reading a file --------------------------------------------------------------------------------------------------
@@ -509,150 +378,3 @@ def _misplaced_tables(state: Mapping[str, Tensor], config: IJepaConfig) -> Itera
 
 
 # -- the optimiser's state -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OptimizerState:
-    """AdamW's state under our names.
-
-    Args:
-        step: Optimiser steps done, the same for every tensor.
-        steps_per_epoch: Optimiser steps of an epoch; `None` where they are no whole number, or no epoch is done.
-        tensors: Of each trained parameter, `step`, `exp_avg` and `exp_avg_sq`.
-        arguments: What the file says of the run, under our names.
-    """
-
-    step: int
-    steps_per_epoch: int | None
-    tensors: dict[str, dict[str, Tensor]]
-    arguments: dict[str, Any]
-
-
-def read_optimizer_state(
-    contents: Mapping[str, Any], networks: Networks, config: IJepaConfig, path: Path
-) -> OptimizerState:
-    """Reads AdamW's state, tells its numbers apart, and cuts joined tensors as the model's are cut.
-
-    Args:
-        contents: As `read_contents` returns them.
-        networks: As `networks_of` returns them, in the order of the file: that is what the numbers mean.
-        config: As `config_from_official` reads it off the networks.
-        path: The file, for messages.
-
-    Returns:
-        The state. Its moments are the checkpoint's own memory, not copies.
-
-    Raises:
-        ValueError: If there is no state; the tensors' order or the optimiser's groups are not the published ones; a
-            moment is missing, of the wrong shape or type, or impossible; or the steps do not agree with each other or
-            with the epoch. All that is wrong with the state is listed.
-    """
-    groups = optimizer_groups(networks)
-    _check_numbering(contents.get("opt"), groups, networks, config, path)
-    opt = contents["opt"]
-    members = [member for group in groups for member in group]
-    problems: list[str] = []
-    steps: dict[float, str] = {}
-    owners: dict[int, str] = {}
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for number, (part, name) in enumerate(members):
-        entry = opt["state"].get(number)
-        if name in FROZEN_NAMES:
-            problems += [f"{part}.{name} has a state, but is never trained"] if entry is not None else []
-            continue
-        found = list(_state_problems(entry, networks[part][name], owners))
-        problems += [f"{part}.{name}: {problem}" for problem in found]
-        if not found:
-            steps[float(entry["step"])] = f"{part}.{name}"
-            keys = our_names(part, name)
-            cut = {slot: _cut(entry[slot], len(keys)) for slot in ("exp_avg", "exp_avg_sq")}
-            for place, key in enumerate(keys):
-                step = torch.tensor(float(entry["step"]))
-                tensors[key] = {"step": step, **{slot: pieces[place] for slot, pieces in cut.items()}}
-    problems += [
-        f"state {number!r} belongs to no tensor" for number in opt["state"] if number not in range(len(members))
-    ]
-    if len(steps) > 1:
-        problems.append("; ".join(f"{name} is at step {step:g}" for step, name in sorted(steps.items())))
-    if problems:
-        raise ValueError(f"the optimiser's state in {path} does not fit:\n  " + format_problems(problems))
-    done = int(next(iter(steps)))
-    steps_per_epoch = _steps_per_epoch(contents.get("epoch"), done, path)
-    return OptimizerState(done, steps_per_epoch, tensors, _run_arguments(contents, config))
-
-
-def _check_numbering(
-    opt: Any, groups: list[list[tuple[str, str]]], networks: Networks, config: IJepaConfig, path: Path
-) -> None:
-    """Numbers mean the order of the modules: the file has to have it, and the published groups."""
-    if not isinstance(opt, Mapping) or not isinstance(opt.get("state"), Mapping) or not opt["state"]:
-        raise ValueError(f"{path} holds no state of an optimiser to go on from; convert it without with_optimizer.")
-    names = official_names(config)
-    if any(list(networks[part]) != names[part] for part in TRAINED_PARTS):
-        raise ValueError(
-            f"the tensors in {path} are not in the order in which published code writes them, so it is not known "
-            "which of them a numbered state belongs to; convert it without with_optimizer."
-        )
-    sizes = [len(group) for group in groups]
-    expected = [list(range(sum(sizes[:place]), sum(sizes[: place + 1]))) for place in range(len(sizes))]
-    found = opt.get("param_groups")
-    if (
-        not isinstance(found, list)
-        or [group.get("params") if isinstance(group, Mapping) else None for group in found] != expected
-    ):
-        raise ValueError(
-            f"the optimiser in {path} does not have the published groups (sizes {sizes}: encoder and predictor "
-            "decayed, encoder and predictor not decayed); convert it without with_optimizer."
-        )
-
-
-def _state_problems(entry: Any, weight: Tensor, owners: dict[int, str]) -> Iterator[str]:
-    if not isinstance(entry, Mapping) or set(entry) != set(ADAMW_SLOTS):
-        found = ", ".join(map(str, entry)) if isinstance(entry, Mapping) else "no state"
-        yield f"has {found}, where AdamW keeps {', '.join(ADAMW_SLOTS)}"
-        return
-    step = entry["step"]
-    is_number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
-    if not is_number or not float(step) >= 1 or float(step) != round(float(step)):
-        yield "step is no positive whole number"
-    for slot in ("exp_avg", "exp_avg_sq"):
-        problem = _unlike_published(entry[slot], owners)
-        if problem is not None:
-            yield f"{slot} {problem}"
-        elif entry[slot].shape != weight.shape:
-            yield f"{slot} has shape {list(entry[slot].shape)}, the weight {list(weight.shape)}"
-        elif not all_finite(entry[slot]) or (slot == "exp_avg_sq" and float(entry[slot].min()) < 0):
-            yield f"{slot} has NaN, infinite or impossible values"
-        else:
-            owners[entry[slot].untyped_storage().data_ptr()] = slot
-
-
-def _steps_per_epoch(epoch: Any, step: int, path: Path) -> int | None:
-    """Optimiser steps of an epoch, or `None` where they are no whole number, or no epoch is done.
-
-    `epoch` in a file is the number of epochs that are done (the number in the file's *name* is one higher). A file
-    that `convert_to_official` made of a run before its first epoch's end has 0. Under a gradient scaler some steps
-    may have been skipped, which the optimiser does not count.
-    """
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch <= step:
-        raise ValueError(
-            f"{path} says epoch={epoch!r}, but its optimiser is at step {step}; an epoch has at least one step, so "
-            "the two do not belong together."
-        )
-    return step // epoch if epoch and step % epoch == 0 else None
-
-
-def _run_arguments(contents: Mapping[str, Any], config: IJepaConfig) -> dict[str, Any]:
-    model = argument_values(ModelArguments().resolved(config))
-    group = contents["opt"]["param_groups"][0]
-    batch_size, world_size = _number(contents.get("batch_size")), _number(contents.get("world_size"))
-    betas = group.get("betas")
-    known = {
-        "learning_rate": _number(contents.get("lr")),
-        "per_device_train_batch_size": batch_size,
-        "global_batch_size": batch_size * world_size if batch_size and world_size else None,
-        "adam_beta1": _number(betas[0]) if isinstance(betas, list | tuple) and len(betas) == 2 else None,
-        "adam_beta2": _number(betas[1]) if isinstance(betas, list | tuple) and len(betas) == 2 else None,
-        "adam_epsilon": _number(group.get("eps")),
-    }
-    return model | {name: value for name, value in known.items() if value is not None}
