@@ -10,7 +10,7 @@ from tiny import tiny_flags, tiny_run
 
 from ijepa_hf import cli, training
 from ijepa_hf.evaluation import evaluate
-from ijepa_hf.hub import UploadIncompleteError
+from ijepa_hf.hub.uploader import UploadIncompleteError
 from ijepa_hf.optimization import NonFiniteLossError
 from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
 

@@ -41,7 +41,7 @@ from ijepa_hf.data.sources.opening import ImageSource, load_split, open_stream
 from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.evaluation.results import Score, render_scores
-from ijepa_hf.hub_contents import StagedFolder
+from ijepa_hf.hub.contents import StagedFolder
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
 from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.runs.cards import loading_lines, render_card, render_finetuning_card
@@ -607,7 +607,7 @@ for server in (other, hub):
 address, headers = f"http://localhost:{{hub.server_port}}/x", {{"authorization": "Bearer hf_canary"}}
 urllib.request.urlopen(urllib.request.Request(address, headers=headers))
 from huggingface_hub import get_session
-from ijepa_hf.hub_process import bound_requests
+from ijepa_hf.hub.process import bound_requests
 bound_requests(5.0)
 assert get_session().get(address, headers=headers).status_code == 200
 print(json.dumps(seen))

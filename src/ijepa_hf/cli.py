@@ -75,7 +75,7 @@ def _pretrain(argv: list[str]) -> int:
     from ijepa_hf.data.retrying import DataSourceError
     from ijepa_hf.diagnosis.run_monitor import CollapseError
     from ijepa_hf.files import SaveError
-    from ijepa_hf.hub import UploadIncompleteError
+    from ijepa_hf.hub.uploader import UploadIncompleteError
     from ijepa_hf.optimization import NonFiniteLossError
     from ijepa_hf.ranks import LostRankError
     from ijepa_hf.recipes.parsing import parse_arguments
@@ -203,7 +203,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
 
 
 def _push(argv: list[str]) -> int:
-    from ijepa_hf.hub import push_folder
+    from ijepa_hf.hub.push import push_folder
 
     named = build_push_parser().parse_args(argv)
     address = push_folder(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.hub import fetch_checkpoint
+from ijepa_hf.hub.push import fetch_checkpoint
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaModel, new_model
 from ijepa_hf.plan import Plan

@@ -24,7 +24,7 @@ from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.files import SaveError
-from ijepa_hf.hub import HubUploader
+from ijepa_hf.hub.uploader import HubUploader
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
 from ijepa_hf.loading import TrainingImages, UnreadableLog
 from ijepa_hf.model.configuration_ijepa import IJepaConfig

@@ -28,7 +28,7 @@ from ijepa_hf.data.transforms import normalize
 from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch
 from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import first_readable_pixels, load_evaluation_sets
-from ijepa_hf.hub import HubUploader, UploadIncompleteError
+from ijepa_hf.hub.uploader import HubUploader, UploadIncompleteError
 from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
 from ijepa_hf.loading import close_loader, open_training_images
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining

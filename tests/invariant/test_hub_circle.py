@@ -170,7 +170,9 @@ def test_a_hub_that_takes_nothing_costs_the_run_nothing_and_the_end_names_the_on
 ):
     with FakeHub() as hub:
         machine = Machine(tmp_path / "machine", hub, child_environment)
-        hub.fail(match="/commit/", status=400, times=10_000)  # what is worth a retry is tried in tests/test_hub.py
+        hub.fail(
+            match="/commit/", status=400, times=10_000
+        )  # what is worth a retry is tried in tests/hub/test_uploader.py
         process = machine.start(*command())
         text, _ = process.communicate(timeout=280)
         machine.printed.append(text)

@@ -13,7 +13,7 @@ import pytest
 from faults import in_fork
 from tiny import scrambled_model
 
-from ijepa_hf.hub_contents import StagedFolder
+from ijepa_hf.hub.contents import StagedFolder
 from ijepa_hf.runs import lock as run_lock
 from ijepa_hf.runs.export import export_model
 from ijepa_hf.runs.lock import OutputDirInUseError, lock_output_dir

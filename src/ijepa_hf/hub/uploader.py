@@ -7,46 +7,32 @@ run, a later step of this one, or another kind of model (`hub_contents.py`).
 A process of its own makes the requests, see `hub_process.py`.
 """
 
-import contextlib
 import json
 import logging
-import os
-import re
 import shlex
 import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from ijepa_hf import hub_process
-from ijepa_hf.hub_contents import (
-    ABOUT_THE_MODEL,
-    LAST_CHECKPOINT,
-    STATE_FILES,
-    RepositoryContents,
-    StagedFolder,
+from ijepa_hf.hub.client import (
+    RETRY_WAITS,
+    START_WAITS,
+    _HubProcess,
+    _prepare_job,
+    _progress_bar,
+    _push_job,
+    _show_progress,
 )
+from ijepa_hf.hub.contents import RepositoryContents, StagedFolder
 from ijepa_hf.recipes.arguments import HUB_STRATEGIES
-from ijepa_hf.runs.checkpoints import find_latest
-from ijepa_hf.runs.export import exported_step
-from ijepa_hf.runs.folder import GROWING_FILES, REPORT_FILE, RUN_FILE
+from ijepa_hf.runs.folder import REPORT_FILE
 
-# Seconds before the 2nd, ... 7th try: 126 in all. A server may ask for more, up to hub_process.LONGEST_WAIT each time.
-RETRY_WAITS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-START_WAITS = RETRY_WAITS[:2]  # before a run starts
-REQUEST_TIMEOUT = 60.0  # seconds that a connection may be silent
 NO_NEWS_LIMIT = 7200.0  # seconds without a file that arrived or a request that failed, after which `finish` gives up
 
-# What is fetched: the checkpoint, and the log, which `run_folder.prepare_output_dir` takes over.
-_FETCHED = (f"{LAST_CHECKPOINT}/*", *GROWING_FILES, RUN_FILE)
 
 logger = logging.getLogger(__name__)
 
@@ -56,83 +42,6 @@ class UploadIncompleteError(OSError):
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
-
-
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    with_checkpoint: bool = False,
-    commit_message: str | None = None,
-) -> str:
-    """Pushes the folder of a run, a converted model or a fine-tuned model in one commit.
-
-    Args:
-        folder: The folder. Only what the run wrote is taken, and of another model's folder only the model.
-        repo_id: The repository, `name/repository`; made if it is missing.
-        private: Make it private; an existing public one is an error then.
-        revision: Branch; made if it is missing; `main` if not given.
-        with_checkpoint: Push the newest checkpoint of a run as well, to resume from.
-        commit_message: Its first line; names the step if not given.
-
-    Returns:
-        The URL of what was pushed.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If the folder holds no whole model, the repository holds pretraining and the folder another kind
-            of model, or the user has to change something (token, permission, name).
-        ConnectionError: If the Hub cannot be reached, or fails again and again.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.")
-    checkpoint = _newest_checkpoint(folder) if with_checkpoint else None
-    staged = StagedFolder.of(folder, "by-hand", checkpoint)
-    try:
-        with _HubProcess(quiet=True) as process, _progress_bar() as bar:
-
-            def show(event: dict[str, Any]) -> None:
-                if event["event"] == "retry":
-                    logger.warning("%s; trying again in %g s", event["reason"], event["seconds"])
-                _show_progress(bar, event)
-
-            prepare = _prepare_job(repo_id, private=private, revision=revision, waits=RETRY_WAITS)
-            held = RepositoryContents.of(process.run(prepare, show))
-            staged.check_kind(held)
-            other = None if staged.arguments is None else held.other_than(staged.arguments)
-            if other is not None:
-                logger.warning("%s holds %s; this replaces it, the commits before keep it.", held.repo_id, other)
-            outcome = process.run(_push_job(staged, held, revision=revision, message=commit_message), show)
-    finally:
-        staged.remove()
-    if outcome["deleted"]:
-        logger.info("deleted in %s, not being of this state: %s", repo_id, ", ".join(outcome["deleted"]))
-    return outcome["url"]
-
-
-def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: bool = False) -> Path | None:
-    """Downloads the checkpoint that a run pushed, and its log, into the Hugging Face cache.
-
-    Args:
-        repo_id: The repository.
-        revision: Branch, tag or commit; the newest of `main` if not given.
-        missing_ok: A repository or branch that does not exist is no error; it has no checkpoint.
-
-    Returns:
-        The checkpoint's folder, for `checkpointing.read_checkpoint`, which checks it; the log lies in the folder
-        above. `None` where the repository has no checkpoint.
-
-    Raises:
-        ValueError: If there is no such repository or revision, or the user may not read it, or offline mode is on.
-        ConnectionError: If the Hub cannot be reached. What the cache holds is not used then: it may be older.
-    """
-    job = {"job": "fetch", "repo_id": repo_id, "revision": revision, "waits": RETRY_WAITS,
-           "missing_ok": missing_ok, "needed": [f"{LAST_CHECKPOINT}/*"], "patterns": _FETCHED}  # fmt: skip
-    with _HubProcess() as process:
-        path = process.run(job, lambda event: None)["path"]
-    return None if path is None else Path(path) / LAST_CHECKPOINT
 
 
 # -- beside the training ---------------------------------------------------------------------------------------------
@@ -463,134 +372,4 @@ def _further(held: RepositoryContents, step: int) -> str:
     )
 
 
-def _prepare_job(
-    repo_id: str, *, private: bool, revision: str | None, waits: Sequence[float], license: str | None = None
-) -> dict[str, Any]:
-    return {"job": "prepare", "repo_id": repo_id, "private": private, "revision": revision, "license": license,
-            "texts": STATE_FILES, "waits": waits}  # fmt: skip
-
-
-def _push_job(
-    staged: StagedFolder, held: RepositoryContents, *, revision: str | None, message: str | None = None
-) -> dict[str, Any]:
-    staged.address(held.repo_id, revision)
-    step = None if staged.arguments is None else exported_step(staged.path)
-    default = "Upload model" if step is None else f"Step {step}"
-    return {
-        "job": "push",
-        "folder": str(staged.path.absolute()),
-        "owned": [*staged.owned, *(ABOUT_THE_MODEL if staged.replaces(held) else ())],
-        "message": message or default,
-        "repo_id": held.repo_id,
-        "revision": revision,
-        "waits": RETRY_WAITS,
-    }
-
-
-def _progress_bar() -> tqdm:
-    return tqdm(desc="upload", unit="B", unit_scale=True, mininterval=0.5)
-
-
-def _show_progress(bar: tqdm, event: dict[str, Any]) -> None:
-    if event["event"] == "sent" and (event["bytes"], event["total"]) != (bar.n, bar.total):
-        bar.n, bar.total = event["bytes"], event["total"]
-        bar.refresh()
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    checkpoint = find_latest(folder)
-    if checkpoint is None:
-        raise ValueError(f"{str(folder)!r} holds no undamaged checkpoint; push without one.")
-    return checkpoint.path
-
-
 # -- the process -----------------------------------------------------------------------------------------------------
-
-
-class _HubProcess:
-    """Starts the process that makes the requests, gives it jobs and reads what happens; see `hub_process.py`.
-
-    Args:
-        quiet: Show neither the libraries' messages nor their progress bars.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._errors = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 (`close` closes it)
-        # Unbuffered, so that no lock is held when workers are forked. A session of its own, so that Ctrl-C reaches
-        # the run alone, which decides.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", hub_process.__file__, str(os.getpid()), str(REQUEST_TIMEOUT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"} if quiet else None,
-        )
-
-    def __enter__(self) -> "_HubProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def send(self, job: dict[str, Any]) -> None:
-        """Sends a job. Of a process that has ended, `events` says so."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yields what happens; the last event is the end of the process."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            yield json.loads(line)
-        status = self._process.wait()
-        yield {"event": "ended", "reason": f"the process that uploads ended with status {status}{self._last_words()}"}
-
-    def run(self, job: dict[str, Any], watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Does one job to its end.
-
-        Args:
-            job: The job.
-            watch: Gets the events before the last one.
-
-        Returns:
-            The last event.
-
-        Raises:
-            ValueError: If the user has to change something.
-            ConnectionError: If it failed otherwise.
-        """
-        self.send(job)
-        for event in self.events():
-            if event["event"] == "done":
-                return event
-            if event["event"] in ("failed", "ended"):
-                logger.debug("%s", event.get("details"))
-                raise (ValueError if event.get("fault") == "user" else ConnectionError)(event["reason"])
-            watch(event)
-        raise AssertionError("the last event is `ended`")
-
-    def is_alive(self) -> bool:
-        """Whether it can take a job."""
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        """Ends it, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-
-    def close(self) -> None:
-        """Ends it and closes its pipes; nobody may be reading `events` any more."""
-        self.kill()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            if pipe is not None:
-                pipe.close()
-
-    def _last_words(self) -> str:
-        if self._errors is None or self._errors.closed:
-            return ""
-        self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        return re.sub(r"hf_\w{20,}", "<token>", f" ({lines[-1]})") if lines else ""

@@ -19,9 +19,12 @@ from tiny import scrambled_model
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
-from ijepa_hf import IJepaForPretraining, hub
+from ijepa_hf import IJepaForPretraining
 from ijepa_hf.cli import main
-from ijepa_hf.hub import HubUploader, UploadIncompleteError, fetch_checkpoint, push_folder
+from ijepa_hf.hub import client
+from ijepa_hf.hub import uploader as hub
+from ijepa_hf.hub.push import fetch_checkpoint, push_folder
+from ijepa_hf.hub.uploader import HubUploader, UploadIncompleteError
 from ijepa_hf.recipes.arguments import argument_defaults
 from ijepa_hf.runs.cards import address_line
 from ijepa_hf.runs.checkpoints import (
@@ -47,9 +50,9 @@ CHECKPOINT_FILES = {
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """A Hub that `me` is logged in to, and waits short enough for tests."""
-    monkeypatch.setattr(hub, "RETRY_WAITS", (0.01,) * 6)
-    monkeypatch.setattr(hub, "START_WAITS", (0.01,) * 2)
-    monkeypatch.setattr(hub, "REQUEST_TIMEOUT", 20.0)
+    monkeypatch.setattr(client, "RETRY_WAITS", (0.01,) * 6)
+    monkeypatch.setattr(client, "START_WAITS", (0.01,) * 2)
+    monkeypatch.setattr(client, "REQUEST_TIMEOUT", 20.0)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging-face"))
     with FakeHub() as fake:
         for name, value in fake.environment().items():
@@ -401,7 +404,7 @@ def test_an_answer_that_is_lost_after_the_commit_is_no_second_commit_and_no_erro
 
 
 def test_a_connection_that_stalls_is_given_up_and_tried_again(fake, run_folder, monkeypatch, caplog):
-    monkeypatch.setattr(hub, "REQUEST_TIMEOUT", 0.7)
+    monkeypatch.setattr(client, "REQUEST_TIMEOUT", 0.7)
     for method, match in (("GET", "/tree/"), ("PUT", "/large/upload/"), ("POST", "/commit/")):
         fake.fail("stall", method=method, match=match)
     push_folder(run_folder, REPO)
@@ -668,7 +671,7 @@ def test_interrupting_the_wait_at_the_end_gives_the_command(fake, run_folder, st
         if fake.count("POST", "/commit/"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "_show_progress", interrupt)
+    monkeypatch.setattr(client, "_show_progress", interrupt)
     with pytest.raises(UploadIncompleteError, match=r"\(interrupted\)"):
         uploader.finish(2)
 
@@ -706,7 +709,7 @@ def test_forked_workers_work_beside_an_upload(fake, run_folder, started):
 PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
-from ijepa_hf.hub import HubUploader
+from ijepa_hf.hub.uploader import HubUploader
 uploader = HubUploader(Path(sys.argv[1]), "me/model", private=False, revision=None, strategy="checkpoint")
 uploader.start(json.loads(Path(sys.argv[1], "run.json").read_text())["arguments"], 2)
 uploader.submit(4)

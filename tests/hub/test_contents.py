@@ -6,7 +6,7 @@ import os
 import pytest
 from tiny import tiny_run
 
-from ijepa_hf.hub_contents import RepositoryContents, StagedFolder
+from ijepa_hf.hub.contents import RepositoryContents, StagedFolder
 from ijepa_hf.recipes.arguments import argument_defaults
 
 ARGUMENTS = {**argument_defaults(), "output_dir": "run", "dataset_name": "digits"}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ijepa_hf import hub_process
-from ijepa_hf.hub import RETRY_WAITS
-from ijepa_hf.hub_process import TemporaryError, _asked_wait, retrying
+from ijepa_hf.hub import process
+from ijepa_hf.hub.client import RETRY_WAITS
+from ijepa_hf.hub.process import TemporaryError, _asked_wait, retrying
 
 
 def test_the_wait_that_a_server_asks_for_is_read_from_both_headers():
@@ -18,7 +18,7 @@ def test_the_wait_that_a_server_asks_for_is_read_from_both_headers():
 @pytest.fixture
 def slept(monkeypatch):
     seconds = []
-    monkeypatch.setattr(hub_process.time, "sleep", seconds.append)
+    monkeypatch.setattr(process.time, "sleep", seconds.append)
     return seconds
 
 

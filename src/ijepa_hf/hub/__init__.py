@@ -1,0 +1,1 @@
+"""Uploads and downloads, in a process of their own."""
