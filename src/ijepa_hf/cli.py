@@ -107,8 +107,8 @@ def _estimate(argv: list[str]) -> int:
 
 
 def _finetune(argv: list[str]) -> int:
-    from ijepa_hf.evaluation.finetune import finetune
-    from ijepa_hf.evaluation.finetune_arguments import parse_finetune_arguments
+    from ijepa_hf.finetuning.arguments import parse_finetune_arguments
+    from ijepa_hf.finetuning.finetune import finetune
 
     print(finetune(parse_finetune_arguments(argv)))
     return 0
@@ -245,7 +245,7 @@ def command_flags() -> dict[str, set[str]]:
     from ijepa_hf.diagnose import build_diagnose_parser
     from ijepa_hf.estimate import build_estimate_parser
     from ijepa_hf.evaluation.evaluate_arguments import build_evaluate_parser
-    from ijepa_hf.evaluation.finetune_arguments import build_finetune_parser
+    from ijepa_hf.finetuning.arguments import build_finetune_parser
     from ijepa_hf.recipes.parsing import build_parser
     from ijepa_hf.visualize import visualize_flags
 

@@ -39,10 +39,6 @@ from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, predict_b
 from ijepa_hf.evaluation.evaluate_arguments import OF_CLASSES, OF_PATCHES, OF_POOLED, EvaluationArguments
 from ijepa_hf.evaluation.feature_store import fingerprint_images, fingerprint_model, store_features
 from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.finetune import finetune
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
-from ijepa_hf.evaluation.finetune_classifier import load_classifier, parameter_groups
-from ijepa_hf.evaluation.finetune_folder import ARGUMENTS_FILE, differing_arguments
 from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.knn import predict_knn
 from ijepa_hf.evaluation.linear_probe import predict_linear, predict_linear_sgd
@@ -60,6 +56,10 @@ from ijepa_hf.evaluation.results import (
     update_card,
     write_scores,
 )
+from ijepa_hf.finetuning.arguments import FinetuningArguments
+from ijepa_hf.finetuning.classifier import load_classifier, parameter_groups
+from ijepa_hf.finetuning.finetune import finetune
+from ijepa_hf.finetuning.folder import ARGUMENTS_FILE, differing_arguments
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 
 FEATURES_FOLDER = "features"

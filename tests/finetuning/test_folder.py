@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
-from ijepa_hf.evaluation.finetune_folder import check_output_dir, delete_run, find_checkpoint
 from ijepa_hf.files import write_json_atomically
+from ijepa_hf.finetuning.arguments import FinetuningArguments
+from ijepa_hf.finetuning.folder import check_output_dir, delete_run, find_checkpoint
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ from transformers import (
 
 from ijepa_hf.data.labelled import load_labelled_splits
 from ijepa_hf.data.sources.builtin import load_digits
-from ijepa_hf.evaluation import finetune as module
-from ijepa_hf.evaluation.finetune import FinetuningTrainer, SmoothedCrossEntropy, finetune
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
-from ijepa_hf.evaluation.finetune_classifier import load_classifier
+from ijepa_hf.finetuning import finetune as module
+from ijepa_hf.finetuning.arguments import FinetuningArguments
+from ijepa_hf.finetuning.classifier import load_classifier
+from ijepa_hf.finetuning.finetune import FinetuningTrainer, SmoothedCrossEntropy, finetune
 from ijepa_hf.runs.export import export_model
 
 NAMES = [str(digit) for digit in range(10)]

@@ -34,21 +34,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from ijepa_hf.data.labelled import EpochOrder, LabelledImages, LabelledSplits, load_labelled_splits
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
-from ijepa_hf.evaluation.finetune_classifier import check_shape, load_classifier, parameter_groups
-from ijepa_hf.evaluation.finetune_folder import (
-    ARGUMENTS_FILE,
-    check_output_dir,
-    delete_run,
-    find_checkpoint,
-)
-from ijepa_hf.evaluation.finetune_report import (
-    RESULT_FILE,
-    draw_finetuning_curves,
-    finetuning_result,
-    render_finetuning,
-)
 from ijepa_hf.files import write_json_atomically, write_text_atomically
+from ijepa_hf.finetuning.arguments import FinetuningArguments
+from ijepa_hf.finetuning.classifier import check_shape, load_classifier, parameter_groups
+from ijepa_hf.finetuning.folder import ARGUMENTS_FILE, check_output_dir, delete_run, find_checkpoint
+from ijepa_hf.finetuning.report import RESULT_FILE, draw_finetuning_curves, finetuning_result, render_finetuning
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.runs.cards import read_license, render_finetuning_card
 from ijepa_hf.runs.export import image_processor_fields

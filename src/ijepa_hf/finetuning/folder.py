@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments, FinetuningFlags
-from ijepa_hf.evaluation.finetune_report import RESULT_FILE
+from ijepa_hf.finetuning.arguments import FinetuningArguments, FinetuningFlags
+from ijepa_hf.finetuning.report import RESULT_FILE
 from ijepa_hf.recipes.arguments import argument_differences
 
 ARGUMENTS_FILE = "finetune_arguments.json"

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import scrambled_model
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
-from ijepa_hf.evaluation.finetune_classifier import load_classifier, parameter_groups
+from ijepa_hf.finetuning.arguments import FinetuningArguments
+from ijepa_hf.finetuning.classifier import load_classifier, parameter_groups
 from ijepa_hf.model.modeling_ijepa import IJepaModel, sincos_position_table
 from ijepa_hf.runs.export import export_model
 

@@ -2,11 +2,7 @@
 
 import pytest
 
-from ijepa_hf.evaluation.finetune_arguments import (
-    FinetuningArguments,
-    build_finetune_parser,
-    parse_finetune_arguments,
-)
+from ijepa_hf.finetuning.arguments import FinetuningArguments, build_finetune_parser, parse_finetune_arguments
 from ijepa_hf.recipes.arguments import argument_names
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.data.reading import ImageRows
 from ijepa_hf.data.sources.builtin import load_digits
-from ijepa_hf.evaluation.finetune_report import draw_finetuning_curves, finetuning_result, render_finetuning
+from ijepa_hf.finetuning.report import draw_finetuning_curves, finetuning_result, render_finetuning
 from ijepa_hf.runs.cards import render_finetuning_card
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-from ijepa_hf.evaluation.finetune_arguments import FinetuningArguments
+from ijepa_hf.finetuning.arguments import FinetuningArguments
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaModel
 from ijepa_hf.model.vision_models import ImageSettings, damaged_weights, refuse_kernels

@@ -1,0 +1,1 @@
+"""Trains an encoder with a classification head on labelled images."""
