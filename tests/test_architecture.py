@@ -268,7 +268,7 @@ def foreign_imports(source: str) -> set[str]:
         ("import ijepa_hf", "data", False, {""}),
         ("from ijepa_hf import masking, IJepaModel", "data", False, {"masking", ""}),
         ("from ijepa_hf import __version__", "data", False, set()),
-        ("from ijepa_hf.evaluation.knn import knn_accuracy", "training", False, {"evaluation.knn"}),
+        ("from ijepa_hf.evaluation.probes.knn import knn_accuracy", "training", False, {"evaluation.knn"}),
         ("from .masking import draw_masks", "data", False, {"masking"}),
         ("from . import masking", "data", False, {"masking"}),
         ("from .features import extract_features", "evaluation.knn", False, {"evaluation.features"}),

@@ -45,7 +45,7 @@ from ijepa_hf.data.transforms import normalize
 from ijepa_hf.diagnosis.measures import measure_matrix, spectrum
 from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_monitor_batch, measure_features
 from ijepa_hf.diagnosis.verdict import COMPLETE, DIMENSIONAL, LEAST_RANK, judge_collapse
-from ijepa_hf.evaluation.knn import knn_accuracy
+from ijepa_hf.evaluation.probes.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features
 from ijepa_hf.figures.panels import BLOCK_COLORS, DPI, FAINT_COLOR, TEXT_COLOR, plain_frame
 from ijepa_hf.model.masking import draw_masks

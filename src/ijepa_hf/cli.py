@@ -123,7 +123,7 @@ def _diagnose(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    from ijepa_hf.evaluation.evaluate_arguments import parse_evaluate_arguments
+    from ijepa_hf.evaluation.arguments import parse_evaluate_arguments
 
     arguments = parse_evaluate_arguments(argv)
     from ijepa_hf.evaluation.evaluate import evaluate_model
@@ -244,7 +244,7 @@ def command_flags() -> dict[str, set[str]]:
     from ijepa_hf.data.prepare.prepare import build_prepare_parser
     from ijepa_hf.diagnose import build_diagnose_parser
     from ijepa_hf.estimate import build_estimate_parser
-    from ijepa_hf.evaluation.evaluate_arguments import build_evaluate_parser
+    from ijepa_hf.evaluation.arguments import build_evaluate_parser
     from ijepa_hf.finetuning.arguments import build_finetune_parser
     from ijepa_hf.recipes.parsing import build_parser
     from ijepa_hf.visualize import visualize_flags

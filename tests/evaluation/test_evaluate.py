@@ -20,8 +20,8 @@ from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetMode
 from ijepa_hf.cli import main
 from ijepa_hf.evaluation import evaluate as module
 from ijepa_hf.evaluation import metrics
+from ijepa_hf.evaluation.arguments import EvaluationArguments
 from ijepa_hf.evaluation.evaluate import evaluate_model
-from ijepa_hf.evaluation.evaluate_arguments import EvaluationArguments
 from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.results import ROWS
 from ijepa_hf.runs.export import export_model, image_processor_fields

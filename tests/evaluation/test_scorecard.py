@@ -6,7 +6,7 @@ from sklearn.metrics import r2_score
 from tiny import scrambled_model, tiny_config
 
 from ijepa_hf.data.sources.builtin import load_digits
-from ijepa_hf.evaluation.knn import knn_accuracy
+from ijepa_hf.evaluation.probes.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import (
     LOW_SHOT_SAMPLES,
     ScoredImages,

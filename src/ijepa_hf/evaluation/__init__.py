@@ -6,7 +6,7 @@ labels are used once, to count: every choice (scaling, regularisation) is made o
 """
 
 from ijepa_hf.model.features import extract_features
-from ijepa_hf.evaluation.knn import knn_accuracy
-from ijepa_hf.evaluation.linear_probe import linear_accuracy
+from ijepa_hf.evaluation.probes.knn import knn_accuracy
+from ijepa_hf.evaluation.probes.linear import linear_accuracy
 
 __all__ = ["extract_features", "knn_accuracy", "linear_accuracy"]

@@ -17,7 +17,7 @@ import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, r2_score
 
-from ijepa_hf.evaluation.dense_probe import box_iou, confusion_counts, mean_iou
+from ijepa_hf.evaluation.probes.dense import box_iou, confusion_counts, mean_iou
 
 _INPUTS = "predictions: what was predicted, one entry each. references: the truth, in the same order."
 

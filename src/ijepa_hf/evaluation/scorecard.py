@@ -28,10 +28,10 @@ from ijepa_hf.data.targets import load_target_splits
 from ijepa_hf.data.transforms import resize, stack_images
 from ijepa_hf.diagnosis.measures import rankme
 from ijepa_hf.evaluation.backbones import raw_pixels
-from ijepa_hf.evaluation.knn import knn_accuracy
-from ijepa_hf.evaluation.linear_probe import linear_accuracy, predict_linear
-from ijepa_hf.evaluation.regression_probe import numbers_as_classes, predict_ridge
-from ijepa_hf.evaluation.splits import share_correct
+from ijepa_hf.evaluation.probes.checks import share_correct
+from ijepa_hf.evaluation.probes.knn import knn_accuracy
+from ijepa_hf.evaluation.probes.linear import linear_accuracy, predict_linear
+from ijepa_hf.evaluation.probes.ridge import numbers_as_classes, predict_ridge
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.features import extract_features
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model

@@ -9,8 +9,9 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from ijepa_hf.evaluation import knn_accuracy, linear_accuracy, linear_probe
-from ijepa_hf.evaluation.linear_probe import predict_linear, predict_linear_sgd
+from ijepa_hf.evaluation import knn_accuracy, linear_accuracy
+from ijepa_hf.evaluation.probes import linear
+from ijepa_hf.evaluation.probes.linear import predict_linear, predict_linear_sgd
 
 
 def digits(train: int = 400, test: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -28,7 +29,7 @@ def direct(train_x, train_y, test_x, test_y, penalty: float) -> float:
 
 @pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])
 def test_accuracy_is_that_of_standardised_logistic_regression(penalty: float, monkeypatch):
-    monkeypatch.setattr(linear_probe, "_PENALTIES", (penalty,))
+    monkeypatch.setattr(linear, "_PENALTIES", (penalty,))
     assert linear_accuracy(*digits()) == pytest.approx(direct(*digits(), penalty), abs=1e-12)
 
 
@@ -52,12 +53,12 @@ def test_weaker_penalties_are_not_tried_once_two_in_a_row_did_no_better(monkeypa
     y = generator.integers(0, 2, 300)
     x = np.hstack([generator.normal(size=(300, 40)) + 0.2 * (2 * y[:, None] - 1), generator.normal(size=(300, 200))])
     tried: list[float] = []
-    probe = linear_probe._probe
-    monkeypatch.setattr(linear_probe, "_probe", lambda penalty: (tried.append(penalty), probe(penalty))[1])
+    probe = linear._probe
+    monkeypatch.setattr(linear, "_probe", lambda penalty: (tried.append(penalty), probe(penalty))[1])
     linear_accuracy(x, y, x, y)
     *search, chosen = tried
     best = search.index(chosen)
-    assert search == list(linear_probe._PENALTIES[: best + 3])  # the best and two more
+    assert search == list(linear._PENALTIES[: best + 3])  # the best and two more
     assert 10.0 not in search
 
 
@@ -91,13 +92,13 @@ def test_test_labels_and_other_test_images_change_nothing_but_the_count(probe):
 def test_the_same_seed_gives_the_same_number_and_the_seed_reaches_the_split(monkeypatch):
     assert linear_accuracy(*digits(), seed=3) == linear_accuracy(*digits(), seed=3)
     seen = []
-    split = linear_probe.hold_out
+    split = linear.hold_out
 
     def recording(*arguments, **options):
         seen.append(split(*arguments, **options))
         return seen[-1]
 
-    monkeypatch.setattr(linear_probe, "hold_out", recording)
+    monkeypatch.setattr(linear, "hold_out", recording)
     for seed in (0, 0, 1):
         linear_accuracy(*digits(), seed=seed)
     np.testing.assert_array_equal(seen[0][1], seen[1][1])
@@ -113,7 +114,7 @@ def test_a_class_with_one_image_does_not_stop_the_probe():
 
 
 def test_a_fit_that_does_not_converge_is_not_silent(monkeypatch):
-    monkeypatch.setattr(linear_probe, "_MAX_ITERATIONS", 2)
+    monkeypatch.setattr(linear, "_MAX_ITERATIONS", 2)
     with pytest.warns(ConvergenceWarning):
         linear_accuracy(*digits())
 
@@ -174,7 +175,7 @@ def test_a_long_run_of_sgd_ends_at_the_minimum_that_scikit_learn_finds():
     x, y = gaussian_classes(5000, distance=1.5)
     train_x, train_y, test_x = x[:120], y[:120], x[120:]
     features, targets = torch.from_numpy(train_x), torch.from_numpy(train_y)
-    (plain,) = linear_probe._train_heads(features, targets, 4, [linear_probe._Setting(False, 0.4, 0.05)], 4000, 120, 0)
+    (plain,) = linear._train_heads(features, targets, 4, [linear._Setting(False, 0.4, 0.05)], 4000, 120, 0)
     ours = plain(torch.from_numpy(test_x)).detach().numpy()
 
     def with_ones(rows: np.ndarray) -> np.ndarray:
@@ -189,10 +190,10 @@ def test_a_long_run_of_sgd_ends_at_the_minimum_that_scikit_learn_finds():
 def test_each_head_is_trained_as_if_it_were_alone():
     x, y = gaussian_classes(300, distance=1.0)
     features, targets = torch.from_numpy(x), torch.from_numpy(y)
-    settings = [linear_probe._Setting(*made) for made in [(False, 0.05, 0.0), (True, 0.05, 5e-4), (False, 0.001, 0.1)]]
-    together = linear_probe._train_heads(features, targets, 4, settings, 5, 64, 0)
+    settings = [linear._Setting(*made) for made in [(False, 0.05, 0.0), (True, 0.05, 5e-4), (False, 0.001, 0.1)]]
+    together = linear._train_heads(features, targets, 4, settings, 5, 64, 0)
     for head, setting in zip(together, settings, strict=True):
-        (alone,) = linear_probe._train_heads(features, targets, 4, [setting], 5, 64, 0)
+        (alone,) = linear._train_heads(features, targets, 4, [setting], 5, 64, 0)
         torch.testing.assert_close(head(features), alone(features), rtol=0, atol=1e-6)
 
 
@@ -251,8 +252,8 @@ def test_sgd_is_a_function_of_the_seed_alone_and_leaves_the_global_generator_alo
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, predict_linear_sgd(x[:200], y[:200], x[200:], seed=2, epochs=2, batch_size=16))
     features, targets = torch.from_numpy(x), torch.from_numpy(y)
-    setting = [linear_probe._Setting(False, 0.05, 0.0)]
-    heads = [linear_probe._train_heads(features, targets, 4, setting, 2, 16, seed)[0] for seed in (0, 0, 1)]
+    setting = [linear._Setting(False, 0.05, 0.0)]
+    heads = [linear._train_heads(features, targets, 4, setting, 2, 16, seed)[0] for seed in (0, 0, 1)]
     torch.testing.assert_close(heads[0][0].weight, heads[1][0].weight, rtol=0, atol=0)
     assert not torch.allclose(heads[0][0].weight, heads[2][0].weight, rtol=1e-3)  # another order of the images
     torch.set_rng_state(state)

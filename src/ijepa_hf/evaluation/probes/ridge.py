@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ijepa_hf.evaluation.splits import check_features, hold_out
+from ijepa_hf.evaluation.probes.checks import check_features, hold_out
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from ijepa_hf.evaluation import knn_accuracy
-from ijepa_hf.evaluation.knn import predict_knn
+from ijepa_hf.evaluation.probes.knn import predict_knn
 
 
 def digits(n: int = 600) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -163,7 +163,7 @@ def test_memory_stays_far_below_that_of_all_pairs():
     source = """
 import resource, sys
 import numpy as np
-from ijepa_hf.evaluation.knn import predict_knn
+from ijepa_hf.evaluation.probes.knn import predict_knn
 generator = np.random.default_rng(0)
 x, y = generator.normal(size=(24_000, 8)).astype(np.float32), generator.integers(0, 3, 16_000)
 predict_knn(x[:2000], y[:2000], x[:2000])

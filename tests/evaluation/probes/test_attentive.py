@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_hf.evaluation import attentive_probe
-from ijepa_hf.evaluation.attentive_probe import predict_attentive
-from ijepa_hf.evaluation.linear_probe import predict_linear
+from ijepa_hf.evaluation.probes import attentive as attentive_probe
+from ijepa_hf.evaluation.probes.attentive import predict_attentive
+from ijepa_hf.evaluation.probes.linear import predict_linear
 
 
 def one_telling_patch(n: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

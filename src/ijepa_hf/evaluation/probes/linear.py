@@ -13,7 +13,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ijepa_hf.evaluation.splits import check_classes, check_features, check_test_labels, hold_out, share_correct
+from ijepa_hf.evaluation.probes.checks import (
+    check_classes,
+    check_features,
+    check_test_labels,
+    hold_out,
+    share_correct,
+)
 
 logger = logging.getLogger(__name__)
 

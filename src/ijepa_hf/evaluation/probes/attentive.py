@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ijepa_hf.evaluation.splits import check_classes, check_features, hold_out
+from ijepa_hf.evaluation.probes.checks import check_classes, check_features, hold_out
 
 logger = logging.getLogger(__name__)
 

@@ -9,15 +9,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from ijepa_hf.evaluation import dense_probe
-from ijepa_hf.evaluation.dense_probe import (
-    box_iou,
-    confusion_counts,
-    mean_iou,
-    predict_boxes,
-    predict_segmentation,
-)
-from ijepa_hf.evaluation.regression_probe import predict_ridge
+from ijepa_hf.evaluation.probes import dense
+from ijepa_hf.evaluation.probes.dense import box_iou, confusion_counts, mean_iou, predict_boxes, predict_segmentation
+from ijepa_hf.evaluation.probes.ridge import predict_ridge
 
 
 def scenes(n: int, *, noise: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,7 +67,7 @@ def test_logits_are_resized_so_that_borders_of_grid_and_mask_agree():
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     ramp = torch.tensor([0.0, 4.0]).reshape(1, 1, 2, 1)
-    resized = dense_probe._resized_logits(layer, ramp, (1, 4))
+    resized = dense._resized_logits(layer, ramp, (1, 4))
     torch.testing.assert_close(resized, torch.tensor([0.0, 1.0, 3.0, 4.0]).reshape(1, 1, 1, 4))
 
 
@@ -144,8 +138,8 @@ def test_masks_are_a_function_of_the_seed_alone():
 def test_mean_and_deviation_are_those_of_all_patches(monkeypatch):
     x = np.random.default_rng(0).normal(3, 2, size=(50, 4, 3, 6)).astype(np.float16)
     x[..., 2] = 0.1
-    monkeypatch.setattr(dense_probe, "in_pieces", lambda array: (slice(i, i + 7) for i in range(0, len(array), 7)))
-    mean, deviation = dense_probe._patch_statistics(x)
+    monkeypatch.setattr(dense, "in_pieces", lambda array: (slice(i, i + 7) for i in range(0, len(array), 7)))
+    mean, deviation = dense._patch_statistics(x)
     rows = x.reshape(-1, 6).astype(np.float64)
     np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(deviation[[0, 1, 3, 4, 5]], rows.std(axis=0)[[0, 1, 3, 4, 5]], rtol=1e-6)
@@ -276,16 +270,14 @@ def test_it_is_ridge_regression_on_means_of_cells_put_in_order_and_cut_to_the_pi
 
 def test_regressions_that_leave_the_picture_or_turn_round_become_boxes(monkeypatch):
     x, _, boxes = scenes(10)
-    monkeypatch.setattr(
-        dense_probe, "predict_ridge", lambda *_, **__: np.array([[-0.5, 0.9, 1.5, 0.2], [0.6, -2, 0.4, -1]])
-    )
+    monkeypatch.setattr(dense, "predict_ridge", lambda *_, **__: np.array([[-0.5, 0.9, 1.5, 0.2], [0.6, -2, 0.4, -1]]))
     np.testing.assert_array_equal(predict_boxes(x, boxes, x[:2]), [[0, 0.2, 1, 0.9], [0.4, 0, 0.6, 0]])
 
 
 def test_a_grid_smaller_than_four_cells_a_side_is_taken_as_it_is():
     x, _, boxes = scenes(30)
     small = x[:, :3, :2]
-    np.testing.assert_array_equal(dense_probe._cells(small), small.reshape(30, -1))
+    np.testing.assert_array_equal(dense._cells(small), small.reshape(30, -1))
     assert predict_boxes(small, boxes, small).shape == (30, 4)
 
 

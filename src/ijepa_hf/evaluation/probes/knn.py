@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
-from ijepa_hf.evaluation.splits import check_classes, check_features, check_test_labels, share_correct
+from ijepa_hf.evaluation.probes.checks import check_classes, check_features, check_test_labels, share_correct
 
 
 def predict_knn(

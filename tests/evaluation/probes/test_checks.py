@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ijepa_hf.evaluation.splits import check_classes, check_features, check_test_labels, hold_out, in_pieces
+from ijepa_hf.evaluation.probes.checks import check_classes, check_features, check_test_labels, hold_out, in_pieces
 
 
 def test_a_fifth_is_held_out_in_the_proportion_of_the_classes():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ijepa_hf.evaluation.evaluate_arguments import METHODS, build_evaluate_parser, parse_evaluate_arguments
+from ijepa_hf.evaluation.arguments import METHODS, build_evaluate_parser, parse_evaluate_arguments
 
 
 def parsed(*flags: str):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ijepa_hf.evaluation.regression_probe import predict_ridge
-from ijepa_hf.evaluation.splits import check_features, hold_out, in_pieces
+from ijepa_hf.evaluation.probes.checks import check_features, hold_out, in_pieces
+from ijepa_hf.evaluation.probes.ridge import predict_ridge
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ijepa_hf.evaluation import regression_probe
-from ijepa_hf.evaluation.regression_probe import distance_bins, predict_ridge, to_bins
+from ijepa_hf.evaluation.probes import ridge
+from ijepa_hf.evaluation.probes.ridge import distance_bins, predict_ridge, to_bins
 
 
 def linear_problem(n: int, columns: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +28,7 @@ def direct(train_x, train_y, test_x, penalty: float) -> np.ndarray:
 @pytest.mark.parametrize("penalty", [1e-4, 0.1, 10.0])
 @pytest.mark.parametrize(("n", "columns"), [(100, 7), (30, 90), (40, 40)])
 def test_predictions_equal_scikit_learns_ridge_on_standardised_features(n, columns, penalty: float, monkeypatch):
-    monkeypatch.setattr(regression_probe, "_PENALTIES", (penalty,))
+    monkeypatch.setattr(ridge, "_PENALTIES", (penalty,))
     x, y = linear_problem(n + 50, columns, noise=1.0)
     for targets in (y, y[:, 0]):
         predicted = predict_ridge(x[:n], targets[:n], x[n:])
@@ -53,12 +53,12 @@ def test_each_target_has_the_penalty_that_does_best_on_held_out_training_images(
 
 def test_the_choice_is_that_of_a_search_by_hand():
     x, y = load_diabetes(return_X_y=True)
-    fit, held_out = regression_probe.hold_out(300, seed=4)
+    fit, held_out = ridge.hold_out(300, seed=4)
     errors = [
         np.mean((direct(x[:300][fit], y[:300][fit], x[:300][held_out], p) - y[:300][held_out]) ** 2)
-        for p in regression_probe._PENALTIES
+        for p in ridge._PENALTIES
     ]
-    best = regression_probe._PENALTIES[int(np.argmin(errors))]
+    best = ridge._PENALTIES[int(np.argmin(errors))]
     predicted = predict_ridge(x[:300], y[:300], x[300:], seed=4)
     np.testing.assert_allclose(predicted, direct(x[:300], y[:300], x[300:], best), rtol=1e-8)
     assert 0.4 < r2_score(y[300:], predicted) < 0.65

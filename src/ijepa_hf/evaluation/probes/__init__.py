@@ -1,0 +1,1 @@
+"""Scores of frozen features: plain functions of arrays."""
