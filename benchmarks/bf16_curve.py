@@ -28,11 +28,11 @@ from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.order import StreamLayout
 from ijepa_hf.data.reading import CropReader
 from ijepa_hf.data.transforms import normalize
-from ijepa_hf.loading import open_training_images
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe
+from ijepa_hf.training.images import open_training_images
 
 RECIPE = "cifar10-vit-micro"
 BAND = 0.06  # of the loss: how far bf16 may be from float32, smoothed

@@ -147,7 +147,7 @@ def train(run: tuple[str, str, int], output_dir: Path, every: int, cifar10: str)
     from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
     from ijepa_hf.recipes.parsing import as_flags, parse_arguments
     from ijepa_hf.recipes.recipe_files import load_recipe
-    from ijepa_hf.training import pretrain
+    from ijepa_hf.training.pretrain import pretrain
 
     dataset, kind, seed = run
     flags, replace = BROKEN.get(kind, ({}, None))

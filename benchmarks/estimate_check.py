@@ -32,12 +32,12 @@ from accelerate.state import AcceleratorState, PartialState
 from ijepa_hf.model.mask_audit import TRIALS
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import new_model
-from ijepa_hf.optimization import set_up_model
-from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.step_cost import Sizes, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.step_timing import measure_step_time
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import set_up_model
 
 SECONDS_TO_PREDICT = 2.0
 SMALL_VIT = (

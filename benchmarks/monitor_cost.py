@@ -22,12 +22,12 @@ from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_mon
 from ijepa_hf.diagnosis.run_monitor import steps_between
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import new_model
-from ijepa_hf.optimization import set_up_model
-from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe
-from ijepa_hf.training import CHUNK_OF_BATCHES
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.pretrain import CHUNK_OF_BATCHES
+from ijepa_hf.training.step import set_up_model
 
 RECIPES = ("digits", "cifar10-vit-micro", "cifar10-vit-tiny")
 STEPS_A_ROUND = {"digits": 20, "cifar10-vit-micro": 2, "cifar10-vit-tiny": 1}

@@ -29,7 +29,6 @@ from ijepa_hf.data.prepare.prepare import parse_size
 from ijepa_hf.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
 from ijepa_hf.files import flush_to_disk, write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.plan import make_plan
 from ijepa_hf.recipes.arguments import ModelArguments, PretrainingArguments
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.step_cost import (
@@ -42,6 +41,7 @@ from ijepa_hf.step_cost import (
     update_bytes,
 )
 from ijepa_hf.step_timing import HARDWARE, step_time_on
+from ijepa_hf.training.plan import make_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "scaling_plan.json"

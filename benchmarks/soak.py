@@ -311,9 +311,9 @@ def fail_to_read_for_good(campaign: Campaign) -> None:
 
 
 def _spoil(first: int) -> None:
-    from ijepa_hf import training_loop
+    from ijepa_hf.training import loop
 
-    whole, count = training_loop._take_step, iter(range(1, 10**6))
+    whole, count = loop._take_step, iter(range(1, 10**6))
 
     def take(state: Any, step: int, micro_batches: Any, values: Any) -> Any:
         if next(count) >= first:
@@ -322,7 +322,7 @@ def _spoil(first: int) -> None:
             micro_batches[0].inputs["pixel_values"] = pixels
         return whole(state, step, micro_batches, values)
 
-    training_loop._take_step = take
+    loop._take_step = take
 
 
 def make_numbers_break(campaign: Campaign) -> None:
@@ -332,7 +332,7 @@ def make_numbers_break(campaign: Campaign) -> None:
 
 
 def _run_out_of_memory(first: int) -> None:
-    from ijepa_hf import optimization
+    from ijepa_hf.training import step as optimization
 
     whole, count = optimization.training_step, iter(range(1, 10**6))
 
@@ -385,11 +385,11 @@ class _DownTracker:
 def _tracker_down() -> None:
     from accelerate import Accelerator
 
-    from ijepa_hf import training
+    from ijepa_hf.training import pretrain
 
-    make = training._make_accelerator
+    make = pretrain._make_accelerator
     Accelerator.init_trackers = lambda self, *_: setattr(self, "trackers", [_DownTracker()])
-    training._make_accelerator = lambda run, folder: make(type(run)(**{**vars(run), "report_to": []}), folder)
+    pretrain._make_accelerator = lambda run, folder: make(type(run)(**{**vars(run), "report_to": []}), folder)
 
 
 def lose_the_tracker(campaign: Campaign) -> None:

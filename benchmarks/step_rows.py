@@ -24,11 +24,11 @@ from transformers import AutoModel
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import IJepaModel, new_model
-from ijepa_hf.optimization import ReadyModel, set_up_model
-from ijepa_hf.plan import StepValues
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import ReadyModel, set_up_model
 
 MIB = 2**20
 VALUES = StepValues(learning_rate=1e-4, weight_decay=0.04, ema_momentum=0.996, encoder_is_frozen=False)

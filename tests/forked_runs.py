@@ -21,7 +21,9 @@ from pathlib import Path
 import thrift
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ijepa_hf.training", "ijepa_hf.cli", "ijepa_hf.html_report", "forked_runs", "thrift"])
+_CONTEXT.set_forkserver_preload(
+    ["ijepa_hf.training.pretrain", "ijepa_hf.cli", "ijepa_hf.training.html_report", "forked_runs", "thrift"]
+)
 AT_MOST = 60.0  # seconds that anything here is waited for
 
 
@@ -116,7 +118,7 @@ def run_ranks(number: int, work: Callable[[], int | None] | list[str], log: Path
 
 def slow_steps(seconds: float) -> None:
     """Makes each step of this process's runs take longer, for `prepare`: so that they are caught in the middle."""
-    from ijepa_hf import optimization
+    from ijepa_hf.training import step as optimization
 
     step = optimization.training_step
 

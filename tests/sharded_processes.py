@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.model.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
-from ijepa_hf.optimization import make_optimizer, training_step
-from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
+from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import make_optimizer, training_step
 
 STEPS, SAVED_AT, BATCH = 20, 10, 8
 RUN = PretrainingArguments(learning_rate=1e-3)

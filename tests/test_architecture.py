@@ -274,7 +274,7 @@ def foreign_imports(source: str) -> set[str]:
         ("from .features import extract_features", "evaluation.knn", False, {"evaluation.features"}),
         ("from ..masking import Masks", "evaluation.knn", False, {"masking"}),
         ("from .knn import knn_accuracy", "evaluation", True, {"evaluation.knn"}),
-        ("def f():\n    from ijepa_hf.training import train", "masking", False, {"training"}),
+        ("def f():\n    from ijepa_hf.training.pretrain import train", "masking", False, {"training"}),
         ("if TYPE_CHECKING:\n    from ijepa_hf import cli", "masking", False, {"cli"}),
         ("import torch\nfrom numpy import random", "masking", False, set()),
     ],

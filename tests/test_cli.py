@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from tiny import tiny_flags, tiny_run
 
-from ijepa_hf import cli, training
+from ijepa_hf import cli
 from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub.uploader import UploadIncompleteError
-from ijepa_hf.optimization import NonFiniteLossError
+from ijepa_hf.training import pretrain
+from ijepa_hf.training.step import NonFiniteLossError
 from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
 
 
@@ -85,7 +86,7 @@ def test_a_non_finite_loss_is_exit_code_3_a_lost_upload_4_and_an_interruption_13
         raise KeyboardInterrupt
 
     for function, code in ((stop, 3), (lose, 4), (interrupt, 130)):
-        monkeypatch.setattr(training, "pretrain", function)
+        monkeypatch.setattr(pretrain, "pretrain", function)
         assert cli.main(["pretrain", *tiny_flags(tmp_path / "run")]) == code
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
     monkeypatch.setattr(evaluate, "evaluate_model", interrupt)

@@ -22,8 +22,8 @@ from ijepa_hf.data import decoding
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.reading import ImageColumn, ImageRows
 from ijepa_hf.data.transforms import CROP_NUMBERS, random_resized_crop
-from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.runs.checkpoints import find_latest
+from ijepa_hf.training.signals import StoppedBySignal
 
 FEW = {"max_train_steps": 3, "warmup_epochs": 0, "max_train_samples": None}
 

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
-from ijepa_hf.optimization import StepResult, make_optimizer, training_step
-from ijepa_hf.plan import StepValues, make_plan, values_at
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.plan import StepValues, make_plan, values_at
+from ijepa_hf.training.step import StepResult, make_optimizer, training_step
 from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
 from ijepa_hf.weights.official_names import PARTS, translate
 

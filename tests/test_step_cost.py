@@ -11,7 +11,6 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_hf import step_timing
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.model.mask_audit import TRIALS
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
@@ -29,6 +28,7 @@ from ijepa_hf.step_cost import (
     model_work,
     update_bytes,
 )
+from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
 
 BATCH = 4
 SHAPES = {

@@ -9,10 +9,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks, training_loop
+from ijepa_hf import IJepaConfig, IJepaForPretraining, draw_masks
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import parse_arguments
-from ijepa_hf.training import pretrain
+from ijepa_hf.training import loop
+from ijepa_hf.training.pretrain import pretrain
 
 NETWORKS = ("context_encoder", "ijepa", "predictor")
 TINY = {
@@ -123,11 +124,11 @@ def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 def signal_in_step(monkeypatch: Any, step: int, number: int) -> None:
     """Sends this process a signal when a run begins a step, counted from 1."""
-    take = training_loop._take_step
+    take = loop._take_step
 
     def signalled(state: Any, done: int, *rest: Any) -> Any:
         if done + 1 == step:
             os.kill(os.getpid(), number)
         return take(state, done, *rest)
 
-    monkeypatch.setattr(training_loop, "_take_step", signalled)
+    monkeypatch.setattr(loop, "_take_step", signalled)

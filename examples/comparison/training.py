@@ -13,7 +13,7 @@ from family import Family
 from torch import Generator, Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
+from ijepa_hf.training.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def step_times(
 
 
 def make_optimizer(family: Family) -> torch.optim.AdamW:
-    """AdamW on all that `requires_grad`, in the groups of `ijepa_hf.optimization.make_optimizer`.
+    """AdamW on all that `requires_grad`, in the groups of `ijepa_hf.training.step.make_optimizer`.
 
     Args:
         family: What is trained.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ijepa_hf.escaping import printable
-from ijepa_hf.interruption import StoppedBySignal
+from ijepa_hf.training.signals import StoppedBySignal
 from ijepa_hf_command import COMMANDS, find_command
 
 
@@ -70,16 +70,16 @@ def _log_handler() -> logging.Handler:
 
 
 def _pretrain(argv: list[str]) -> int:
-    from ijepa_hf.batch_fitting import DoesNotFitError
     from ijepa_hf.data.loader import DataWorkerError
     from ijepa_hf.data.retrying import DataSourceError
     from ijepa_hf.diagnosis.run_monitor import CollapseError
     from ijepa_hf.files import SaveError
     from ijepa_hf.hub.uploader import UploadIncompleteError
-    from ijepa_hf.optimization import NonFiniteLossError
-    from ijepa_hf.ranks import LostRankError
     from ijepa_hf.recipes.parsing import parse_arguments
-    from ijepa_hf.training import pretrain
+    from ijepa_hf.training.memory import DoesNotFitError
+    from ijepa_hf.training.pretrain import pretrain
+    from ijepa_hf.training.ranks import LostRankError
+    from ijepa_hf.training.step import NonFiniteLossError
 
     codes: dict[type[Exception], int] = {
         DoesNotFitError: 2,

@@ -22,8 +22,6 @@ from accelerate import Accelerator
 
 from ijepa_hf.files import write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.optimization import eager_is_faster
-from ijepa_hf.plan import make_plan
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.recipes.parsing import CommandParser, build_parser, parse_arguments, parse_flags
 from ijepa_hf.recipes.recipe_files import load_recipe
@@ -38,6 +36,8 @@ from ijepa_hf.step_cost import (
     update_bytes,
 )
 from ijepa_hf.step_timing import HARDWARE, StepTime, measure_step_time, step_time_on
+from ijepa_hf.training.plan import make_plan
+from ijepa_hf.training.step import eager_is_faster
 from ijepa_hf.weights.start import open_starting_weights
 
 DEFAULT_UTILIZATION = 0.35  # of the peak; docs/performance.md says what is known of it

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import new_model
-from ijepa_hf.optimization import set_up_model
-from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.step_cost import draw_sizes, model_work
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import set_up_model
 
 MEASURING_ROUNDS = 4
 SHALLOW, LESS_SHALLOW = 2, 4  # blocks of the models that are timed; 2, so that a first and a last one can differ

@@ -43,8 +43,6 @@ from ijepa_hf.figures.views import (
     find_nearest_images,
     patch_colors,
 )
-from ijepa_hf.html_report import write_html_report
-from ijepa_hf.loading import open_training_images
 from ijepa_hf.model.configuration_ijepa import MASK_FIELDS, IJepaConfig
 from ijepa_hf.model.features import prediction_errors, target_features
 from ijepa_hf.model.mask_audit import audit_masks, render_audit
@@ -55,6 +53,8 @@ from ijepa_hf.randomness import DRAW_BLOCKS, DRAW_GALLERY, DRAW_IMAGES, DRAW_PAT
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments
 from ijepa_hf.recipes.parsing import CommandParser, as_flags, command_parser, flag_names, parse_flags
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
+from ijepa_hf.training.html_report import write_html_report
+from ijepa_hf.training.images import open_training_images
 from ijepa_hf.weights.start import StartingWeights, open_starting_weights, start_model
 
 FIGURES = {

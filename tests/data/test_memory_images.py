@@ -18,8 +18,8 @@ from ijepa_hf.data.loader import build_loader
 from ijepa_hf.data.memory_images import CannotKeepError, MemoryCrops, decode_all, keep_in_memory, resize_parts
 from ijepa_hf.data.order import SampleKey, StepBatchSampler, StreamLayout
 from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages
-from ijepa_hf.loading import open_training_images
 from ijepa_hf.recipes.arguments import DataArguments
+from ijepa_hf.training.images import open_training_images
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ijepa_hf import cli
-from ijepa_hf.plan import make_plan, values_at
 from ijepa_hf.recipes.arguments import ARGUMENT_CLASSES, argument_names, argument_values
 from ijepa_hf.recipes.parsing import build_parser, parse_arguments
 from ijepa_hf.recipes.recipe_files import as_recipe, load_recipe, recipe_names
+from ijepa_hf.training.plan import make_plan, values_at
 
 KINDS = {entry.name: str(entry.type) for cls in ARGUMENT_CLASSES for entry in dataclasses.fields(cls) if entry.init}
 # About one folder or upload, so that a recipe does not hold them.

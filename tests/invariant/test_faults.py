@@ -14,21 +14,22 @@ from faults import limit_file_size
 from forked_runs import ended, exit_code, slow_steps, start_run, steps_logged, wait_until
 from tiny import assert_same_run, final_weights, logged, signal_in_step, tiny_flags, tiny_run
 
-from ijepa_hf import report, run_state, training_loop
 from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.files import SaveError
-from ijepa_hf.interruption import StoppedBySignal
-from ijepa_hf.optimization import NonFiniteLossError
 from ijepa_hf.runs import checkpoints
 from ijepa_hf.runs import rows as run_rows
 from ijepa_hf.runs.checkpoints import find_latest
+from ijepa_hf.training import loop, report
+from ijepa_hf.training import state as run_state
+from ijepa_hf.training.signals import StoppedBySignal
+from ijepa_hf.training.step import NonFiniteLossError
 
 # -- NaN and infinity ------------------------------------------------------------------------------------------------
 
 
 def spoil(monkeypatch, *steps):
     """Makes the pixels of some steps (from 1 on) NaN."""
-    whole, taken = training_loop._take_step, []
+    whole, taken = loop._take_step, []
 
     def take(state, step, micro_batches, values):
         taken.append(step + 1)
@@ -38,7 +39,7 @@ def spoil(monkeypatch, *steps):
             micro_batches[0].inputs["pixel_values"] = pixels
         return whole(state, step, micro_batches, values)
 
-    monkeypatch.setattr(training_loop, "_take_step", take)
+    monkeypatch.setattr(loop, "_take_step", take)
     return taken
 
 
@@ -252,7 +253,7 @@ def test_of_two_failures_the_disk_is_the_one_that_is_said(tmp_path, monkeypatch)
         def close(self):
             self.batches.close()
 
-    monkeypatch.setattr(training_loop, "iter", Failing, raising=False)
+    monkeypatch.setattr(loop, "iter", Failing, raising=False)
     with pytest.raises(SaveError, match="stopped at step 2 of 6: .*No space left"):
         tiny_run(tmp_path / "run")
     assert len(fetched) == 2, "a run that cannot go on asks for no more images"

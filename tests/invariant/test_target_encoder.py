@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from tiny import scrambled_model, tiny_batch, tiny_config
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.optimization import make_optimizer, training_step
-from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import make_optimizer, training_step
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 

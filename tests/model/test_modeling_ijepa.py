@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, IJepaModel
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.model.modeling_ijepa import (
     from_file_name,
     gather_patches,
@@ -22,6 +21,7 @@ from ijepa_hf.model.modeling_ijepa import (
     to_file_name,
     variance_and_covariance,
 )
+from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
 
 
 def stock_twin(model: IJepaModel, backend: str) -> transformers.IJepaModel:

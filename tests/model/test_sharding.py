@@ -15,8 +15,8 @@ from tiny import NETWORKS, differences, scrambled_model, tiny_batch, tiny_model
 
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaLayer
 from ijepa_hf.model.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
-from ijepa_hf.optimization import make_optimizer
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
+from ijepa_hf.training.step import make_optimizer
 
 TOLERANCE = 1e-6
 

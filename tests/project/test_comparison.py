@@ -16,9 +16,9 @@ from PIL import Image, ImageEnhance
 from torch.nn import functional
 
 from ijepa_hf.evaluation.scorecard import ScoredImages
-from ijepa_hf.optimization import make_optimizer
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe
+from ijepa_hf.training.step import make_optimizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "comparison"
 sys.path.insert(0, str(FOLDER))

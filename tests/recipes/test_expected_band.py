@@ -16,7 +16,6 @@ from matplotlib.colors import to_rgba
 from tiny import signal_in_step, tiny_flags, tiny_run
 
 from ijepa_hf.figures.curves import draw_curves_figure
-from ijepa_hf.interruption import StoppedBySignal
 from ijepa_hf.recipes import expected_band
 from ijepa_hf.recipes.arguments import argument_names, argument_values
 from ijepa_hf.recipes.expected_band import (
@@ -33,7 +32,8 @@ from ijepa_hf.recipes.expected_band import (
 )
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
-from ijepa_hf.report import render_report
+from ijepa_hf.training.report import render_report
+from ijepa_hf.training.signals import StoppedBySignal
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "record_band.py"))

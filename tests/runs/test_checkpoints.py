@@ -18,7 +18,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ijepa_hf import files
 from ijepa_hf.files import SaveError
-from ijepa_hf.optimization import make_optimizer
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.runs import checkpoints
 from ijepa_hf.runs.checkpoints import (
@@ -33,6 +32,7 @@ from ijepa_hf.runs.checkpoints import (
     restore,
     save_checkpoint,
 )
+from ijepa_hf.training.step import make_optimizer
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny import scrambled_model, tiny_batch, tiny_run
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.optimization import make_optimizer, training_step
-from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.runs.checkpoints import config_fields, find_latest, read_checkpoint, restore
 from ijepa_hf.runs.export import export_model
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import make_optimizer, training_step
 from ijepa_hf.weights.convert import convert
 from ijepa_hf.weights.convert_back import convert_to_official
 from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint

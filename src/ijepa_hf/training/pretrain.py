@@ -19,8 +19,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from threadpoolctl import threadpool_limits
 
-from ijepa_hf.announcement import announce, draw_first_masks
-from ijepa_hf.batch_fitting import fit_batch
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
 from ijepa_hf.data.order import StreamLayout
 from ijepa_hf.data.reading import CropReader
@@ -29,22 +27,10 @@ from ijepa_hf.diagnosis.monitor import MONITOR_IMAGES, CollapseMonitor, make_mon
 from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import first_readable_pixels, load_evaluation_sets
 from ijepa_hf.hub.uploader import HubUploader, UploadIncompleteError
-from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
-from ijepa_hf.loading import close_loader, open_training_images
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model.sharding import make_fsdp_plugin
-from ijepa_hf.optimization import choose_kernels, set_up_model
-from ijepa_hf.plan import make_plan
-from ijepa_hf.ranks import Ranks
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
 from ijepa_hf.recipes.expected_band import BandWatch, RunRows, find_band
-from ijepa_hf.report import (
-    describe_machine,
-    render_report,
-    write_report,
-)
-from ijepa_hf.run_start import Start, check_checkpoint, find_start, load_starting_encoder
-from ijepa_hf.run_state import RunSetup, RunState
 from ijepa_hf.runs.checkpoints import Checkpoint, config_fields, restore
 from ijepa_hf.runs.folder import (
     DIAGNOSTICS_FILE,
@@ -58,7 +44,17 @@ from ijepa_hf.runs.folder import (
 )
 from ijepa_hf.runs.lock import OutputDirInUseError, RunLock, lock_output_dir
 from ijepa_hf.runs.rows import read_rows
-from ijepa_hf.training_loop import run_steps, skipped_before
+from ijepa_hf.training.announcement import announce, draw_first_masks
+from ijepa_hf.training.images import close_loader, open_training_images
+from ijepa_hf.training.loop import run_steps, skipped_before
+from ijepa_hf.training.memory import fit_batch
+from ijepa_hf.training.plan import make_plan
+from ijepa_hf.training.ranks import Ranks
+from ijepa_hf.training.report import describe_machine, render_report, write_report
+from ijepa_hf.training.signals import GOES_ON, StoppedBySignal, StopSignals
+from ijepa_hf.training.start import Start, check_checkpoint, find_start, load_starting_encoder
+from ijepa_hf.training.state import RunSetup, RunState
+from ijepa_hf.training.step import choose_kernels, set_up_model
 
 MASK_FIGURE_IMAGES = 6
 CHUNK_OF_BATCHES = 4  # in one forward pass of the monitor: without gradients it takes less memory than a step on one

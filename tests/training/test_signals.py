@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ijepa_hf.interruption import SAME_REQUEST_SECONDS, StoppedBySignal, StopSignals
+from ijepa_hf.training.signals import SAME_REQUEST_SECONDS, StoppedBySignal, StopSignals
 
 
 def test_outside_of_what_must_not_be_torn_a_signal_raises_at_once_and_inside_it_waits():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_run
 
-from ijepa_hf.report import describe_machine, render_report
+from ijepa_hf.training.report import describe_machine, render_report
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ijepa_hf.data.order import global_batch_size
 from ijepa_hf.recipes.arguments import PretrainingArguments
-from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
+from ijepa_hf.training.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
 PREDICTOR_WARMUP_SHARE = 0.05  # of the run, where the predictor is new and nobody says otherwise
 PREDICTOR_RAMP_SHARE = 0.1  # of the predictor's warm-up, in which the learning rate rises to its highest

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from ijepa_hf.ranks import LostRankError, Ranks
+from ijepa_hf.training.ranks import LostRankError, Ranks
 
 
 def test_one_process_agrees_with_itself():

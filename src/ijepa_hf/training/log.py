@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ijepa_hf.diagnosis.measures import feature_std, rankme
-from ijepa_hf.optimization import StepResult
-from ijepa_hf.plan import Plan, StepValues
 from ijepa_hf.runs.folder import METRICS_FILE
 from ijepa_hf.runs.rows import RowFile
+from ijepa_hf.training.plan import Plan, StepValues
+from ijepa_hf.training.step import StepResult
 
 RANKME_ROWS = 1024  # target patches whose spectrum is logged: an SVD of 1024 x D, tens of milliseconds
 

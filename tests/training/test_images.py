@@ -11,8 +11,8 @@ from ijepa_hf.data.order import StreamLayout
 from ijepa_hf.data.reading import CropReader, UnreadableImage
 from ijepa_hf.data.retrying import RetryPolicy
 from ijepa_hf.data.sources.builtin import load_digits
-from ijepa_hf.loading import TooManyUnreadableError, UnreadableLog, close_loader, open_training_images
 from ijepa_hf.recipes.arguments import DataArguments
+from ijepa_hf.training.images import TooManyUnreadableError, UnreadableLog, close_loader, open_training_images
 
 
 @pytest.fixture(scope="module")

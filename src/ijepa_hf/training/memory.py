@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.ranks import Ranks
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

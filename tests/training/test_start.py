@@ -11,10 +11,11 @@ from tiny import TINY, final_weights, tiny_flags, tiny_run
 from transformers import IJepaConfig as StockConfig
 from transformers import IJepaModel as StockModel
 
-from ijepa_hf import IJepaForPretraining, run_start
+from ijepa_hf import IJepaForPretraining
 from ijepa_hf.recipes.parsing import parse_arguments
-from ijepa_hf.run_start import find_start, load_starting_encoder
 from ijepa_hf.runs.checkpoints import config_fields, read_checkpoint
+from ijepa_hf.training import start as run_start
+from ijepa_hf.training.start import find_start, load_starting_encoder
 from ijepa_hf.weights.start import open_starting_weights
 
 # neither recipe nor flags say what the model is

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import scrambled_model, tiny_batch
 
-from ijepa_hf.non_finite import first_non_finite
+from ijepa_hf.training.non_finite import first_non_finite
 
 
 def stepped(model, batch):

@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny import scrambled_model, tiny_batch
 
-from ijepa_hf.optimization import NonFiniteLossError, make_optimizer, set_up_model
-from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.plan import StepValues
+from ijepa_hf.training.step import NonFiniteLossError, make_optimizer, set_up_model
 
 
 def make_ready(**changes):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import scrambled_model, tiny_batch
 
-from ijepa_hf import batch_fitting
-from ijepa_hf.batch_fitting import does_not_fit_message, is_out_of_memory, largest_micro_batch
 from ijepa_hf.model.mask_audit import TRIALS
+from ijepa_hf.training import memory
+from ijepa_hf.training.memory import does_not_fit_message, is_out_of_memory, largest_micro_batch
 
 
 def limited(model, most, monkeypatch, error=None):
@@ -50,7 +50,7 @@ def test_another_error_is_not_taken_for_want_of_memory(monkeypatch):
 
 def test_masks_are_the_largest_that_the_first_steps_draw():
     model = scrambled_model()
-    inputs = batch_fitting._inputs(model, 5)
+    inputs = memory._inputs(model, 5)
     sizes = [tiny_batch(model.config, 5, seed)["target_indices"][0].numel() for seed in range(TRIALS)]
     assert inputs["target_indices"][0].numel() == max(sizes)
     assert inputs["pixel_values"].shape == (5, 3, 32, 32)

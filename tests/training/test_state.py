@@ -9,17 +9,17 @@ from types import SimpleNamespace
 import pytest
 from tiny import scrambled_model
 
-from ijepa_hf import run_state
 from ijepa_hf.data.loader import DataWorkerError
 from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.files import SaveError
-from ijepa_hf.interruption import StoppedBySignal, StopSignals
-from ijepa_hf.optimization import NonFiniteLossError, ReadyModel, make_optimizer
-from ijepa_hf.ranks import Ranks
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
-from ijepa_hf.run_state import RunSetup, RunState
 from ijepa_hf.runs.checkpoints import find_latest
 from ijepa_hf.runs.lock import OutputDirInUseError
+from ijepa_hf.training import state as run_state
+from ijepa_hf.training.ranks import Ranks
+from ijepa_hf.training.signals import StoppedBySignal, StopSignals
+from ijepa_hf.training.state import RunSetup, RunState
+from ijepa_hf.training.step import NonFiniteLossError, ReadyModel, make_optimizer
 
 
 class TwoRanks(Ranks):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_hf.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
+from ijepa_hf.training.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden" / "schedules.json").read_text())
 SETTINGS = GOLDEN["settings"]

@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijepa_hf.batch_fitting import DoesNotFitError, does_not_fit_message, is_out_of_memory, largest_micro_batch
 from ijepa_hf.data.collator import Batch
 from ijepa_hf.data.loader import DataWorkerError, PlainLoader
 from ijepa_hf.data.transforms import normalize
 from ijepa_hf.diagnosis.run_monitor import CollapseError, is_due, steps_between
-from ijepa_hf.interruption import StoppedBySignal
-from ijepa_hf.loading import TooManyUnreadableError
-from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line
 from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.model.sharding import is_sharded
-from ijepa_hf.non_finite import first_non_finite
-from ijepa_hf.optimization import NonFiniteLossError, StepResult
-from ijepa_hf.plan import StepValues, values_at
 from ijepa_hf.randomness import DRAW_DROPOUT, keyed_generator
-from ijepa_hf.run_state import RunState
 from ijepa_hf.runs.checkpoints import collect_state
 from ijepa_hf.runs.export import exported_step
 from ijepa_hf.runs.folder import EVALUATIONS_FILE, SKIPPED_FILE
 from ijepa_hf.runs.rows import read_rows
+from ijepa_hf.training.images import TooManyUnreadableError
+from ijepa_hf.training.log import Clock, MetricsLog, evaluation_line
+from ijepa_hf.training.memory import DoesNotFitError, does_not_fit_message, is_out_of_memory, largest_micro_batch
+from ijepa_hf.training.non_finite import first_non_finite
+from ijepa_hf.training.plan import StepValues, values_at
+from ijepa_hf.training.signals import StoppedBySignal
+from ijepa_hf.training.state import RunState
+from ijepa_hf.training.step import NonFiniteLossError, StepResult
 
 _SIGNAL_SECONDS = 0.5  # within which a signal that has ended a loading process reaches this process too
 

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from tiny import final_weights, logged, tiny_config, tiny_run
 
-from ijepa_hf import training
-from ijepa_hf.report import render_report
 from ijepa_hf.runs.export import CODE_FILES, exported_step
+from ijepa_hf.training import pretrain
+from ijepa_hf.training.report import render_report
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_run_goes_on(tmp_
     monkeypatch.setattr(
         Accelerator, "init_trackers", lambda self, *_: setattr(self, "trackers", [FailingTracker(), FailingAtTheEnd()])
     )
-    monkeypatch.setattr(training, "_make_accelerator", lambda *_: Accelerator(cpu=True))
+    monkeypatch.setattr(pretrain, "_make_accelerator", lambda *_: Accelerator(cpu=True))
     run = tiny_run(tmp_path / "run", report_to="tensorboard")
     assert len(logged(run, "step")) == 6
     assert caplog.text.count("tracker failing failed at step 1 and is dropped: the network is down") == 1

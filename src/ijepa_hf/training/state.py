@@ -25,14 +25,9 @@ from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.files import SaveError
 from ijepa_hf.hub.uploader import HubUploader
-from ijepa_hf.interruption import GOES_ON, StoppedBySignal, StopSignals
-from ijepa_hf.loading import TrainingImages, UnreadableLog
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model.sharding import whole_model
-from ijepa_hf.optimization import NonFiniteLossError, ReadyModel
-from ijepa_hf.plan import Plan
-from ijepa_hf.ranks import Ranks
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.recipes.expected_band import BandWatch
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, find_latest, save_checkpoint
@@ -40,6 +35,11 @@ from ijepa_hf.runs.export import export_model, exported_step
 from ijepa_hf.runs.folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
 from ijepa_hf.runs.lock import OutputDirInUseError, RunLock
 from ijepa_hf.runs.rows import RowFile
+from ijepa_hf.training.images import TrainingImages, UnreadableLog
+from ijepa_hf.training.plan import Plan
+from ijepa_hf.training.ranks import Ranks
+from ijepa_hf.training.signals import GOES_ON, StoppedBySignal, StopSignals
+from ijepa_hf.training.step import NonFiniteLossError, ReadyModel
 
 LAST_SAVE_SECONDS = 3600.0  # for which a finished run with on_save_error=continue goes on trying to write its end
 SAVE_AGAIN_SECONDS = 30.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_hf.html_report import render_html_report, write_html_report
+from ijepa_hf.training.html_report import render_html_report, write_html_report
 
 pytestmark = pytest.mark.figures
 VOID = {"meta", "img", "br"}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ijepa_hf.plan import StepValues, make_plan, values_at
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.plan import StepValues, make_plan, values_at
 
 
 def test_plan_counts_steps_warm_up_and_schedules():

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ijepa_hf.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput
 from ijepa_hf.model.sharding import whole_tensor
-from ijepa_hf.plan import StepValues
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
+from ijepa_hf.training.plan import StepValues
 
 
 class NonFiniteLossError(ArithmeticError):

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from ijepa_hf.diagnosis.measures import feature_std, rankme
-from ijepa_hf.metrics_log import Clock, MetricsLog, evaluation_line, log_line
-from ijepa_hf.optimization import StepResult
-from ijepa_hf.plan import StepValues, make_plan
 from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.training.log import Clock, MetricsLog, evaluation_line, log_line
+from ijepa_hf.training.plan import StepValues, make_plan
+from ijepa_hf.training.step import StepResult
 
 
 @pytest.fixture

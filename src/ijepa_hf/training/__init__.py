@@ -1,0 +1,1 @@
+"""The pretraining loop and all that surrounds it while it runs."""
