@@ -18,8 +18,8 @@ from published_step import PublishedStep, reference_name
 from side_by_side import Row, Spread, ratios, render_table, scaled, take_turns
 from step_rows import Training, finished, make_batch, make_training, memory_rows, products_alone
 
-from ijepa_hf.step_cost import draw_sizes, model_work
-from ijepa_hf.step_timing import HARDWARE
+from ijepa_hf.estimation.cost import draw_sizes, model_work
+from ijepa_hf.estimation.timing import HARDWARE
 
 # model and images a batch: as many as fit beside each other on 80 GB, both sides at once
 MODELS = {"in1k-vitb16": 128, "in1k-vitl16": 64, "in1k-vith14": 32}

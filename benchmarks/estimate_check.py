@@ -29,13 +29,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
+from ijepa_hf.estimation.cost import Sizes, count_parameters, draw_sizes, estimate_memory, model_work
+from ijepa_hf.estimation.timing import measure_step_time
 from ijepa_hf.model.mask_audit import TRIALS
 from ijepa_hf.model.masking import draw_masks
 from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import parse_arguments
-from ijepa_hf.step_cost import Sizes, count_parameters, draw_sizes, estimate_memory, model_work
-from ijepa_hf.step_timing import measure_step_time
 from ijepa_hf.training.plan import StepValues
 from ijepa_hf.training.step import set_up_model
 

@@ -26,12 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from ijepa_hf.data.prepare.prepare import parse_size
-from ijepa_hf.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
-from ijepa_hf.files import flush_to_disk, write_text_atomically
-from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.recipes.arguments import ModelArguments, PretrainingArguments
-from ijepa_hf.recipes.parsing import parse_arguments
-from ijepa_hf.step_cost import (
+from ijepa_hf.estimation.cost import (
     Parameters,
     count_parameters,
     draw_sizes,
@@ -40,7 +35,12 @@ from ijepa_hf.step_cost import (
     model_work,
     update_bytes,
 )
-from ijepa_hf.step_timing import HARDWARE, step_time_on
+from ijepa_hf.estimation.estimate import DEFAULT_UTILIZATION, RESERVED_BYTES, RESERVED_SHARE
+from ijepa_hf.estimation.timing import HARDWARE, step_time_on
+from ijepa_hf.files import flush_to_disk, write_text_atomically
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.recipes.arguments import ModelArguments, PretrainingArguments
+from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.training.plan import make_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"

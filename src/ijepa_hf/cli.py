@@ -100,7 +100,7 @@ def _pretrain(argv: list[str]) -> int:
 
 
 def _estimate(argv: list[str]) -> int:
-    from ijepa_hf.estimate import estimate
+    from ijepa_hf.estimation.estimate import estimate
 
     print(estimate(argv))
     return 0
@@ -243,7 +243,7 @@ def command_flags() -> dict[str, set[str]]:
     """Returns each command's flags, e.g. `{"convert": {"--num_attention_heads", ...}}`."""
     from ijepa_hf.data.prepare.prepare import build_prepare_parser
     from ijepa_hf.diagnose import build_diagnose_parser
-    from ijepa_hf.estimate import build_estimate_parser
+    from ijepa_hf.estimation.estimate import build_estimate_parser
     from ijepa_hf.evaluation.arguments import build_evaluate_parser
     from ijepa_hf.finetuning.arguments import build_finetune_parser
     from ijepa_hf.recipes.parsing import build_parser

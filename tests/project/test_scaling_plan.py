@@ -10,10 +10,10 @@ import pytest
 from safetensors import safe_open
 from tiny import tiny_config, tiny_run
 
-from ijepa_hf import estimate
 from ijepa_hf.data import streaming
-from ijepa_hf.step_cost import Parameters, count_parameters, draw_sizes, estimate_memory, model_work
-from ijepa_hf.step_timing import HARDWARE
+from ijepa_hf.estimation import estimate
+from ijepa_hf.estimation.cost import Parameters, count_parameters, draw_sizes, estimate_memory, model_work
+from ijepa_hf.estimation.timing import HARDWARE
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Parameters(context_encoder=1000, target_encoder=1000, predictor=200)

@@ -10,15 +10,8 @@ from accelerate.state import AcceleratorState, PartialState
 from tiny import tiny_batch, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_hf import step_timing
-from ijepa_hf.model.mask_audit import TRIALS
-from ijepa_hf.model.masking import draw_masks
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.randomness import keyed_generator
-from ijepa_hf.recipes.arguments import PretrainingArguments
-from ijepa_hf.recipes.parsing import as_flags, parse_arguments
-from ijepa_hf.recipes.recipe_files import load_recipe
-from ijepa_hf.step_cost import (
+from ijepa_hf.estimation import timing
+from ijepa_hf.estimation.cost import (
     Parameters,
     Sizes,
     count_parameters,
@@ -28,6 +21,13 @@ from ijepa_hf.step_cost import (
     model_work,
     update_bytes,
 )
+from ijepa_hf.model.mask_audit import TRIALS
+from ijepa_hf.model.masking import draw_masks
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.randomness import keyed_generator
+from ijepa_hf.recipes.arguments import PretrainingArguments
+from ijepa_hf.recipes.parsing import as_flags, parse_arguments
+from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
 
 BATCH = 4
@@ -223,7 +223,7 @@ def peak_of_a_step(config, batch, run, micro_batches):
     """Bytes above those at its start that a real optimiser step holds, by torch's record of its allocations."""
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-    timed = step_timing._TimedModel(config, run, Accelerator(cpu=True), [batch] * micro_batches, None)
+    timed = timing._TimedModel(config, run, Accelerator(cpu=True), [batch] * micro_batches, None)
     timed.step()
     gc.collect()  # what is given back later would be taken off
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

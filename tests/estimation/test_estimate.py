@@ -7,14 +7,15 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from tiny import tiny_config, tiny_flags, tiny_model
 
-from ijepa_hf import cli, estimate
+from ijepa_hf import cli
 from ijepa_hf.data.sources.builtin import SHAPES_SPLITS, load_digits
-from ijepa_hf.estimate import KNOWN_SIZES, estimate_run
+from ijepa_hf.estimation import estimate
+from ijepa_hf.estimation.cost import count_parameters, draw_sizes, estimate_memory
+from ijepa_hf.estimation.estimate import KNOWN_SIZES, estimate_run
+from ijepa_hf.estimation.timing import HARDWARE
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 from ijepa_hf.runs.export import export_model
-from ijepa_hf.step_cost import count_parameters, draw_sizes, estimate_memory
-from ijepa_hf.step_timing import HARDWARE
 
 
 def run_json(capsys, *argv):

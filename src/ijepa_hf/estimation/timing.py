@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from ijepa_hf.estimation.cost import draw_sizes, model_work
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.recipes.arguments import PretrainingArguments
-from ijepa_hf.step_cost import draw_sizes, model_work
 from ijepa_hf.training.plan import StepValues
 from ijepa_hf.training.step import set_up_model
 

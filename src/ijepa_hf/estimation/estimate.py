@@ -20,12 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ijepa_hf.files import write_text_atomically
-from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
-from ijepa_hf.recipes.parsing import CommandParser, build_parser, parse_arguments, parse_flags
-from ijepa_hf.recipes.recipe_files import load_recipe
-from ijepa_hf.step_cost import (
+from ijepa_hf.estimation.cost import (
     Memory,
     Sizes,
     count_parameters,
@@ -35,7 +30,12 @@ from ijepa_hf.step_cost import (
     model_work,
     update_bytes,
 )
-from ijepa_hf.step_timing import HARDWARE, StepTime, measure_step_time, step_time_on
+from ijepa_hf.estimation.timing import HARDWARE, StepTime, measure_step_time, step_time_on
+from ijepa_hf.files import write_text_atomically
+from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
+from ijepa_hf.recipes.parsing import CommandParser, build_parser, parse_arguments, parse_flags
+from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.training.plan import make_plan
 from ijepa_hf.training.step import eager_is_faster
 from ijepa_hf.weights.start import open_starting_weights

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from test_step_cost import sizes_of
 from tiny import tiny_config
 
-from ijepa_hf import step_timing
+from ijepa_hf.estimation import timing
+from ijepa_hf.estimation.cost import draw_sizes, model_work
+from ijepa_hf.estimation.timing import HARDWARE, Hardware, StepTime, measure_step_time, step_time_on
 from ijepa_hf.recipes.arguments import PretrainingArguments
-from ijepa_hf.step_cost import draw_sizes, model_work
-from ijepa_hf.step_timing import HARDWARE, Hardware, StepTime, measure_step_time, step_time_on
 
 
 def test_time_on_named_hardware_is_flops_over_the_reached_peak_and_bytes_over_the_bandwidth():
@@ -54,7 +54,7 @@ class Clockwork:
 def test_the_time_of_a_step_grows_by_as_much_with_each_block_image_and_micro_batch(
     monkeypatch, depth, narrow_depth, images, timed
 ):
-    monkeypatch.setattr(step_timing, "_TimedModel", Clockwork)
+    monkeypatch.setattr(timing, "_TimedModel", Clockwork)
     monkeypatch.setattr(Clockwork, "made", [])
     config = tiny_config(num_hidden_layers=depth, predictor_num_hidden_layers=narrow_depth)
     run = PretrainingArguments(learning_rate=1e-3, per_device_train_batch_size=images, gradient_accumulation_steps=3)
@@ -68,7 +68,7 @@ def test_the_time_of_a_step_grows_by_as_much_with_each_block_image_and_micro_bat
 
 def test_the_masks_that_are_timed_are_of_the_whole_batch_and_of_mean_work():
     config = tiny_config()
-    batch = step_timing._typical_batch(config, 8, torch.device("cpu"))
+    batch = timing._typical_batch(config, 8, torch.device("cpu"))
     assert batch["pixel_values"].shape == (8, 3, 32, 32)
     work = [sum(part.total for part in model_work(config, [sizes]).values()) for sizes in draw_sizes(config, 8)]
     mean = sum(work) / len(work)

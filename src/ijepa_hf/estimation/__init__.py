@@ -1,0 +1,1 @@
+"""Says what a run takes before it is started: operations, memory, time."""
