@@ -38,7 +38,7 @@ RECIPE = "cifar10-vit-micro"
 BAND = 0.06  # of the loss: how far bf16 may be from float32, smoothed
 WINDOW = 25  # steps in a mean
 WARM_UP = 80  # steps until the published side's learning rate is the recipe's
-MAIN = "import sys; from ijepa_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+MAIN = "import sys; from ijepa_hf.commands.main import main; sys.exit(main(sys.argv[1:]))"
 OURS = {
     "float32": {},
     "float32, eager attention": {"attn_implementation": "eager"},

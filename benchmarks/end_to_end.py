@@ -35,7 +35,7 @@ from ijepa_hf.recipes.recipe_files import load_recipe
 RECIPE = "cifar10-vit-micro"
 WARM_UP_STEPS = 4
 IMAGES = 10_000  # of the set that both sides read
-MAIN = "import sys; from ijepa_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+MAIN = "import sys; from ijepa_hf.commands.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def end_to_end_row(rounds: int, steps: int, checkout: Path | None, cifar_folder: Path | None) -> Row:

@@ -5,7 +5,7 @@ Example: `accelerate launch --num_processes 4 scripts/run_ijepa_pretraining.py i
 
 import sys
 
-from ijepa_hf.cli import main
+from ijepa_hf.commands.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["pretrain", *sys.argv[1:]]))

@@ -248,7 +248,7 @@ def _train(folder: Path, base: str, flags: Mapping[str, Any]) -> None:
     command = [
         sys.executable,
         "-m",
-        "ijepa_hf.cli",
+        "ijepa_hf.commands.main",
         "pretrain",
         base,
         f"--output_dir={folder}",

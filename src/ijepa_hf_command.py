@@ -2,7 +2,7 @@
 
 It stands outside the package on purpose. Importing the package registers its model with `AutoModelForPreTraining`,
 for which transformers imports torch and half of itself (seconds); a list of commands needs none of that. Whatever is a
-command is handed to `ijepa_hf.cli`, which reads the names and texts from here.
+command is handed to `ijepa_hf.commands.main`, which reads the names and texts from here.
 """
 
 import argparse
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: What follows `ijepa-hf`; the process's own arguments if not given.
 
     Returns:
-        The exit code, see `ijepa_hf.cli`.
+        The exit code, see `ijepa_hf.commands.main`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     find_command(argv)
-    from ijepa_hf.cli import main as run_command
+    from ijepa_hf.commands.main import main as run_command
 
     return run_command(argv)
 

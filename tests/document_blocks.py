@@ -251,7 +251,7 @@ def _write_short_ijepa_hf(folder: Path) -> None:
     folder.mkdir()
     (folder / "short_ijepa_hf.py").write_text(
         "import sys\n"
-        "from ijepa_hf.cli import main\n"
+        "from ijepa_hf.commands.main import main\n"
         "arguments = sys.argv[1:]\n"
         "cut = arguments[:1] == ['pretrain'] and not {'--max_train_steps', '--help'} & set(arguments)\n"
         f"sys.exit(main(arguments + {FEW_STEPS} if cut else arguments))\n",

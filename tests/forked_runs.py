@@ -22,7 +22,7 @@ import thrift
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["ijepa_hf.training.pretrain", "ijepa_hf.cli", "ijepa_hf.training.html_report", "forked_runs", "thrift"]
+    ["ijepa_hf.training.pretrain", "ijepa_hf.commands.main", "ijepa_hf.training.html_report", "forked_runs", "thrift"]
 )
 AT_MOST = 60.0  # seconds that anything here is waited for
 
@@ -49,7 +49,7 @@ def _in_child(work: Callable[[], int | None], log: str, environment: dict[str, s
 
 
 def _pretrain(flags: list[str], prepare: Callable[[], None] | None) -> int:
-    from ijepa_hf.cli import main
+    from ijepa_hf.commands.main import main
 
     if prepare is not None:
         prepare()

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 from transformers import AutoModel
 
-from ijepa_hf import cli
+from ijepa_hf.commands import main
 from ijepa_hf.data import decoding
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.reading import ImageColumn, ImageRows
@@ -326,7 +326,7 @@ def test_broken_images_cost_no_bit_of_a_run_that_goes_on_in_mid_epoch_with_other
 
 def test_too_many_broken_images_stop_the_run_with_a_list_and_a_checkpoint_that_goes_on(zoo_run, zoo, tmp_path, capsys):
     flags = tiny_flags(tmp_path / "run", dataset_name=zoo, **{**LONG, "max_broken_share": 0.1})
-    assert cli.main(["pretrain", *flags]) == 2
+    assert main.main(["pretrain", *flags]) == 2
     error = capsys.readouterr().err
     assert "max_broken_share=0.1" in error
     assert all(name in error for name in BROKEN)

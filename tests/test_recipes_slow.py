@@ -11,7 +11,7 @@ import pytest
 
 
 def pretrain(environment, *flags):
-    command = [sys.executable, "-m", "ijepa_hf.cli", "pretrain", *map(str, flags)]
+    command = [sys.executable, "-m", "ijepa_hf.commands.main", "pretrain", *map(str, flags)]
     subprocess.run(command, env=environment, check=True)
 
 

@@ -34,7 +34,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from ijepa_hf import escaping
-from ijepa_hf.cli import main
+from ijepa_hf.commands.main import main
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.prepare.prepare import prepare
 from ijepa_hf.data.sources.opening import ImageSource, load_split, open_stream

@@ -7,7 +7,7 @@ import pytest
 from forked_runs import start_run
 from PIL import Image
 
-from ijepa_hf.cli import main
+from ijepa_hf.commands.main import main
 from ijepa_hf.diagnosis import demo
 from ijepa_hf.recipes.parsing import as_flags
 

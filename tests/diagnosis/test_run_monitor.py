@@ -10,7 +10,7 @@ import torch
 from forked_runs import run_ranks
 from tiny import final_weights, tiny_flags, tiny_model, tiny_run
 
-from ijepa_hf.cli import main
+from ijepa_hf.commands.main import main
 from ijepa_hf.diagnosis import run_monitor
 from ijepa_hf.diagnosis.monitor import CollapseMonitor, make_monitor_batch
 from ijepa_hf.diagnosis.run_monitor import MOST_SHARE, RunDiagnostics, is_due, steps_between

@@ -7,7 +7,7 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from tiny import tiny_config, tiny_flags, tiny_model
 
-from ijepa_hf import cli
+from ijepa_hf.commands import main
 from ijepa_hf.data.sources.builtin import SHAPES_SPLITS, load_digits
 from ijepa_hf.estimation import estimate
 from ijepa_hf.estimation.cost import count_parameters, draw_sizes, estimate_memory
@@ -19,7 +19,7 @@ from ijepa_hf.runs.export import export_model
 
 
 def run_json(capsys, *argv):
-    assert cli.main(["estimate", *argv, "--json"]) == 0
+    assert main.main(["estimate", *argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -89,9 +89,9 @@ def test_the_length_of_a_run_is_that_of_its_plan_or_said_to_be_unknown(capsys):
     assert run_json(capsys, "in22k-vitg16", "--num_images", "1600")["run"]["steps"] == 44 * 100
     stopped = run_json(capsys, "in22k-vitg16", "--max_train_steps", "10")
     assert (stopped["run"]["steps"], stopped["run"]["epochs"], stopped["run"]["images"]) == (10, None, 160)
-    assert cli.main(["estimate", "in22k-vitg16"]) == 0
+    assert main.main(["estimate", "in22k-vitg16"]) == 0
     assert "write --num_images" in capsys.readouterr().out
-    assert cli.main(["estimate", "--hidden_size", "96"]) == 0  # no recipe, no images, no learning rate
+    assert main.main(["estimate", "--hidden_size", "96"]) == 0  # no recipe, no images, no learning rate
 
 
 def test_the_known_number_of_images_is_the_right_one():
@@ -109,12 +109,12 @@ def test_the_machine_at_hand_is_measured(capsys, monkeypatch):
     assert 0 < low <= row["seconds_per_step"] <= high < 1
     assert row["utilization"] is None
     assert row["largest_batch"] > 1000
-    assert cli.main(["estimate", "digits", "--hardware", "cpu", "--per_device_train_batch_size", "4"]) == 0
+    assert main.main(["estimate", "digits", "--hardware", "cpu", "--per_device_train_batch_size", "4"]) == 0
     assert "GFLOP/s" in capsys.readouterr().out
 
 
 def test_the_table_has_the_numbers_of_the_json_file(tmp_path, capsys):
-    assert cli.main(["estimate", "in1k-vitl16", "--json", str(tmp_path / "vitl.json")]) == 0
+    assert main.main(["estimate", "in1k-vitl16", "--json", str(tmp_path / "vitl.json")]) == 0
     text = capsys.readouterr().out
     found = json.loads((tmp_path / "vitl.json").read_text())
     arguments = parse_arguments(["in1k-vitl16"])
@@ -130,7 +130,7 @@ def test_weights_to_start_from_give_the_model_where_they_are_on_this_disk(tmp_pa
     export_model(tiny_model(), tmp_path, step=1, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     found = run_json(capsys, "adapt", "--model_name_or_path", str(tmp_path))
     assert found["parameters"]["total"] == count_parameters(tiny_config()).total
-    assert cli.main(["estimate", "adapt", "--model_name_or_path", "me/my-ijepa"]) == 2
+    assert main.main(["estimate", "adapt", "--model_name_or_path", "me/my-ijepa"]) == 2
     assert "nothing is downloaded" in capsys.readouterr().err
 
 
@@ -152,7 +152,7 @@ def test_weights_to_start_from_give_the_model_where_they_are_on_this_disk(tmp_pa
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):
-    assert cli.main(["estimate", *argv]) == 2
+    assert main.main(["estimate", *argv]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("ijepa-hf estimate: ")
     assert message in error
@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 
 def test_the_flags_are_those_of_pretrain_and_its_own():
-    flags = cli.command_flags()
+    flags = main.command_flags()
     own = {"--hardware", "--utilization", "--num_processes", "--num_images", "--json"}
     assert flags["estimate"] == flags["pretrain"] | own
 

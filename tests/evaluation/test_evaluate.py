@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, r2_
 from tiny import scrambled_model
 from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel, pipeline
 
-from ijepa_hf.cli import main
+from ijepa_hf.commands.main import main
 from ijepa_hf.evaluation import evaluate as module
 from ijepa_hf.evaluation import metrics
 from ijepa_hf.evaluation.arguments import EvaluationArguments

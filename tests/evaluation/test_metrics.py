@@ -59,7 +59,7 @@ def test_a_metric_leaves_no_file(tmp_path, monkeypatch):
 
 def test_nothing_but_the_command_pays_for_the_import_of_evaluate():
     code = (
-        "import sys, ijepa_hf.cli as cli, ijepa_hf.evaluation.evaluate\n"
+        "import sys, ijepa_hf.commands.main as cli, ijepa_hf.evaluation.evaluate\n"
         "cli.command_flags()\nassert 'evaluate' not in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.cli import main
+from ijepa_hf.commands.main import main
 from ijepa_hf.hub import client
 from ijepa_hf.hub import uploader as hub
 from ijepa_hf.hub.push import fetch_checkpoint, push_folder

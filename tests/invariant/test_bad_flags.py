@@ -15,7 +15,7 @@ from bad_input import bounded, count, everyday, thorough
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_hf import cli
+from ijepa_hf.commands import main
 from ijepa_hf.recipes.arguments import ARGUMENT_CLASSES, argument_names, argument_values
 from ijepa_hf.recipes.parsing import build_parser, parse_arguments
 from ijepa_hf.recipes.recipe_files import as_recipe, load_recipe, recipe_names
@@ -210,7 +210,7 @@ def outcome_of_refusal(argv: list[str]) -> str:
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             try:
-                code = cli.main(["pretrain", *argv])
+                code = main.main(["pretrain", *argv])
             except SystemExit as error:  # argparse's own, after its usage
                 code = error.code
         assert code == 2

@@ -81,7 +81,7 @@ def uninterrupted(tmp_path_factory):
 
 def command(**changes):
     flags = tiny_flags("tiny", **CHANGES, hub_model_id="me/tiny", hub_strategy="checkpoint", **changes)
-    return [sys.executable, "-m", "ijepa_hf.cli", "pretrain", *flags, "--push_to_hub"]
+    return [sys.executable, "-m", "ijepa_hf.commands.main", "pretrain", *flags, "--push_to_hub"]
 
 
 def run_until_killed(machine, hub):
@@ -136,11 +136,11 @@ def test_pretrain_push_lose_the_machine_resume_elsewhere_finish_download_fine_tu
 
         third = Machine(tmp_path / "third", hub, child_environment)
         third.run(
-            sys.executable, "-m", "ijepa_hf.cli", "finetune", "me/tiny", "--dataset_name", "digits",
+            sys.executable, "-m", "ijepa_hf.commands.main", "finetune", "me/tiny", "--dataset_name", "digits",
             "--output_dir", "classifier", "--max_train_samples", "64", "--max_eval_samples", "40",
             "--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--num_cpu_threads", "1",
         )  # fmt: skip
-        third.run(sys.executable, "-m", "ijepa_hf.cli", "push", "classifier", "me/tiny-digits")
+        third.run(sys.executable, "-m", "ijepa_hf.commands.main", "push", "classifier", "me/tiny-digits")
         assert clean.python(CLASSIFY).strip().splitlines()[-1] == "10"
         classifier = load_file(third.folder / "classifier" / "model.safetensors")
         logits = torch.load(clean.folder / "logits.pt", weights_only=True)
@@ -183,7 +183,7 @@ def test_a_hub_that_takes_nothing_costs_the_run_nothing_and_the_end_names_the_on
         advice = next(line.strip() for line in text.splitlines() if line.strip().startswith("ijepa-hf push"))
         assert hub.files("me/tiny").keys() <= {"README.md", ".gitattributes"}
         hub.clear_faults()
-        pushed = machine.run(sys.executable, "-m", "ijepa_hf.cli", *advice.split()[1:])
+        pushed = machine.run(sys.executable, "-m", "ijepa_hf.commands.main", *advice.split()[1:])
         assert hub.endpoint in pushed
         files = hub.files("me/tiny")
         assert files["model.safetensors"] == (machine.folder / "tiny" / "model.safetensors").read_bytes()

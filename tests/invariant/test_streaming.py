@@ -60,7 +60,7 @@ def test_a_streamed_run_goes_on_with_other_readers_and_other_micro_batches(unint
 def test_a_streamed_run_ends_with_exit_code_0_whether_it_ends_or_stops_early(
     shards, tmp_path, child_environment, workers
 ):
-    command = [sys.executable, "-m", "ijepa_hf.cli", "pretrain"]  # not forked: what ends Python is looked at
+    command = [sys.executable, "-m", "ijepa_hf.commands.main", "pretrain"]  # not forked: what ends Python is looked at
     command += tiny_flags(tmp_path / "run", **flags(shards, dataloader_num_workers=workers))
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

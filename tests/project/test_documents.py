@@ -198,7 +198,7 @@ def test_broken_links_are_caught(tmp_path: Path) -> None:
 def known() -> Known:
     from accelerate.commands.launch import launch_command_parser
 
-    from ijepa_hf.cli import command_flags
+    from ijepa_hf.commands.main import command_flags
     from ijepa_hf.recipes.recipe_files import recipe_names
 
     makefile = (ROOT / "Makefile").read_text("utf-8")

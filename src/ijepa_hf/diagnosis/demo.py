@@ -91,7 +91,15 @@ def run_demo(output_dir: Path) -> tuple[str, int]:
 def _start(folder: Path, values: dict[str, Any]) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DIAGNOSTICS_FILE).unlink(missing_ok=True)  # rows of an earlier demo are no progress
-    command = [sys.executable, "-m", "ijepa_hf.cli", "pretrain", "--output_dir", str(folder), "--overwrite_output_dir"]
+    command = [
+        sys.executable,
+        "-m",
+        "ijepa_hf.commands.main",
+        "pretrain",
+        "--output_dir",
+        str(folder),
+        "--overwrite_output_dir",
+    ]
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
             [*command, *as_flags(values)],

@@ -21,10 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa_hf.commands.prepare import build_prepare_parser
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.prepare import prepare as preparation
 from ijepa_hf.data.prepare import shards
-from ijepa_hf.data.prepare.prepare import build_prepare_parser, parse_size, prepare
+from ijepa_hf.data.prepare.prepare import parse_size, prepare
 from ijepa_hf.data.sources import builtin, opening
 from ijepa_hf.data.sources.opening import ImageSource, load_split
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import scrambled_model, tiny_run
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from ijepa_hf.cli import main
-from ijepa_hf.diagnose import DiagnoseFlags, measure_model
+from ijepa_hf.commands.diagnose import DiagnoseFlags, measure_model
+from ijepa_hf.commands.main import main
 from ijepa_hf.diagnosis.verdict import judge_collapse
 from ijepa_hf.runs.export import export_model
 

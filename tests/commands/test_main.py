@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny import tiny_flags, tiny_run
 
-from ijepa_hf import cli
+from ijepa_hf.commands import main
 from ijepa_hf.evaluation import evaluate
 from ijepa_hf.hub.uploader import UploadIncompleteError
 from ijepa_hf.training import pretrain
@@ -18,10 +18,10 @@ from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["--help"])
+        main.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in cli.COMMANDS)
+    assert all(name in text for name in main.COMMANDS)
 
 
 def test_importing_the_package_registers_the_model_and_only_the_collator_waits(child_environment):
@@ -42,10 +42,10 @@ def test_importing_the_package_registers_the_model_and_only_the_collator_waits(c
     assert answer.stdout == "module 'ijepa_hf' has no attribute 'IJepaDataColator'\n"
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     assert exit_.value.code == 0
     assert f"ijepa-hf {command}" in capsys.readouterr().out
 
@@ -53,7 +53,7 @@ def test_each_command_has_help(command, capsys):
 def test_no_or_an_unknown_command_is_a_usage_error(capsys):
     for argv in ([], ["dance"]):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(argv)
+            main.main(argv)
         assert exit_.value.code == 2
     assert "dance" in capsys.readouterr().err
 
@@ -68,7 +68,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
         ["push", str(tmp_path / "nowhere"), "me/x"],
         ["finetune", "somewhere", "--dataset_nam", "digits"],
     ):
-        assert cli.main(argv) == 2
+        assert main.main(argv) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith(f"ijepa-hf {argv[0]}: ")
         assert len(error.splitlines()) == 1
@@ -87,16 +87,16 @@ def test_a_non_finite_loss_is_exit_code_3_a_lost_upload_4_and_an_interruption_13
 
     for function, code in ((stop, 3), (lose, 4), (interrupt, 130)):
         monkeypatch.setattr(pretrain, "pretrain", function)
-        assert cli.main(["pretrain", *tiny_flags(tmp_path / "run")]) == code
+        assert main.main(["pretrain", *tiny_flags(tmp_path / "run")]) == code
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
     monkeypatch.setattr(evaluate, "evaluate_model", interrupt)
-    assert cli.main(["evaluate", "somewhere", "--dataset_name", "digits"]) == 130
+    assert main.main(["evaluate", "somewhere", "--dataset_name", "digits"]) == 130
     assert capsys.readouterr().err == "\ninterrupted; the same command goes on.\n"
 
 
 def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, capsys):
     tiny_run(tmp_path / "run", max_train_steps=3)  # so that the command below prints its report and ends
-    assert cli.main(["pretrain", *tiny_flags(tmp_path / "run", max_train_steps=3)]) == 0
+    assert main.main(["pretrain", *tiny_flags(tmp_path / "run", max_train_steps=3)]) == 0
     assert "finished" in capsys.readouterr().out
     argv = [
         "convert",
@@ -105,10 +105,10 @@ def test_pretrain_and_convert_do_their_work_with_exit_code_0(tmp_path, golden, c
         "--num_attention_heads",
         "4",
     ]
-    assert cli.main(argv) == 0
+    assert main.main(argv) == 0
     assert "CC BY-NC 4.0" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert cli.main(["convert", str(tmp_path / "out"), str(tmp_path / "back.pth.tar"), "--to", "official"]) == 0
+    assert main.main(["convert", str(tmp_path / "out"), str(tmp_path / "back.pth.tar"), "--to", "official"]) == 0
     one, other = (read_official_checkpoint(path) for path in (golden / argv[1], tmp_path / "back.pth.tar"))
     for part, tensors in one.items():
         assert tensors.keys() == other[part].keys()
@@ -123,21 +123,21 @@ def size_of(figure):
 def test_the_masks_of_a_recipe_are_measured_and_drawn_without_any_images(tmp_path, capsys):
     figure = tmp_path / "audit.png"
     argv = ["visualize", "--masks", "in1k-vith14", "--audit", "--output", str(figure)]
-    assert cli.main(argv) == 0
+    assert main.main(argv) == 0
     text = capsys.readouterr().out
     assert "multi_block_official on a grid of 16x16 patches" in text
     assert "he last row and column" in text
     assert text.strip().endswith(f"figure: {figure}")
     assert size_of(figure)[0] > 500
     # a flag over the recipe; what only the recipe's own strategy needs goes with it
-    assert cli.main([*argv, "--masking_strategy", "rasterized"]) == 0
+    assert main.main([*argv, "--masking_strategy", "rasterized"]) == 0
     assert "rasterized on a grid of 16x16 patches" in capsys.readouterr().out
 
 
 def test_masks_are_drawn_over_training_images(tmp_path, capsys):
     figure = tmp_path / "masks.png"
     for flags in (["digits"], ["digits", "--masking_strategy", "random"]):
-        assert cli.main(["visualize", "--masks", *flags, "--output", str(figure)]) == 0
+        assert main.main(["visualize", "--masks", *flags, "--output", str(figure)]) == 0
         assert size_of(figure)[0] > 500
 
 
@@ -148,7 +148,7 @@ def test_mistakes_of_visualize_are_one_line(tmp_path, capsys):
         (["--masks", "digits", "--output", str(tmp_path / "nowhere" / "masks.png")], "there is no folder"),
         (["--masks", "digits", "--auditt"], "--audit"),
     ):
-        assert cli.main(["visualize", *argv]) == 2
+        assert main.main(["visualize", *argv]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1
@@ -159,17 +159,17 @@ def test_prepared_images_are_what_pretrain_streams(tmp_path, capsys):
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("RGB", (90, 60), (20 * number, 0, 99)).save(tmp_path / "photos" / f"{number}.jpg")
     argv = ["prepare", str(tmp_path / "photos"), str(tmp_path / "out"), "--shortest_side", "40", "--shard_size", "2KB"]
-    assert cli.main(argv) == 0
+    assert main.main(argv) == 0
     text = capsys.readouterr().out
     assert "12 images of split 'train'" in text
     assert f"ijepa-hf pretrain RECIPE --dataset_name {tmp_path / 'out'} --streaming" in text
     assert len(list((tmp_path / "out").rglob("train-*.parquet"))) > 1
     flags = tiny_flags(tmp_path / "run", dataset_name=tmp_path / "out", streaming=True, max_train_steps=2)
-    assert cli.main(["pretrain", *flags, "--warmup_epochs", "0"]) == 0
+    assert main.main(["pretrain", *flags, "--warmup_epochs", "0"]) == 0
 
 
 def test_command_flags_are_those_of_the_parsers():
-    flags = cli.command_flags()
+    flags = main.command_flags()
     assert {"--num_attention_heads", "--to", "--with_optimizer"} <= flags["convert"]
     assert {"--hub_strategy", "--hub_private_repo", "--hub_revision"} <= flags["push"] & flags["pretrain"]
     assert {"--dataset_name", "--layer_decay"} <= flags["finetune"]

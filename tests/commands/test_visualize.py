@@ -10,7 +10,7 @@ from test_html_report import Page, write_run
 from tiny import scrambled_model
 from transformers import Dinov2Config, Dinov2Model
 
-from ijepa_hf import cli, visualize
+from ijepa_hf.commands import main, visualize
 from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.randomness import DRAW_GALLERY, keyed_generator
 from ijepa_hf.runs.export import export_model
@@ -252,7 +252,7 @@ def test_mistakes_are_one_line_before_any_weight_is_used(
     stand_ins = {
         "MODEL": model, "ENCODER": encoder, "DINOV2": dinov2, "PHOTO": photos / "dog" / "00.png", "RUN": tmp_path,
     }  # fmt: skip
-    assert cli.main(["visualize", *(str(stand_ins.get(word, word)) for word in argv.split())]) == 2
+    assert main.main(["visualize", *(str(stand_ins.get(word, word)) for word in argv.split())]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
@@ -309,4 +309,4 @@ def test_arrays_of_other_ranges_are_shown_on_one_scale(tmp_path, drawn):
 def test_flags_are_those_of_all_three_forms():
     flags = visualize.visualize_flags()
     assert {"--masks", "--audit", "--figure", "--box", "--html", "--image_size"} <= flags
-    assert flags == cli.command_flags()["visualize"]
+    assert flags == main.command_flags()["visualize"]

@@ -1,0 +1,1 @@
+"""The commands of `ijepa-hf`: one module each, with its flags and its exit codes."""
