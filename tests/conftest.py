@@ -105,10 +105,12 @@ _block_network()
 
 # The files that take longest, longest first: each is run by one worker, and both should end at the same time.
 LONG_FILES = (
-    "test_data_faults", "test_stopping", "test_hub_circle", "test_documents", "test_parallel", "test_finetune",
-    "test_hub", "test_faults", "test_checkpointing", "test_evaluate", "test_examples", "test_sharding",
-    "test_collapse_demo", "test_image_kinds", "test_streaming", "test_run_diagnostics", "test_conversion",
-    "test_comparison", "test_tutorial", "test_without_package", "test_run_start", "test_expected_band", "test_cli",
+    "invariant/test_data_faults", "invariant/test_stopping", "invariant/test_hub_circle", "project/test_documents",
+    "invariant/test_parallel", "finetuning/test_finetune", "hub/test_uploader", "invariant/test_faults",
+    "runs/test_checkpoints", "evaluation/test_evaluate", "project/test_examples", "model/test_sharding",
+    "diagnosis/test_demo", "test_image_kinds", "invariant/test_streaming", "data/test_streaming",
+    "diagnosis/test_run_monitor", "weights/test_convert", "project/test_comparison", "project/test_tutorial",
+    "invariant/test_without_package", "training/test_start", "recipes/test_expected_band", "commands/test_main",
 )  # fmt: skip
 
 
@@ -124,7 +126,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("property")
     order = {name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    names = {item.path: item.path.relative_to(ROOT / "tests").with_suffix("").as_posix() for item in items}
+    items.sort(key=lambda item: order.get(names[item.path], len(order)))
 
 
 @pytest.hookimpl(tryfirst=True)

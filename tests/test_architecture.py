@@ -1,4 +1,4 @@
-"""The shape of the package: layers of imports, names of files, and what no file may do.
+"""The shape of the package: one row of packages, sizes, names of files, and what no file may do.
 
 The rules are checked on the source text, so imports inside functions and `if TYPE_CHECKING` count as well. Each check
 is a function of a source or of the import graph, and is tried on made-up sources first: a check that finds nothing
@@ -17,109 +17,37 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "ijepa_hf"
 
-# The layer of every module; a module imports only from lower layers. docs/architecture.md holds the same table.
-LAYERS = {
-    "randomness": 0,
-    "block_sizes": -2,
-    "masking": -1,
-    "image_transforms": 0,
-    "schedules": 0,
-    "shapes": 0,
-    "diagnostics": 0,
-    "mask_audit": 1,
-    "configuration_ijepa": 0,
-    "encoder_ijepa": 1,
-    "activation_checkpointing": 3,
-    "arguments": 2,
-    "recipe_files": 3,
-    "argument_parsing": 4,
-    "modeling_ijepa": 2,
-    "sources": 1,
-    "export": 3,
-    "evaluation.features": 4,
-    "evaluation.knn": 3,
-    "data": 4,
-    "evaluation.linear_probe": 4,
-    "checkpointing": 4,
-    "visualization": 5,
-    "hub_process": 0,
-    "official_checkpoint": 5,
-    "published_code": 3,
-    "evaluation.labelled_data": 5,
-    "conversion": 6,
-    "evaluation.finetune_arguments": 6,
-    "evaluation.finetune_report": 6,
-    "model_card": 5,
-    "plan": 5,
-    "streaming": 5,
-    "memory_images": 5,
-    "preparation": 5,
-    "run_rows": 1,
-    "run_folder": 5,
-    "warm_start": 6,
-    "hub_contents": 6,
-    "hub": 7,
-    "evaluation.finetune": 8,
-    "evaluation.finetune_classifier": 7,
-    "evaluation.finetune_folder": 7,
-    "metrics_log": 7,
-    "report": 8,
-    "loading": 6,
-    "run_start": 8,
-    "run_state": 8,
-    "training_loop": 9,
-    "training": 10,
-    "collapse_verdict": 0,
-    "panels": 0,
-    "evaluation.intervals": 0,
-    "evaluation.image_settings": 0,
-    "evaluation.metrics": 3,
-    "evaluation.splits": 0,
-    "diagnostics_figure": 1,
-    "evaluation.attentive_probe": 1,
-    "evaluation.regression_probe": 1,
-    "evaluation.dense_probe": 2,
-    "evaluation.backbones": 3,
-    "expected_band": 4,
-    "feature_views": 3,
-    "feature_figures": 4,
-    "collapse_monitor": 5,
-    "evaluation.feature_store": 5,
-    "run_diagnostics": 6,
-    "collapse_demo": 6,
-    "html_report": 6,
-    "evaluation.evaluate_arguments": 6,
-    "evaluation.results": 6,
-    "evaluation.targets": 6,
-    "evaluation.scorecard": 7,
-    "evaluation.evaluate": 9,
-    "diagnose": 8,
-    "visualize": 8,
-    "interruption": 0,
-    "non_finite": 0,
-    "ranks": 0,
-    "retrying": 0,
-    "workers": 0,
-    "escaping": 0,
-    "files": 0,
-    "sharding": 3,
-    "run_lock": 4,
-    "batch_fitting": 6,
-    "optimization": 6,
-    "announcement": 9,
-    "step_cost": 5,
-    "step_timing": 10,
-    "estimate": 11,
-    "cli": 12,
-}
-# A package's __init__ gathers what is below it, and nothing inside imports it back, but for the version.
-GATHERING = {"", "evaluation"}
-OPEN_TO_ALL = {"__version__"}
+# Modules, then packages, in one row: each imports only from those to its left. docs/architecture.md has the same row.
+ROW = (
+    "files", "randomness", "escaping",
+    "model", "data", "recipes", "figures", "runs", "diagnosis", "weights", "hub", "finetuning", "evaluation",
+    "training", "estimation", "commands",
+)  # fmt: skip
+OPEN_TO_ALL = {"__version__"}  # the one name that may be imported from the package's own __init__
 
-# Tests of the project as a whole, which have no module of their own.
-TESTS_OF_THE_WHOLE = {
-    "architecture", "compatibility_slow", "image_kinds", "official_parity", "recipes_slow", "ijepa_hf_command",
-    "security",
+MOST_LINES_OF_A_MODULE = 600
+MOST_LINES_OF_A_FUNCTION = 60  # of code: without its docstring, comments and blank lines
+MOST_PARAMETERS = 8  # without self and cls
+
+# Tests of the package as a whole, which have no module of their own; those of what stands around it are in project/.
+TESTS_OF_THE_WHOLE = {"architecture", "image_kinds", "official_parity", "ijepa_hf_command", "security"}
+FOLDERS_OF_THE_WHOLE = {"invariant", "project"}
+
+# What is used of other libraries although its name says that it is private: what a new version may break first.
+PRIVATE_PARTS_OF_OTHERS: dict[str, set[str]] = {
+    "commands.main": {"_actions"},  # argparse: the flags of a parser
+    "data.sources.opening": {"_resolve_features"},  # datasets: the columns of a stream
+    "finetuning.finetune": {"_CACHED_NO_EXIST"},  # huggingface_hub: a file that is known to be missing
+    "model.encoder_ijepa": {"_attn_implementation"},  # transformers
+    "model.modeling_ijepa": {"_foreach_lerp_"},  # torch: the moving average in one call
+    "model.sharding": {"_attn_implementation"},
+    "recipes.parsing": {"_actions"},
+    "weights.locate": {"_CACHED_NO_EXIST"},
+}
+
+TO_MEND: set[str] = {
+    "data.prepare.prepare", "estimation.cost", "estimation.estimate", "evaluation.probes.attentive",
+    "evaluation.probes.dense", "evaluation.probes.linear", "training.images", "weights.start",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}
@@ -129,7 +57,7 @@ HARMLESS = {"pickle.UnpicklingError"}
 
 
 def module_name(path: Path) -> str:
-    """The dotted name below the package: `evaluation.knn`, or "" for the package's own __init__."""
+    """The dotted name below the package: `model.masking`, or "" for the package's own __init__."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -139,6 +67,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 MODULES = {module_name(path): path for path in python_files("src/ijepa_hf")}
+SOURCES = {name: path.read_text("utf-8") for name, path in MODULES.items()}
 
 
 def imported_modules(source: str, importer: str, *, is_package: bool, modules: set[str]) -> set[str]:
@@ -178,45 +107,97 @@ def imported_modules(source: str, importer: str, *, is_package: bool, modules: s
     return found
 
 
-def violations(graph: dict[str, set[str]]) -> list[str]:
-    """What in an import graph breaks the layers, one sentence each."""
+def steps_back(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of an import graph that do not point to the left in the row, one sentence each."""
     problems = []
     for importer, imports in sorted(graph.items()):
-        if importer not in LAYERS and importer not in GATHERING:
-            problems.append(f"{importer} has no layer: add it to the table here and in docs/architecture.md")
+        room = importer.split(".")[0]
+        if importer == "":
+            continue  # the package's own __init__ gathers the public names
+        if room not in ROW:
+            problems.append(f"{importer} stands outside the row: move it into a package")
             continue
         for imported in sorted(imports):
-            if importer in GATHERING and (importer == "" or imported.startswith(f"{importer}.")):
-                continue
-            if imported not in LAYERS:
-                problems.append(f"{importer or 'ijepa_hf'} imports {imported or 'ijepa_hf'}, which has no layer")
-            elif importer not in LAYERS:
-                problems.append(f"{importer}/__init__.py gathers {importer}, but imports {imported}")
-            elif LAYERS[imported] >= LAYERS[importer]:
-                layers = f"layer {LAYERS[importer]}", f"layer {LAYERS[imported]}"
-                problems.append(f"{importer}, {layers[0]}, imports {imported}, {layers[1]}")
+            other = imported.split(".")[0]
+            if other not in ROW:
+                problems.append(f"{importer} imports {imported or 'ijepa_hf'}, which stands outside the row")
+            elif other != room and ROW.index(other) > ROW.index(room):
+                problems.append(f"{importer} imports {imported}, but {other} stands to the right of {room}")
     return problems
 
 
-def layers_of_document(text: str) -> dict[str, int] | None:
-    """The table of layers in a document, module by module; None where the document has none.
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules of an import graph that import each other, directly or through others, sorted."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        ahead = list(graph[start])
+        while ahead:
+            name = ahead.pop()
+            if name in graph and name not in seen:
+                seen.add(name)
+                ahead += graph[name]
+        reached[start] = seen
+    found = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(circle) for circle in found)
 
-    A row is `| layer | modules | ... |` with modules as paths in backticks below the package: `masking.py`,
-    `evaluation/knn.py`. Backticked names that are no Python file (`scripts/`, a template) are passed over. A folder
-    (`evaluation/`) stands for its modules, which are the backticked words of the next cell.
-    """
-    layers: dict[str, int] = {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) < 2 or not cells[0].removeprefix("-").isdigit():
+
+def row_of_document(text: str) -> list[str] | None:
+    """The row in a document: the names in the first code block that has `|` in it; None where there is none."""
+    block = re.search(r"```\w*\n([^`]*\|[^`]*)```", text)
+    return re.findall(r"\w+", block[1]) if block else None
+
+
+def modules_of_document(text: str) -> set[str]:
+    """The modules in a document's tables: `model/masking.py` as the first cell of a row, in backticks."""
+    cells = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)\.py`", cell)]
+    return {name.replace("/", ".") for name in names}
+
+
+def too_long(source: str) -> list[str]:
+    """Functions of a source that have too many lines of code or too many parameters, one sentence each."""
+    lines = source.splitlines()
+    problems = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        for name in re.findall(r"`([^`]+)`", cells[1]):
-            if name.endswith(".py") and not name.startswith("scripts/"):
-                layers[name.removesuffix(".py").replace("/", ".")] = int(cells[0])
-            elif name == "evaluation/" and len(cells) > 2:
-                for module in re.findall(r"`(\w+)(?:\.py)?`", cells[2]):
-                    layers[f"evaluation.{module}"] = int(cells[0])
-    return layers or None
+        first = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
+        body = [line.strip() for line in lines[first - 1 : node.end_lineno]]
+        code = [line for line in body if line and not line.startswith("#")]
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        parameters = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
+        if len(code) > MOST_LINES_OF_A_FUNCTION:
+            problems.append(f"{node.name} has {len(code)} lines of code")
+        if len(parameters) > MOST_PARAMETERS:
+            problems.append(f"{node.name} has {len(parameters)} parameters")
+    return problems
+
+
+def private_attributes(source: str) -> set[str]:
+    """Names of one leading underscore that a source asks of anything but `self` and `cls`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[A-Za-z]", node.attr)
+        and ast.unparse(node) != "os._exit"
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+
+
+def own_names(sources: list[str]) -> set[str]:
+    """Every name that some sources define: functions, classes, variables, attributes that are set."""
+    found: set[str] = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+    return found
 
 
 def unsafe_reads(source: str) -> list[str]:
@@ -264,66 +245,68 @@ def foreign_imports(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("source", "importer", "is_package", "expected"),
     [
-        ("import ijepa_hf.model.masking", "data", False, {"masking"}),
-        ("import ijepa_hf", "data", False, {""}),
-        ("from ijepa_hf import masking, IJepaModel", "data", False, {"masking", ""}),
-        ("from ijepa_hf import __version__", "data", False, set()),
-        ("from ijepa_hf.evaluation.probes.knn import knn_accuracy", "training", False, {"evaluation.knn"}),
-        ("from .masking import draw_masks", "data", False, {"masking"}),
-        ("from . import masking", "data", False, {"masking"}),
-        ("from .features import extract_features", "evaluation.knn", False, {"evaluation.features"}),
-        ("from ..masking import Masks", "evaluation.knn", False, {"masking"}),
-        ("from .knn import knn_accuracy", "evaluation", True, {"evaluation.knn"}),
-        ("def f():\n    from ijepa_hf.training.pretrain import train", "masking", False, {"training"}),
-        ("if TYPE_CHECKING:\n    from ijepa_hf import cli", "masking", False, {"cli"}),
-        ("import torch\nfrom numpy import random", "masking", False, set()),
+        ("import ijepa_hf.escaping", "data.order", False, {"escaping"}),
+        ("import ijepa_hf", "data.order", False, {""}),
+        ("from ijepa_hf import escaping, IJepaModel", "data.order", False, {"escaping", ""}),
+        ("from ijepa_hf import __version__", "data.order", False, set()),
+        ("from ijepa_hf.model import masking", "training.loop", False, {"model.masking"}),
+        ("from ijepa_hf.model.masking import draw_masks", "training.loop", False, {"model.masking"}),
+        ("from .masking import draw_masks", "model.modeling_ijepa", False, {"model.masking"}),
+        ("from . import masking", "model.modeling_ijepa", False, {"model.masking"}),
+        ("from ..model.masking import Masks", "training.loop", False, {"model.masking"}),
+        ("from .masking import Masks", "model", True, {"model.masking"}),
+        ("def f():\n    from ijepa_hf.training.loop import run", "model.masking", False, {"training.loop"}),
+        ("if TYPE_CHECKING:\n    from ijepa_hf.hub import push", "model.masking", False, {"hub.push"}),
+        ("import torch\nfrom numpy import random", "model.masking", False, set()),
     ],
 )
 def test_every_way_of_writing_an_import_is_seen(
     source: str, importer: str, is_package: bool, expected: set[str]
 ) -> None:
-    assert imported_modules(source, importer, is_package=is_package, modules=set(LAYERS)) == expected
+    modules = {"escaping", "model", "model.masking", "training.loop", "hub.push"}
+    assert imported_modules(source, importer, is_package=is_package, modules=modules) == expected
 
 
-def test_an_import_from_the_same_or_a_higher_layer_is_a_violation() -> None:
+def test_an_import_from_the_right_is_a_step_back() -> None:
     graph = {
-        "": {"cli", "masking"},
-        "evaluation": {"evaluation.knn", "data"},
-        "masking": {"schedules"},
-        "data": {"training", ""},
-        "training": {"report", "export"},
-        "report": {"training"},
+        "": {"commands.main", "model.masking"},
+        "model.masking": {"escaping", "data.order"},
+        "data.order": {"data.reading", "randomness", ""},
+        "data.reading": {"model.masking"},
+        "randomness": {"files", "escaping"},
         "helpers": set(),
     }
-    assert violations(graph) == [
-        "data imports ijepa_hf, which has no layer",
-        "data, layer 4, imports training, layer 10",
-        "evaluation/__init__.py gathers evaluation, but imports data",
-        "helpers has no layer: add it to the table here and in docs/architecture.md",
-        "masking, layer -1, imports schedules, layer 0",
-        "report, layer 8, imports training, layer 10",
+    assert steps_back(graph) == [
+        "data.order imports ijepa_hf, which stands outside the row",
+        "helpers stands outside the row: move it into a package",
+        "model.masking imports data.order, but data stands to the right of model",
+        "randomness imports escaping, but escaping stands to the right of randomness",
     ]
 
 
-def test_the_table_of_a_document_is_read() -> None:
-    text = (
-        "| layer | module | one job |\n| --- | --- | --- |\n"
-        "| 0 | `masking.py`, `schedules.py` | draws `indices` |\n"
-        "| 3 | `hub.py`, `model_card_template.md` | push |\n"
-        "| 4 | `evaluation/` | `features`, `knn` |\n"
-        "| 4 | `evaluation/linear_probe.py` | probe |\n"
-        "| 6 | `cli.py`, `scripts/run.py` | `ijepa-hf pretrain` |\n"
-    )
-    assert layers_of_document(text) == {
-        "masking": 0,
-        "schedules": 0,
-        "hub": 3,
-        "evaluation.features": 4,
-        "evaluation.knn": 4,
-        "evaluation.linear_probe": 4,
-        "cli": 6,
-    }
-    assert layers_of_document("# No table\n| a | b |\n") is None
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c", "e"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": {"e"}}
+    assert circles(graph) == [["a", "b", "c"], ["e", "f"]]
+
+
+def test_the_row_and_the_modules_of_a_document_are_read() -> None:
+    text = "```\nls\n```\n```text\nfiles | model\n  | data\n```\n"
+    assert row_of_document(text) == ["files", "model", "data"]
+    assert row_of_document("```\nls\n```") is None
+    assert modules_of_document("| `model/a.py`, `b.py` * | x `c.py` |\n| d | `e.py` |\n") == {"model.a", "b"}
+
+
+def test_long_functions_and_many_parameters_are_found() -> None:
+    body = "\n".join(["    x = 1", "    # a comment", ""] * 60)
+    most = "self, a, b, c, d, *, e, f, g, h"
+    assert too_long(f'def f({most}):\n    """A\n    docstring."""\n{body}') == []
+    assert too_long(f"def f({most}, i):\n{body}\n    x = 2") == ["f has 61 lines of code", "f has 9 parameters"]
+
+
+def test_private_parts_of_others_are_told_from_our_own() -> None:
+    source = "class A:\n    def f(self, other):\n        self._x = other._y\n        other._x, other.__dict__, cls._z"
+    assert private_attributes(source) == {"_x", "_y"}
+    assert private_attributes(source) - own_names([source]) == {"_y"}
 
 
 def test_reads_that_can_run_code_are_seen() -> None:
@@ -351,24 +334,37 @@ def test_reads_that_can_run_code_are_seen() -> None:
 
 # ---- the checks on this project -------------------------------------------------------------------------------------
 
-
-def test_modules_import_only_from_lower_layers() -> None:
-    graph = {
-        name: imported_modules(
-            path.read_text("utf-8"), name, is_package=path.name == "__init__.py", modules=set(MODULES) - {""}
-        )
-        for name, path in MODULES.items()
-    }
-    assert violations(graph) == []
+GRAPH = {
+    name: imported_modules(source, name, is_package=MODULES[name].name == "__init__.py", modules=set(MODULES) - {""})
+    for name, source in SOURCES.items()
+}
 
 
-def test_every_module_in_the_table_of_layers_exists() -> None:
-    assert sorted(set(LAYERS) - set(MODULES)) == []
+def test_packages_import_only_from_their_left() -> None:
+    assert steps_back(GRAPH) == []
 
 
-def test_the_document_on_architecture_has_the_same_table_of_layers() -> None:
-    document = ROOT / "docs" / "architecture.md"
-    assert layers_of_document(document.read_text("utf-8")) == LAYERS
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles({name: imports for name, imports in GRAPH.items() if name}) == []
+
+
+def test_the_document_on_architecture_has_the_same_row_and_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    assert row_of_document(text) == list(ROW)
+    modules = {name for name, path in MODULES.items() if path.name != "__init__.py"}
+    assert sorted(modules_of_document(text) ^ modules) == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name and name not in TO_MEND])
+def test_modules_functions_and_their_parameters_are_few_enough_to_read(name: str) -> None:
+    assert len(SOURCES[name].splitlines()) <= MOST_LINES_OF_A_MODULE
+    assert too_long(SOURCES[name]) == []
+
+
+def test_private_parts_of_other_libraries_are_used_only_where_it_is_listed() -> None:
+    ours = own_names(list(SOURCES.values()))
+    found = {name: private_attributes(source) - ours for name, source in SOURCES.items()}
+    assert {name: parts for name, parts in found.items() if parts} == PRIVATE_PARTS_OF_OTHERS
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:
@@ -383,13 +379,13 @@ def test_every_module_says_what_it_is(path: Path) -> None:
     assert len(docstring) > 20
 
 
-def test_every_test_file_is_named_after_a_module() -> None:
-    expected = {name.replace(".", "/test_", 1) if "." in name else f"test_{name}" for name in MODULES if name}
+def test_the_tests_stand_as_the_modules_do() -> None:
+    expected = {"/".join([*name.split(".")[:-1], f"test_{name.split('.')[-1]}"]) for name in MODULES if name}
     expected |= {f"test_{name}" for name in TESTS_OF_THE_WHOLE}
     tests = ROOT / "tests"
     found = {path.relative_to(tests).with_suffix("").as_posix() for path in tests.rglob("test_*.py")}
-    others = {name for name in found if name.startswith(("invariant/", "project/"))}  # of runs; around the package
-    assert sorted(found - others - expected) == []
+    of_the_whole = {name for name in found if name.split("/")[0] in FOLDERS_OF_THE_WHOLE}
+    assert sorted(found - of_the_whole - expected) == []
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,11 @@ def signal_in_step(monkeypatch: Any, step: int, number: int) -> None:
         return take(state, done, *rest)
 
     monkeypatch.setattr(loop, "_take_step", signalled)
+
+
+def sizes_of(config: IJepaConfig, batch: dict[str, torch.Tensor]) -> Any:
+    """The sizes of a batch's masks, for the cost of a step."""
+    blocks, target = batch["target_indices"].shape[1:]
+    from ijepa_hf.estimation.cost import Sizes
+
+    return Sizes(config.num_patches, config.num_context_sets, batch["context_indices"].shape[-1], blocks, target)

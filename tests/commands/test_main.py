@@ -14,6 +14,7 @@ from ijepa_hf.hub.uploader import UploadIncompleteError
 from ijepa_hf.training import pretrain
 from ijepa_hf.training.step import NonFiniteLossError
 from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
+from ijepa_hf_command import COMMANDS
 
 
 def test_help_lists_the_commands_and_exits_with_0(capsys):
@@ -21,7 +22,7 @@ def test_help_lists_the_commands_and_exits_with_0(capsys):
         main.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in main.COMMANDS)
+    assert all(name in text for name in COMMANDS)
 
 
 def test_importing_the_package_registers_the_model_and_only_the_collator_waits(child_environment):
@@ -42,7 +43,7 @@ def test_importing_the_package_registers_the_model_and_only_the_collator_waits(c
     assert answer.stdout == "module 'ijepa_hf' has no attribute 'IJepaDataColator'\n"
 
 
-@pytest.mark.parametrize("command", sorted(main.COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main.main([command, "--help"])

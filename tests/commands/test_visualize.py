@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from html_pages import Page, write_run
 from PIL import Image
-from test_html_report import Page, write_run
 from tiny import scrambled_model
 from transformers import Dinov2Config, Dinov2Model
 

@@ -226,7 +226,7 @@ def test_closing_does_not_wait_for_a_worker_that_is_stuck():
 
 ORPHANS = """
 import os, sys, time
-from test_workers import Numbers, loader_of, children
+from test_loader import Numbers, loader_of, children
 iterator = iter(loader_of(Numbers(sys.argv[1] or None), 2))
 next(iterator)
 print(*children(), flush=True)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from tiny import tiny_batch, tiny_config, tiny_model
+from tiny import sizes_of, tiny_batch, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_hf.estimation import timing
@@ -54,11 +54,6 @@ ROOMY = {
     "predictor_hidden_size": 64,
     "predictor_num_hidden_layers": 3,
 }
-
-
-def sizes_of(config, batch):
-    blocks, target = batch["target_indices"].shape[1:]
-    return Sizes(config.num_patches, config.num_context_sets, batch["context_indices"].shape[-1], blocks, target)
 
 
 def counted(function):

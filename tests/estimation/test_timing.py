@@ -5,8 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
-from test_step_cost import sizes_of
-from tiny import tiny_config
+from tiny import sizes_of, tiny_config
 
 from ijepa_hf.estimation import timing
 from ijepa_hf.estimation.cost import draw_sizes, model_work

@@ -1,7 +1,6 @@
 """Pictures, read back from the PNG: the right patches gray, the right blocks coloured, the right curves."""
 
 import math
-from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from pictures import patch_centres, patches_of_one_colour
 from PIL import Image
 
 from ijepa_hf.figures.curves import draw_curves_figure
@@ -21,23 +21,6 @@ from ijepa_hf.model.masking import MaskSettings
 
 GRAY = 204  # a hidden patch
 BLOCK_COLORS = [(230, 159, 0), (86, 180, 233)]  # of the first two target blocks
-
-
-def patch_centres(figure: Figure, png: Path, panel: int, grid: tuple[int, int]) -> np.ndarray:
-    """What the PNG shows at the middle of each patch of a panel, uint8 [rows, columns, 3]."""
-    pixels = np.asarray(Image.open(png).convert("RGB"))
-    box = figure.axes[panel].get_position()
-    height, width = pixels.shape[:2]
-    rows = [round(height * (1 - box.y1 + (r + 0.5) / grid[0] * box.height)) for r in range(grid[0])]
-    columns = [round(width * (box.x0 + (c + 0.5) / grid[1] * box.width)) for c in range(grid[1])]
-    return pixels[np.ix_(rows, columns)]
-
-
-def patches_of_one_colour(batch: int, channels: int, grid: tuple[int, int], patch: tuple[int, int], seed: int = 0):
-    """Images whose patches are each of one random colour; also these colours, [batch, rows, columns, channels]."""
-    colors = np.random.default_rng(seed).integers(0, 256, (batch, *grid, channels), dtype=np.uint8)
-    pixels = colors.repeat(patch[0], axis=1).repeat(patch[1], axis=2)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), colors
 
 
 def at(indices: list[int], grid: tuple[int, int]) -> np.ndarray:

@@ -8,8 +8,8 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
+from pictures import patch_centres, patches_of_one_colour
 from PIL import Image
-from test_visualization import patch_centres, patches_of_one_colour
 from tiny import scrambled_model, tiny_batch
 
 from ijepa_hf.diagnosis.figures import draw_spectrum_figure, draw_training_figures

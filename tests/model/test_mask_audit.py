@@ -200,7 +200,7 @@ def test_multi_block_targets_and_their_overlap_follow_from_independent_places():
 # The published code, as measured on it
 
 
-GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden" / "mask_stats.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "golden" / "mask_stats.json").read_text())
 PUBLISHED = {golden["grid"]: golden for golden in GOLDEN["grids"]}
 
 

@@ -26,7 +26,7 @@ from ijepa_hf.model import block_sizes, masking
 from ijepa_hf.model.block_sizes import context_block_size, official_block_size, target_block_size
 from ijepa_hf.model.masking import MAX_TARGET_DRAWS, STRATEGIES, MaskSettings, draw_masks
 
-GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 FALSE_ALARM = 1e-5
 GRIDS = [(4, 4), (4, 16), (8, 8), (12, 20), (14, 14), (16, 16)]
 BASELINES = ("block", "rasterized", "random")  # of the paper's table 6

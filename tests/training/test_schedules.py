@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ijepa_hf.training.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
-GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden" / "schedules.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "golden" / "schedules.json").read_text())
 SETTINGS = GOLDEN["settings"]
 RATES = {"learning_rate": 1e-3, "start_learning_rate": 2e-4, "final_learning_rate": 1e-6}
 

@@ -5,8 +5,8 @@ labels. Both take plain numpy arrays, so raw pixels and other people's features 
 labels are used once, to count: every choice (scaling, regularisation) is made on the training half.
 """
 
-from ijepa_hf.model.features import extract_features
 from ijepa_hf.evaluation.probes.knn import knn_accuracy
 from ijepa_hf.evaluation.probes.linear import linear_accuracy
+from ijepa_hf.model.features import extract_features
 
 __all__ = ["extract_features", "knn_accuracy", "linear_accuracy"]

@@ -64,7 +64,7 @@ class IJepaConfig(StockIJepaConfig):
     """Configuration of `IJepaModel`, `IJepaPredictor` and `IJepaForPretraining`.
 
     Each field that is added to those of `transformers.IJepaConfig` says below, and in `metadata["help"]`, what it is;
-    those of the masks say it in `ijepa_hf.model.masking.MaskSettings`. `layer_norm_eps` is 1e-6, as in the published models,
+    those of the masks say it in `masking.MaskSettings`. `layer_norm_eps` is 1e-6, as in the published models,
     where the stock class has 1e-12. `image_size` and `patch_size` are pixels, an `int` or `(height, width)`; each side
     of an image must be a multiple of the patch.
 

@@ -380,7 +380,7 @@ def load_band(recipe: str) -> ExpectedBand | None:
     Returns:
         The band; `None` where the recipe was not measured.
     """
-    file = resources.files("ijepa_hf") / "recipes" / "bands" / f"{recipe}.json"
+    file = resources.files("ijepa_hf.recipes") / "bands" / f"{recipe}.json"
     return read_band(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 

@@ -24,7 +24,7 @@ _ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, O
 
 def recipe_names() -> list[str]:
     """Returns the names of the recipes shipped with the package."""
-    folder = resources.files("ijepa_hf") / "recipes"
+    folder = resources.files("ijepa_hf.recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -42,7 +42,7 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         ValueError: If the file is not a flat mapping, or a key is no argument; names the nearest one.
     """
     if recipe in recipe_names():
-        text = (resources.files("ijepa_hf") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("ijepa_hf.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif Path(recipe).is_file():
         try:
             text = Path(recipe).read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def render_card(report: Mapping[str, Any], config: IJepaConfig) -> str:
     arguments = report["arguments"]
     reference = arguments.get("hub_model_id") or arguments["output_dir"]
     scores = report["scores"]
-    template = resources.files("ijepa_hf") / "model_card_template.md"
+    template = resources.files("ijepa_hf.runs") / "run_card.md"
     with resources.as_file(template) as path:
         card = ModelCard.from_template(
             _metadata(report, reference),

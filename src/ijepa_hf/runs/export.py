@@ -89,7 +89,7 @@ def write_code_files(folder: Path) -> None:
         folder: A model folder.
     """
     for name in CODE_FILES:
-        code = (resources.files("ijepa_hf") / name).read_bytes()
+        code = (resources.files("ijepa_hf.model") / name).read_bytes()
         if not (folder / name).is_file() or (folder / name).read_bytes() != code:  # a run saves often, and code stays
             write_atomically(folder / name, functools.partial(Path.write_bytes, data=code))
 
