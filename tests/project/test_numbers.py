@@ -1,4 +1,4 @@
-"""Numbers in the README and the documents are those of committed results: the rows of tables are made anew from them."""
+"""Numbers in the README and the documents are those of committed results: rows of tables are made anew from them."""
 
 import json
 from pathlib import Path
