@@ -1,4 +1,4 @@
-"""Names that others chose: what is hidden is shown, what is harmless stays, and marks stand for themselves."""
+"""Hidden characters are shown, harmless ones stay, Markdown marks stand for themselves; tables are aligned."""
 
 import ast
 
@@ -50,3 +50,13 @@ def test_no_run_of_backticks_in_a_name_is_as_long_as_those_around_it(name):
     fence = len(span) - len(span.lstrip("`"))
     inside = span[fence:-fence]
     assert "`" * fence not in inside
+
+
+def test_the_columns_of_a_table_are_aligned_and_no_cell_breaks_its_line():
+    rows = [["features", "kNN", ""], ["model", "9.5", "a\nb"], ["raw pixels", "10.0"]]
+    assert escaping.text_table(rows) == ["features     kNN", "model        9.5  a\\nb", "raw pixels  10.0"]
+    assert escaping.text_table(rows, align="><", indent="  ")[1:] == [
+        "       model  9.5   a\\nb",
+        "  raw pixels  10.0",
+    ]
+    assert escaping.text_table([]) == []

@@ -1,67 +1,69 @@
-"""Names that somebody else has chosen, written where they can do nothing: on a screen, in Markdown, in Python.
+"""Escapes names from untrusted data for terminals, Markdown and Python; lays out plain text tables.
 
-A file, a class, a column or a data set may be called anything: a name can hold line breaks, the sequences that move a
-terminal's cursor or set its title, marks that end a code span, or the quote that ends a string. What is harmless
-stays as it is, letter by letter.
+A file, a class, a column or a data set may have any name. A name can hold line breaks, sequences that move a
+terminal's cursor or set its title, marks that end a code span, or the quote that ends a string. Harmless characters
+stay as they are.
 """
 
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 
-# What a terminal obeys or a reader does not see: controls, and the marks that turn the direction of writing.
+# Unicode categories that a terminal obeys or a reader does not see, and the marks that change the writing direction.
 _HIDDEN = {"Cc", "Zl", "Zp", "Cs"}
-_TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_MEANS_SOMETHING = re.compile(r"([\\`*\[\]<>&|$])")
+_DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]<>&|$])")
 
 
 def printable(text: str) -> str:
-    r"""Text of several lines for a screen or a log: what a terminal would obey is shown instead.
+    r"""Escapes the control characters of a text of several lines, for a screen or a log.
 
     Args:
         text: Any text.
 
     Returns:
-        The text with each control but line breaks and tabs, and each mark that turns the direction of writing, as
-        Python writes it: `\x1b`, `\u202e`.
+        The text. Control characters other than line breaks and tabs, and marks that change the writing direction, are
+        written as Python escapes: `\x1b`, `\u202e`.
     """
     return "".join(letter if letter in "\n\t" or not _is_hidden(letter) else _escaped(letter) for letter in text)
 
 
 def on_one_line(text: object) -> str:
-    """A name for a line of text.
+    """Escapes all control characters of a name, line breaks and tabs too.
 
     Args:
-        text: A name, or something else that is shown.
+        text: A name, or another object; it is converted with `str`.
 
     Returns:
-        As `printable` gives it, with line breaks and tabs shown as well.
+        One line.
     """
     return "".join(_escaped(letter) if _is_hidden(letter) else letter for letter in str(text))
 
 
 def markdown_text(text: object) -> str:
-    """A name among the words of a Markdown document.
+    """Escapes a name for the running text of a Markdown document.
 
     Args:
         text: The name.
 
     Returns:
-        One line, with a backslash before what would begin code, a link, emphasis, a cell, a formula or HTML.
+        One line, with a backslash before each character that could begin code, a link, emphasis, a table cell, a
+        formula or HTML.
 
     Source: CommonMark 0.31, section 2.4; `|` and `$` are GitHub's and the Hub's.
     """
-    return _MEANS_SOMETHING.sub(r"\\\1", on_one_line(text))
+    return _MARKDOWN_SYNTAX.sub(r"\\\1", on_one_line(text))
 
 
 def code_span(text: object) -> str:
-    """A name as code in a Markdown document.
+    """Writes a name as a code span of Markdown.
 
     Args:
         text: The name.
 
     Returns:
-        One line between backticks, more of them than the name has in a row.
+        One line between backticks; there are more of them than the name has in a row.
 
     Source: CommonMark 0.31, section 6.1.
     """
@@ -72,20 +74,38 @@ def code_span(text: object) -> str:
 
 
 def python_string(text: str) -> str:
-    """A name as a string in Python.
+    """Writes a name as a Python string literal.
 
     Args:
         text: The name.
 
     Returns:
-        A literal between double quotes, on one line.
+        The literal, in double quotes, on one line.
     """
     literal = json.dumps(text, ensure_ascii=False)
     return "".join(f"\\u{ord(letter):04x}" if _is_hidden(letter) else letter for letter in literal)
 
 
+def text_table(rows: Sequence[Sequence[object]], *, align: str = "<>", indent: str = "") -> list[str]:
+    """Lays rows of cells out as lines of plain text with aligned columns, two spaces apart.
+
+    Args:
+        rows: Cells, each shown as `on_one_line` gives it; a row may have fewer cells than others.
+        align: `<` (left) or `>` (right) for each column; the last letter holds for all further columns.
+        indent: Put in front of each line.
+
+    Returns:
+        A line for each row, without spaces at its end.
+    """
+    cells = [[on_one_line(cell) for cell in row] for row in rows]
+    num_columns = max(map(len, cells), default=0)
+    widths = [max(len(row[column]) for row in cells if column < len(row)) for column in range(num_columns)]
+    sides = align.ljust(num_columns, align[-1])
+    return [indent + "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in range(len(row))).rstrip() for row in cells]
+
+
 def _is_hidden(letter: str) -> bool:
-    return unicodedata.category(letter) in _HIDDEN or letter in _TURNS
+    return unicodedata.category(letter) in _HIDDEN or letter in _DIRECTION_MARKS
 
 
 def _escaped(letter: str) -> str:

@@ -121,21 +121,20 @@ def read_license(card: Path | None) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def score_table(scores: Sequence[Mapping[str, Any]], row: str) -> list[str]:
-    """The scores as lines of text.
+def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns the scores as the cells of a table.
 
     Args:
         scores: As in `report.json`.
-        row: A format string with four places: the features' name, kNN, linear, RankMe.
 
     Returns:
-        A header and a line for each row.
+        A header, and a row for each score: name of the features, kNN and linear in percent, RankMe.
     """
-    lines = [row.format("features", f"kNN-{NEIGHBOURS}", "linear", "RankMe")]
+    rows = [["features", f"kNN-{NEIGHBOURS}", "linear", "RankMe"]]
     for score in scores:
-        values = f"{100 * score['knn']:.1f}", f"{100 * score['linear']:.1f}", f"{score['rankme']:.1f}"
-        lines.append(row.format(score["features"], *values))
-    return lines
+        knn, linear, rankme = 100 * score["knn"], 100 * score["linear"], score["rankme"]
+        rows.append([score["features"], f"{knn:.1f}", f"{linear:.1f}", f"{rankme:.1f}"])
+    return rows
 
 
 def verdict(scores: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -290,8 +289,8 @@ def _hours(report: Mapping[str, Any]) -> str | None:
 def _markdown_table(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     if not scores:
         return []
-    header, *rows = score_table(scores, "| {} | {} | {} | {} |")
-    return [header, "| --- | --- | --- | --- |", *rows]
+    header, *rows = score_rows(scores)
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def _summary(result: Mapping[str, Any]) -> str:

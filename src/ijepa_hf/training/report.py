@@ -18,13 +18,13 @@ from torch import nn
 from ijepa_hf import __version__
 from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.diagnosis.verdict import judge_collapse
-from ijepa_hf.escaping import on_one_line
+from ijepa_hf.escaping import on_one_line, text_table
 from ijepa_hf.evaluation.scorecard import score_encoder
 from ijepa_hf.figures.curves import draw_curves_figure
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.expected_band import BandWatch, RunRows, find_band
-from ijepa_hf.runs.cards import loading_lines, render_card, render_eval_results, score_table, verdict
+from ijepa_hf.runs.cards import loading_lines, render_card, render_eval_results, score_rows, verdict
 from ijepa_hf.runs.folder import (
     DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,
@@ -195,7 +195,7 @@ def render_report(output_dir: Path) -> str:
         )
     if report["scores"]:
         lines += ["", f"top-1 on {report['num_eval_images']} held-out images, mean-pooled features", ""]
-        lines += score_table(report["scores"], "{:<42} {:>8} {:>8} {:>8}")
+        lines += text_table(score_rows(report["scores"]))
         lines += ["", *verdict(report["scores"])]
     figures = ", ".join(on_one_line(path) for path in sorted((output_dir / "figures").glob("*.png")))
     lines += ["", f"pictures: {figures}", "", "load it with:", "", *loading_lines(str(output_dir))]
