@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_hf.recipes.arguments import argument_defaults, argument_differences, argument_values
+from ijepa_hf.recipes.arguments import argument_defaults, argument_values, differing_arguments
 from ijepa_hf.recipes.expected_band import (
     KEYS,
     NOT_COMPARED,
@@ -81,7 +81,7 @@ def recipe_differences(recipe: str, arguments: Mapping[str, Any]) -> list[str]:
     model, data, run = parse_arguments([recipe])
     there = argument_values(model.resolved(model.to_config()), data, run)
     here = {**argument_defaults(), **arguments}
-    return argument_differences(there, {name: here[name] for name in there}, NOT_COMPARED, {})
+    return differing_arguments(there, {name: here[name] for name in there}, NOT_COMPARED)
 
 
 def _compared(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from faults import every_moment, in_fork, limit_file_size
 from tiny import scrambled_model
 
 from ijepa_hf.files import SaveError
-from ijepa_hf.recipes.arguments import PretrainingArguments, argument_values
+from ijepa_hf.recipes.arguments import PretrainingArguments, argument_values, differing_arguments
 from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.runs.checkpoints import (
     Checkpoint,
@@ -29,7 +29,6 @@ from ijepa_hf.runs.folder import (
     check_output_dir,
     check_space,
     check_still_there,
-    differing_arguments,
     is_finished,
     prepare_output_dir,
     read_run,

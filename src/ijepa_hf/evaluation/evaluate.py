@@ -57,7 +57,7 @@ from ijepa_hf.evaluation.results import (
 from ijepa_hf.finetuning.arguments import FinetuningArguments
 from ijepa_hf.finetuning.classifier import load_classifier, parameter_groups
 from ijepa_hf.finetuning.finetune import finetune
-from ijepa_hf.finetuning.folder import ARGUMENTS_FILE, differing_arguments
+from ijepa_hf.finetuning.folder import ARGUMENTS_FILE, differences_from
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 
 FINETUNE_FOLDER = "finetune"
@@ -317,7 +317,7 @@ def _check_finetunings(arguments: EvaluationArguments, subject: _Subject, data: 
                 f"{folder} is not empty and holds no fine-tuning of ijepa-hf; move it away, or choose another "
                 "--output_dir."
             )
-        differing = differing_arguments(folder, dataclasses.asdict(told))
+        differing = differences_from(folder, dataclasses.asdict(told))
         if differing:
             raise ValueError(
                 f"{folder} holds another fine-tuning: {'; '.join(differing)}. Delete the folder, or choose another "

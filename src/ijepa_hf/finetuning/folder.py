@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ijepa_hf.finetuning.arguments import FinetuningArguments, FinetuningFlags
 from ijepa_hf.finetuning.report import RESULT_FILE
-from ijepa_hf.recipes.arguments import argument_differences
+from ijepa_hf.recipes.arguments import differing_arguments
 
 ARGUMENTS_FILE = "finetune_arguments.json"
 
@@ -65,7 +65,7 @@ def check_output_dir(output_dir: Path, arguments: FinetuningArguments) -> None:
         )
 
 
-def differing_arguments(folder: Path, values: Mapping[str, Any]) -> list[str]:
+def differences_from(folder: Path, values: Mapping[str, Any]) -> list[str]:
     """Names the arguments in which a fine-tuning differs from the one in a folder.
 
     Args:
@@ -82,7 +82,7 @@ def differing_arguments(folder: Path, values: Mapping[str, Any]) -> list[str]:
         stored = json.loads((folder / ARGUMENTS_FILE).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / ARGUMENTS_FILE} is damaged ({error}); choose another --output_dir.") from error
-    return argument_differences(stored, values, _FREE_ARGUMENTS, {})
+    return differing_arguments(stored, values, _FREE_ARGUMENTS, {})
 
 
 def find_checkpoint(output_dir: Path, arguments: FinetuningArguments) -> Path | None:
@@ -134,7 +134,7 @@ def delete_run(output_dir: Path) -> None:
 
 
 def _check_same_run(folder: Path, values: Mapping[str, Any]) -> None:
-    differing = differing_arguments(folder, values)
+    differing = differences_from(folder, values)
     if differing:
         raise ValueError(
             f"{str(folder)!r} holds another fine-tuning: {'; '.join(differing)}. Choose another --output_dir, or add "

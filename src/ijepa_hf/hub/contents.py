@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub.constants import REPOCARD_NAME
 
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
+from ijepa_hf.recipes.arguments import differing_arguments
 from ijepa_hf.runs.cards import with_address
 from ijepa_hf.runs.export import CODE_FILES, WEIGHTS_FILE, exported_step
 from ijepa_hf.runs.folder import (
@@ -28,7 +29,6 @@ from ijepa_hf.runs.folder import (
     RECIPE_FILE,
     REPORT_FILE,
     RUN_FILE,
-    differing_arguments,
     read_run,
 )
 

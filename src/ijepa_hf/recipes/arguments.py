@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from transformers import IJepaConfig as StockIJepaConfig
+
 from ijepa_hf.data.labelled import LabelledSource
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import MASK_FIELDS, IJepaConfig
@@ -47,65 +49,45 @@ def flag(changes: str, text: str, default: Any = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def _of_config(name: str, text: str) -> Any:
-    """A field of `IJepaConfig`, with its default there."""
-    return flag("result", text, IJepaConfig.__dataclass_fields__[name].default)
-
-
 @dataclass
-class ModelArguments:
-    """Fields of `IJepaConfig` that a recipe or a flag sets; see its docstring for ranges and sources."""
-
+class _EncoderArguments:
     image_size: list[int] = flag("result", "Pixels: one number, or height and width.", [224])
     patch_size: list[int] = flag("result", "Pixels of a patch: one number, or height and width.", [16])
     num_channels: int = flag("result", "Channels of an image.", 3)
-    hidden_size: int = _of_config("hidden_size", "Width D of the encoder.")
-    num_hidden_layers: int = _of_config("num_hidden_layers", "Depth of the encoder.")
-    num_attention_heads: int = _of_config("num_attention_heads", "Heads of the encoder.")
-    intermediate_size: int | None = flag("result", "Width of the encoder's MLPs; 4 x hidden_size if not given.", None)
-    predictor_hidden_size: int = _of_config("predictor_hidden_size", "Width E of the predictor.")
-    predictor_num_hidden_layers: int = _of_config("predictor_num_hidden_layers", "Depth of the predictor.")
-    predictor_num_attention_heads: int | None = _of_config(
-        "predictor_num_attention_heads", "Heads of the predictor; the encoder's if not given."
-    )
-    masking_strategy: str = _of_config(
-        "masking_strategy",
-        "multi_block, multi_block_official (published), or block, rasterized, random (table 6 of the paper).",
-    )
-    num_context_sets: int = _of_config("num_context_sets", "Context sets S drawn per image.")
-    num_target_blocks: int = _of_config("num_target_blocks", "Target blocks M drawn per image (multi-block).")
-    context_scale: list[float] = _of_config("context_scale", "Least and most share of the grid of the context block.")
-    target_scale: list[float] = _of_config("target_scale", "Least and most share of the grid of a target block.")
-    target_aspect_ratio: list[float] = _of_config(
-        "target_aspect_ratio", "Least and most height / width of a target block."
-    )
-    context_keep_ratio: float = _of_config(
-        "context_keep_ratio", "Share of the patches that the context encoder sees (multi_block)."
-    )
-    official_min_keep: int = _of_config(
-        "official_min_keep", "Blocks keep more patches than this (multi_block_official)."
-    )
-    allow_overlap: bool = _of_config("allow_overlap", "Let context patches lie inside target blocks.")
-    mask_ratio: float = _of_config("mask_ratio", "Share of the patches that is target (block, random).")
-    loss_type: str = _of_config("loss_type", "smooth_l1 (published code) or mse (paper).")
-    target_type: str = _of_config(
-        "target_type", "What is predicted: representation, or pixels of the target patches (table 7 of the paper)."
-    )
-    normalize_targets: bool = _of_config("normalize_targets", "Layer-normalise the targets.")
-    vicreg_weight: float = _of_config(
-        "vicreg_weight",
-        "Weight of VICReg's variance and covariance terms on pooled context features (C-JEPA); 0 is off.",
-    )
-    patch_init_std: float | None = _of_config(
-        "patch_init_std",
-        "Std of the initial patch embedding; 1/sqrt(inputs of a patch) if not given, 0.02 as published.",
-    )
+    hidden_size: int = flag("result", "Width D of the encoder.", 768)
+    num_hidden_layers: int = flag("result", "Depth of the encoder.", 12)
+    num_attention_heads: int = flag("result", "Heads of the encoder.", 12)
+    intermediate_size: int | None = flag("result", "Width of the encoder's MLPs; 4 x hidden_size if not given.")
     initializer_range: float = flag(
         "result", "Std of the initial weights (truncated normal); 0.02 as published.", 0.02
     )
     hidden_dropout_prob: float = flag("result", "Dropout after each sublayer.", 0.0)
+
+
+def _argument_of(entry: dataclasses.Field) -> tuple[str, Any, Any]:
+    """Returns name, type and field of the argument for a field of `IJepaConfig`."""
+    kind = entry.type if entry.default is None else type(entry.default)
+    return entry.name, list[float] if kind is tuple else kind, flag("result", entry.metadata["help"], entry.default)
+
+
+# The fields that `IJepaConfig` adds to the stock class are arguments by themselves, with default and help text there.
+_ConfigArguments: Any = dataclasses.make_dataclass(
+    "_ConfigArguments",
+    [
+        _argument_of(entry)
+        for entry in dataclasses.fields(IJepaConfig)
+        if entry.name not in StockIJepaConfig.__dataclass_fields__
+    ],
+    bases=(_EncoderArguments,),
+)
+
+
+@dataclass
+class ModelArguments(_ConfigArguments):
+    """Fields of `IJepaConfig` that a recipe or a flag sets; `IJepaConfig` has their ranges and sources."""
+
     attn_implementation: str | None = flag(
-        "speed", "Attention backend: sdpa, eager, ...; transformers' choice if not given.", None
+        "speed", "Attention backend: sdpa, eager, ...; transformers' choice if not given."
     )
     # Names that a recipe or a flag set: what a run that starts from weights asks to be otherwise than in the weights.
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
@@ -165,16 +147,15 @@ class DataArguments:
         "result",
         "digits or shapes (built in), a Hub id, a folder of images, or a file or folder of .parquet, .tar "
         "(WebDataset), .csv or .tsv (paths of images), or .npy.",
-        None,
     )
-    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.", None)
+    dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
     train_split_name: str = flag("result", "Split to train on.", "train")
     eval_split_name: str | None = flag(
-        "reporting", "Labelled split on which the finished encoder is scored; none if not given.", None
+        "reporting", "Labelled split on which the finished encoder is scored; none if not given."
     )
-    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.", None)
+    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
     label_column_name: str | None = flag(
-        "reporting", "Column of the labels, for the scores only; `label` if there is one.", None
+        "reporting", "Column of the labels, for the scores only; `label` if there is one."
     )
     streaming: bool = flag(
         "result",
@@ -186,8 +167,8 @@ class DataArguments:
         "Images that a reader of a stream shuffles together; their files are held in memory, undecoded.",
         1000,
     )
-    max_train_samples: int | None = flag("result", "Use only the first N images.", None)
-    max_eval_samples: int | None = flag("reporting", "Score with at most N images of each split.", None)
+    max_train_samples: int | None = flag("result", "Use only the first N images.")
+    max_eval_samples: int | None = flag("reporting", "Score with at most N images of each split.")
     image_mean: list[float] = flag("result", "Mean of each channel, of pixels in [0, 1].", IMAGENET_MEAN)
     image_std: list[float] = flag("result", "Standard deviation of each channel, of pixels in [0, 1].", IMAGENET_STD)
     min_crop_scale: float = flag(
@@ -275,27 +256,25 @@ class DataArguments:
 class PretrainingArguments:
     """The run: optimiser, schedules, batch, saving, logging."""
 
-    output_dir: str | None = flag("place", "Folder of the run; runs/<recipe> if not given.", None)
+    output_dir: str | None = flag("place", "Folder of the run; runs/<recipe> if not given.")
     overwrite_output_dir: bool = flag("place", "Delete what another run left in output_dir.", False)
     resume_from_checkpoint: str | None = flag(
-        "place", "A checkpoint folder, `latest` of output_dir, or `hub`: the last one that hub_model_id has.", None
+        "place", "A checkpoint folder, `latest` of output_dir, or `hub`: the last one that hub_model_id has."
     )
     model_name_or_path: str | None = flag(
         "result",
         "Weights to start from: a Hub id, a model folder, or a published .pth.tar; of I-JEPA, ViT or ViT-MAE. The "
         "model is then as in the weights, but for what the recipe or a flag sets.",
-        None,
     )
-    model_revision: str | None = flag("result", "Branch, tag or commit of model_name_or_path on the Hub.", None)
+    model_revision: str | None = flag("result", "Branch, tag or commit of model_name_or_path on the Hub.")
     new_predictor: bool = flag("result", "Start with an untrained predictor even where the weights have one.", False)
     predictor_warmup_steps: int | None = flag(
         "result",
         "Optimiser steps at the start that train the predictor alone, before the schedules begin; if not given, a "
         "twentieth of the run where the predictor is new and the encoders are not, else 0.",
-        None,
     )
-    learning_rate: float | None = flag("result", "Highest learning rate.", None)
-    base_learning_rate: float | None = flag("result", "Instead of learning_rate: times global batch / 256.", None)
+    learning_rate: float | None = flag("result", "Highest learning rate.")
+    base_learning_rate: float | None = flag("result", "Instead of learning_rate: times global batch / 256.")
     start_learning_rate: float = flag("result", "Learning rate at the start of the warm-up.", 0.0)
     final_learning_rate: float = flag("result", "Learning rate at the end.", 1e-6)
     warmup_epochs: float = flag("result", "Length of the warm-up, in epochs.", 0.0)
@@ -309,11 +288,9 @@ class PretrainingArguments:
     adam_beta1: float = flag("result", "AdamW's beta 1.", 0.9)
     adam_beta2: float = flag("result", "AdamW's beta 2.", 0.999)
     adam_epsilon: float = flag("result", "AdamW's epsilon.", 1e-8)
-    max_grad_norm: float | None = flag("result", "Clip gradients to this norm; off if not given.", None)
+    max_grad_norm: float | None = flag("result", "Clip gradients to this norm; off if not given.")
     num_train_epochs: float = flag("result", "Length of the run, in epochs.", 100.0)
-    max_train_steps: int | None = flag(
-        "result", "Length of the run, in optimiser steps; wins over num_train_epochs.", None
-    )
+    max_train_steps: int | None = flag("result", "Length of the run, in optimiser steps; wins over num_train_epochs.")
     per_device_train_batch_size: int = flag("speed", "Images per device and micro-batch.", 64)
     gradient_accumulation_steps: int = flag("speed", "Micro-batches per optimiser step.", 1)
     fit_batch_to_memory: bool = flag(
@@ -333,13 +310,11 @@ class PretrainingArguments:
         False,
     )
     num_cpu_threads: int | None = flag(
-        "speed", "Threads of torch on a CPU; its own choice if not given. 1 is fastest for small models.", None
+        "speed", "Threads of torch on a CPU; its own choice if not given. 1 is fastest for small models."
     )
     seed: int = flag("result", "Seed of every draw.", 0)
     logging_steps: int = flag("reporting", "Log every N optimiser steps.", 10)
-    checkpointing_steps: int | None = flag(
-        "reporting", "Save every N optimiser steps; once an epoch if not given.", None
-    )
+    checkpointing_steps: int | None = flag("reporting", "Save every N optimiser steps; once an epoch if not given.")
     checkpoints_total_limit: int = flag("reporting", "Keep at most N checkpoints.", 2)
     on_save_error: str = flag(
         "reporting",
@@ -356,13 +331,11 @@ class PretrainingArguments:
     eval_steps: int | None = flag(
         "reporting",
         "Score the target encoder with kNN on eval_split_name every N optimiser steps; only at the end if not given.",
-        None,
     )
     diagnostics_steps: int | None = flag(
         "reporting",
         "Measure the features of a fixed batch, and judge whether they collapse, every N optimiser steps; 0 is off. "
         "If not given, N is chosen so that it takes less than a hundredth of the time.",
-        None,
     )
     on_collapse: str = flag("reporting", "warn: say it and go on; stop: save, and end with exit code 5.", "warn")
     report_to: list[str] = flag(
@@ -371,17 +344,16 @@ class PretrainingArguments:
     license: str | None = flag(
         "reporting",
         "Licence of the weights, for their card: apache-2.0, cc-by-4.0, ...; that of model_name_or_path if not given.",
-        None,
     )
     push_to_hub: bool = flag("place", "Upload the model to hub_model_id, beside the training.", False)
-    hub_model_id: str | None = flag("place", "Repository on the Hub, such as me/my-ijepa.", None)
+    hub_model_id: str | None = flag("place", "Repository on the Hub, such as me/my-ijepa.")
     hub_private_repo: bool = flag("place", "Make the repository private, where it is made.", False)
     hub_strategy: str = flag(
         "place",
         "end: upload the finished model; checkpoint: after each save the model and the state to resume from.",
         "end",
     )
-    hub_revision: str | None = flag("place", "Branch to upload to; main if not given.", None)
+    hub_revision: str | None = flag("place", "Branch to upload to; main if not given.")
 
     def check(self) -> None:
         """Raises `ValueError` if a value is bad."""
@@ -490,25 +462,29 @@ def argument_defaults() -> dict[str, Any]:
     return argument_values(ModelArguments(), DataArguments(), PretrainingArguments())
 
 
-def argument_differences(
-    stored: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str], defaults: Mapping[str, Any]
+def differing_arguments(
+    stored: Mapping[str, Any],
+    current: Mapping[str, Any],
+    free: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Name the arguments in which two runs differ.
+    """Names the arguments in which two runs differ.
 
     Args:
-        stored: Arguments of the run that was; an argument it lacks, of an earlier version, had its default.
-        current: Arguments of the run that is.
-        free: Names that may differ. The batch of a device counts all the same with `multi_block_official`, whose
-            context depends on it.
-        defaults: Of arguments that `stored` may lack.
+        stored: Arguments of the earlier run or checkpoint.
+        current: Arguments of the run that is compared with it.
+        free: Names that may differ; if not given, all that do not change the result. `per_device_train_batch_size`
+            counts in any case with `multi_block_official`, whose context depends on it.
+        defaults: Values of arguments that `stored` lacks, because an earlier version wrote it; if not given, those of
+            `ijepa-hf pretrain`.
 
     Returns:
-        Such as "seed is 0 there, 1 here", sorted.
+        Phrases such as "seed is 0 there, 1 here", sorted.
     """
-    names = {*stored, *current} - set(free)
+    names = {*stored, *current} - set(argument_names("speed", "place", "reporting") if free is None else free)
     if current.get("masking_strategy") == "multi_block_official" and "per_device_train_batch_size" in current:
         names.add("per_device_train_batch_size")
-    before = {**defaults, **stored}
+    before = {**(argument_defaults() if defaults is None else defaults), **stored}
     return [
         f"{name} is {before.get(name)!r} there, {current.get(name)!r} here"
         for name in sorted(names)

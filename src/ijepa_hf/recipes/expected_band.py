@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_hf.recipes.arguments import argument_defaults, argument_differences, argument_names
+from ijepa_hf.recipes.arguments import argument_names, differing_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 
 POINTS_TO_LEAVE = 2  # outside, one after the other
@@ -334,7 +334,10 @@ def find_band(arguments: Mapping[str, Any]) -> ExpectedBand | None:
     Returns:
         The band; `None` where no recipe with a band has these arguments, apart from `NOT_COMPARED`.
     """
-    return next((band for band in _shipped_bands() if not differing_arguments(band, arguments)), None)
+    for band in _shipped_bands():
+        if not differing_arguments(band.arguments, arguments, NOT_COMPARED):
+            return band
+    return None
 
 
 def band_notice(arguments: Mapping[str, Any], given: Iterable[str]) -> str | None:
@@ -354,21 +357,9 @@ def band_notice(arguments: Mapping[str, Any], given: Iterable[str]) -> str | Non
     for band in _shipped_bands():
         recipe = load_recipe(band.recipe)
         if set(given).issuperset(recipe) and arguments["dataset_name"] == recipe.get("dataset_name"):
-            return f"not compared with {band.recipe}'s: {'; '.join(differing_arguments(band, arguments))}"
+            differing = differing_arguments(band.arguments, arguments, NOT_COMPARED)
+            return f"not compared with {band.recipe}'s: {'; '.join(differing)}"
     return None
-
-
-def differing_arguments(band: ExpectedBand, arguments: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from being compared with a band.
-
-    Args:
-        band: The band.
-        arguments: All arguments of the run.
-
-    Returns:
-        A phrase for each argument that differs and changes a curve.
-    """
-    return argument_differences(band.arguments, arguments, NOT_COMPARED, argument_defaults())
 
 
 def load_band(recipe: str) -> ExpectedBand | None:

@@ -25,7 +25,7 @@ from ijepa_hf.files import (
     write_text_atomically,
 )
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
-from ijepa_hf.recipes.arguments import PretrainingArguments, argument_defaults, argument_differences, argument_names
+from ijepa_hf.recipes.arguments import PretrainingArguments, differing_arguments
 from ijepa_hf.recipes.recipe_files import as_recipe
 from ijepa_hf.runs.checkpoints import (
     Checkpoint,
@@ -315,17 +315,3 @@ def _remove_partial_files(output_dir: Path) -> None:
                 remove_entry(entry)
     for entry in (output_dir / EVAL_RESULTS_FOLDER).glob(".*.partial"):
         remove_entry(entry)
-
-
-def differing_arguments(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What keeps two sets of arguments from being one run.
-
-    Args:
-        stored: Arguments of a run or checkpoint.
-        current: Arguments of the run that would go on from it.
-
-    Returns:
-        Such as "seed is 0 there, 1 here", for each argument that changes the result.
-    """
-    defaults = {name: value for name, value in argument_defaults().items() if name in current}
-    return argument_differences(stored, current, argument_names("speed", "place", "reporting"), defaults)
