@@ -44,10 +44,9 @@ from ijepa_hf.evaluation.results import Score, render_scores
 from ijepa_hf.hub.contents import StagedFolder
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
 from ijepa_hf.recipes.recipe_files import load_recipe
-from ijepa_hf.runs.cards import loading_lines, render_card, render_finetuning_card
+from ijepa_hf.runs.cards import loading_lines, render_classifier_card, render_converted_card, render_run_card
 from ijepa_hf.runs.checkpoints import find_latest
 from ijepa_hf.runs.export import export_model, exported_step, image_processor_fields
-from ijepa_hf.weights import convert
 from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
 from ijepa_hf.weights.start import open_starting_weights
 
@@ -470,16 +469,19 @@ def cards(name, tmp_path):
     config = ModelArguments(**{key: report["arguments"][key] for key in names}).to_config()
     asked = ("dataset_name", "output_dir", "train_split_name", "eval_split_name", "model_name_or_path", "license")
     arguments = {**report["arguments"], **dict.fromkeys(asked, name)}
-    yield "run", render_card({**report, "arguments": arguments, "hub_dataset": name, "hub_base_model": name}, config)
+    yield (
+        "run",
+        render_run_card({**report, "arguments": arguments, "hub_dataset": name, "hub_base_model": name}, config),
+    )
     published = {"source": {"name": name}}
-    yield "conversion", convert._card(tiny_config(), published, name)
+    yield "conversion", render_converted_card(tiny_config(), published, name, "cc-by-nc-4.0")
     values = {**dict.fromkeys(("dataset_name", "model", "output_dir", "eval_split_name"), name)}
     result = {
         "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "num_eval_images": 10, "num_train_images": 10,
         "classes": [name], "license": name, "license_is_known": False,
         "arguments": {**values, "from_scratch": False, "freeze_encoder": False, "note": name},
     }  # fmt: skip
-    yield "fine-tuning", render_finetuning_card(result)
+    yield "fine-tuning", render_classifier_card(result)
 
 
 def skeleton(text):
@@ -537,7 +539,7 @@ def test_the_commands_on_a_card_pass_a_name_as_one_word(tmp_path, canary):
             program = block.replace("pip install ijepa-hf\n", "").replace("ijepa-hf ", "printf '%s\\n' ")
             words = subprocess.run(["sh", "-c", program], check=True, capture_output=True, text=True)
             seen += words.stdout.splitlines().count(attack)
-    assert seen == 3
+    assert seen == 4
     assert not works(canary)
 
 

@@ -12,7 +12,7 @@ from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.data.reading import ImageRows
 from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.finetuning.report import draw_finetuning_curves, finetuning_result, render_finetuning
-from ijepa_hf.runs.cards import render_finetuning_card
+from ijepa_hf.runs.cards import render_classifier_card
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_last_accuracy_is_the_result_and_not_the_best(result):
 
 def test_the_card_and_the_printed_text_say_the_same_accuracy_start_and_number_of_images(result, tmp_path):
     (tmp_path / "finetune.json").write_text(json.dumps(result))
-    card, printed = render_finetuning_card(result), render_finetuning(tmp_path)
+    card, printed = render_classifier_card(result), render_finetuning(tmp_path)
     said = (
         "op-1 75.0 % (40.9 to 92.9, 95 % interval) of 8 held-out images, from pretrained weights, the encoder frozen, "
         "with 4 labelled images of 2 classes"
@@ -60,7 +60,7 @@ def test_the_card_and_the_printed_text_say_the_same_accuracy_start_and_number_of
     assert "`me/base` (commit `abc123`), fine-tuned on `birds`" in card
     assert "licence" not in printed
     unknown = {**result, "license": None, "license_is_known": False}
-    assert "Licence: that of `me/base` could not be read" in render_finetuning_card(unknown)
+    assert "Licence: that of `me/base` could not be read" in render_classifier_card(unknown)
 
 
 def test_the_curves_are_a_picture(result, tmp_path):

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from tiny import tiny_run
 
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
-from ijepa_hf.runs.cards import read_license, render_card, render_eval_results, verdict
+from ijepa_hf.runs.cards import read_license, render_eval_results, render_run_card, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def committed_report(name):
 
 def test_the_runs_card_is_the_rendered_one_and_says_what_was_measured(run, report):
     text = (run / "README.md").read_text("utf-8")
-    assert text == render_card(report, configuration(report))
+    assert text == render_run_card(report, configuration(report))
     for needed in (
         "# digits-tiny",
         "1,437 images" if report["arguments"]["num_train_images"] == 1437 else "64 images",
@@ -88,7 +88,7 @@ def test_scores_on_data_of_the_hub_are_written_in_the_hubs_newer_form_too(report
 def test_without_scores_a_log_or_a_licence_the_card_says_so_and_invents_nothing(report):
     bare = copy.deepcopy(report)
     bare.update(scores=[], log=None, num_eval_images=0)
-    text = render_card(bare, configuration(report))
+    text = render_run_card(bare, configuration(report))
     assert "model-index" not in text
     assert "kNN" not in text
     assert "Loss" not in text
@@ -99,9 +99,9 @@ def test_without_scores_a_log_or_a_licence_the_card_says_so_and_invents_nothing(
 def test_a_learning_rate_of_zero_is_a_learning_rate(report):
     changed = copy.deepcopy(report)
     changed["arguments"]["learning_rate"] = 0.0
-    assert "| 0.0 after" in render_card(changed, configuration(report))
+    assert "| 0.0 after" in render_run_card(changed, configuration(report))
     changed["arguments"].update(learning_rate=None, base_learning_rate=0.032)
-    assert "| 0.001 after" in render_card(changed, configuration(report))  # times 8 / 256
+    assert "| 0.001 after" in render_run_card(changed, configuration(report))  # times 8 / 256
 
 
 def test_metadata_that_cannot_be_read_is_an_error_and_no_missing_licence(tmp_path):
@@ -123,7 +123,7 @@ def test_licence_base_model_and_repository_come_from_the_run(report):
         license="cc-by-nc-4.0", model_name_or_path="you/ijepa", hub_model_id="me/adapted", predictor_warmup_steps=3
     )
     changed["hub_base_model"] = "you/ijepa"
-    text = render_card(changed, configuration(report))
+    text = render_run_card(changed, configuration(report))
     data = ModelCard(text).data
     assert (data.license, data.base_model) == ("cc-by-nc-4.0", "you/ijepa")
     assert 'model_id = "me/adapted"' in text
@@ -158,7 +158,7 @@ def test_the_committed_card_is_what_the_committed_numbers_give(folder):
     fields = {
         name: committed["arguments"].get(name, value) for name, value in argument_values(ModelArguments()).items()
     }
-    text = render_card(committed, ModelArguments(**fields).to_config())
+    text = render_run_card(committed, ModelArguments(**fields).to_config())
     assert text + "\n" == (folder / "README.md").read_text("utf-8")
     assert (folder / "figures" / "curves.png").is_file()
     assert ModelCard(text).data.eval_results[0].metric_value == round(committed["scores"][0]["knn"], 4)

@@ -97,12 +97,11 @@ def test_the_card_has_the_licence_and_code_that_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (40, 50), "red").save("image.jpg")
-    found = {}
+    found = {"image": Image.new("RGB", (40, 50), "red")}
     for block in blocks:
         exec(block, found)
     assert found["features"].shape == (1, 32)
-    assert found["model"].classifier.out_features == 10
+    assert found["classifier"].classifier.out_features == 10
 
 
 def test_files_of_the_old_format_are_converted_too(tmp_path):

@@ -40,7 +40,7 @@ from ijepa_hf.finetuning.classifier import check_shape, load_classifier, paramet
 from ijepa_hf.finetuning.folder import ARGUMENTS_FILE, check_output_dir, delete_run, find_checkpoint
 from ijepa_hf.finetuning.report import RESULT_FILE, draw_finetuning_curves, finetuning_result, render_finetuning
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
-from ijepa_hf.runs.cards import read_license, render_finetuning_card
+from ijepa_hf.runs.cards import read_license, render_classifier_card
 from ijepa_hf.runs.export import image_processor_fields
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def finetune(arguments: FinetuningArguments) -> str:
     )  # fmt: skip
     (output_dir / "figures").mkdir(exist_ok=True)
     draw_finetuning_curves(result, output_dir / "figures" / "curves.png")
-    card = render_finetuning_card(result)
+    card = render_classifier_card(result)
     write_text_atomically(output_dir / "README.md", card)
     write_json_atomically(output_dir / RESULT_FILE, result)  # last: it says "finished"
     for folder in output_dir.glob("checkpoint-*"):

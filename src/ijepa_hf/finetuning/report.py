@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from ijepa_hf.data.labelled import LabelledSplits
-from ijepa_hf.runs.cards import _loading_lines, _summary, _unknown_license_lines
+from ijepa_hf.runs.cards import classifier_summary, license_note, loading_lines
 from ijepa_hf.runs.folder import FINETUNING_FILE
 
 RESULT_FILE = FINETUNING_FILE
@@ -103,14 +103,14 @@ def render_finetuning(output_dir: Path) -> str:
     result = json.loads((output_dir / RESULT_FILE).read_text("utf-8"))
     return "\n".join(
         [
-            f"{_summary(result)}",
+            classifier_summary(result),
             f"the last epoch's, after {result['steps']} steps; nothing was chosen on these images",
-            *(f"licence: {line}" for line in _unknown_license_lines(result)),
+            *([f"licence: {license_note(result)}"] if license_note(result) else []),
             "",
             f"pictures: {output_dir / 'figures' / 'curves.png'}",
             "",
             "load it with:",
             "",
-            *(f"    {line}" for line in _loading_lines(str(output_dir))),
+            *(f"    {line}" for line in loading_lines(str(output_dir), classifier=True)),
         ]
     )

@@ -24,7 +24,7 @@ from ijepa_hf.figures.curves import draw_curves_figure
 from ijepa_hf.files import FIGURE_BYTES, saving, write_json_atomically, write_text_atomically
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.expected_band import BandWatch, RunRows, find_band
-from ijepa_hf.runs.cards import loading_lines, render_card, render_eval_results, score_rows, verdict
+from ijepa_hf.runs.cards import loading_lines, render_eval_results, render_run_card, score_rows, verdict
 from ijepa_hf.runs.folder import (
     DIAGNOSTICS_FILE,
     EVAL_RESULTS_FOLDER,
@@ -85,7 +85,7 @@ def write_report(
         "hub_base_model": _on_the_hub(arguments["model_name_or_path"]),
         "arguments": dict(arguments),
     }
-    card = render_card(report, model.config)
+    card = render_run_card(report, model.config)
     with saving(output_dir, FIGURE_BYTES):
         (output_dir / "figures").mkdir(exist_ok=True)
         if rows:  # a log can be lost (a checkpoint that was moved); that must not keep the run from ending
@@ -198,5 +198,12 @@ def render_report(output_dir: Path) -> str:
         lines += text_table(score_rows(report["scores"]))
         lines += ["", *verdict(report["scores"])]
     figures = ", ".join(on_one_line(path) for path in sorted((output_dir / "figures").glob("*.png")))
-    lines += ["", f"pictures: {figures}", "", "load it with:", "", *loading_lines(str(output_dir))]
+    lines += [
+        "",
+        f"pictures: {figures}",
+        "",
+        "load it with:",
+        "",
+        *(f"    {line}" for line in loading_lines(str(output_dir))),
+    ]
     return "\n".join(lines)
