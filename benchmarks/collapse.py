@@ -57,7 +57,8 @@ def gradient_into_target() -> None:
     from torch.nn.functional import layer_norm
 
     from ijepa_hf import IJepaForPretraining
-    from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS, gather_patches
+    from ijepa_hf.model.encoder_ijepa import gather_patches
+    from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS
 
     def encode_targets(self: Any, pixel_values: Any, target_indices: Any) -> Any:
         features = self.context_encoder(pixel_values).last_hidden_state

@@ -36,7 +36,8 @@ import torch
 import transformers.models.ijepa.modeling_ijepa
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
+from ijepa_hf.model.encoder_ijepa import sincos_position_table
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.weights.convert import convert
 from ijepa_hf.weights.convert_back import convert_to_official
 from ijepa_hf.weights.official_names import PARTS, official_names, optimizer_groups, translate

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.encoder_ijepa import IJepaModel
 from ijepa_hf.model.masking import draw_masks
-from ijepa_hf.model.modeling_ijepa import IJepaModel, new_model
+from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe

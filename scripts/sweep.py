@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from ijepa_hf.data.transforms import normalize
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features, score_features
 from ijepa_hf.files import write_json_atomically, write_text_atomically
-from ijepa_hf.model.modeling_ijepa import IJepaModel, new_model
+from ijepa_hf.model.encoder_ijepa import IJepaModel
+from ijepa_hf.model.modeling_ijepa import new_model
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe, read_yaml
 from ijepa_hf.runs.folder import DIAGNOSTICS_FILE, METRICS_FILE

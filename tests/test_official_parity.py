@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
+from ijepa_hf.model.encoder_ijepa import sincos_position_table
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.training.plan import StepValues, make_plan, values_at
 from ijepa_hf.training.step import StepResult, make_optimizer, training_step

@@ -48,8 +48,9 @@ from ijepa_hf.diagnosis.verdict import COMPLETE, DIMENSIONAL, LEAST_RANK, judge_
 from ijepa_hf.evaluation.probes.knn import knn_accuracy
 from ijepa_hf.evaluation.scorecard import ScoredImages, load_scored_images, pooled_features
 from ijepa_hf.figures.panels import BLOCK_COLORS, DPI, FAINT_COLOR, TEXT_COLOR, plain_frame
+from ijepa_hf.model.encoder_ijepa import gather_patches
 from ijepa_hf.model.masking import draw_masks
-from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS, gather_patches
+from ijepa_hf.model.modeling_ijepa import TARGET_NORM_EPS
 
 NETWORK = IJepaConfig(
     image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,

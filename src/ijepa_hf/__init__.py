@@ -13,8 +13,9 @@ from transformers import AutoModelForPreTraining
 from transformers import IJepaConfig as _StockIJepaConfig
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.encoder_ijepa import IJepaModel
 from ijepa_hf.model.masking import Masks, MaskSettings, draw_masks
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, IJepaModel, IJepaPredictor
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaForPretrainingOutput, IJepaPredictor
 
 if TYPE_CHECKING:
     from ijepa_hf.data.collator import IJepaDataCollator

@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, 
 
 from ijepa_hf.finetuning.arguments import FinetuningArguments
 from ijepa_hf.finetuning.classifier import load_classifier, parameter_groups
-from ijepa_hf.model.modeling_ijepa import IJepaModel, sincos_position_table
+from ijepa_hf.model.encoder_ijepa import IJepaModel, sincos_position_table
 from ijepa_hf.runs.export import export_model
 
 NAMES = [str(digit) for digit in range(10)]

@@ -14,13 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_hf import IJepaConfig, IJepaForPretraining, IJepaModel
-from ijepa_hf.model.modeling_ijepa import (
-    from_file_name,
-    gather_patches,
-    sincos_position_table,
-    to_file_name,
-    variance_and_covariance,
-)
+from ijepa_hf.model.encoder_ijepa import from_file_name, gather_patches, sincos_position_table, to_file_name
+from ijepa_hf.model.modeling_ijepa import variance_and_covariance
 from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
 
 

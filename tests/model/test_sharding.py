@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from sharded_processes import RUN, SAVED_AT, STEPS, WAYS, fresh_model, one_pass, share_a_model, take_steps
 from tiny import NETWORKS, differences, scrambled_model, tiny_batch, tiny_model
 
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaLayer
+from ijepa_hf.model.encoder_ijepa import IJepaLayer
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model.sharding import is_sharded, make_fsdp_plugin, whole_model, whole_tensor
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
 from ijepa_hf.training.step import make_optimizer

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import scrambled_model, tiny_batch
 
 from ijepa_hf import IJepaForPretraining
-from ijepa_hf.model.modeling_ijepa import sincos_position_table
+from ijepa_hf.model.encoder_ijepa import sincos_position_table
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, save_checkpoint
 from ijepa_hf.runs.export import export_model
 from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint

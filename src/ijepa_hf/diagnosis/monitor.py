@@ -22,9 +22,10 @@ from ijepa_hf.diagnosis.measures import (
     residual_ratio,
 )
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
+from ijepa_hf.model.encoder_ijepa import gather_patches
 from ijepa_hf.model.features import evaluating, target_features
 from ijepa_hf.model.masking import draw_masks
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, gather_patches
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.randomness import DRAW_VIEWS, keyed_generator
 
 MONITOR_IMAGES = 48  # with 8x8 patches 3,072 rows, and 48 images a position

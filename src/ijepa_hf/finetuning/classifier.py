@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from ijepa_hf.finetuning.arguments import FinetuningArguments
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import IJepaModel
+from ijepa_hf.model.encoder_ijepa import IJepaModel
 from ijepa_hf.model.vision_models import ImageSettings, damaged_weights, refuse_kernels
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaModel, distance
+from ijepa_hf.model.encoder_ijepa import IJepaModel
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, distance
 
 
 @contextlib.contextmanager

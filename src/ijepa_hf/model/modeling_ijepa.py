@@ -29,7 +29,6 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see export.py
 from .encoder_ijepa import (
-    IJepaLayer,
     IJepaModel,
     IJepaPreTrainedModel,
     check_indices,
@@ -37,26 +36,8 @@ from .encoder_ijepa import (
     from_file_name,
     gather_patches,
     make_layers,
-    sincos_position_table,
-    to_file_name,
 )
 from .masking import draw_masks
-
-__all__ = [
-    "PRETRAINING_SUBFOLDER",
-    "TARGET_NORM_EPS",
-    "IJepaForPretraining",
-    "IJepaForPretrainingOutput",
-    "IJepaLayer",
-    "IJepaModel",
-    "IJepaPredictor",
-    "distance",
-    "from_file_name",
-    "gather_patches",
-    "new_model",
-    "sincos_position_table",
-    "to_file_name",
-]
 
 PRETRAINING_SUBFOLDER = "pretraining"
 TARGET_NORM_EPS = 1e-5  # of the layer norm without affine over the targets; the encoders' own is `layer_norm_eps`

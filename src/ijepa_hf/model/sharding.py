@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaLayer
+from ijepa_hf.model.encoder_ijepa import IJepaLayer
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 # Settings of accelerate's launcher that would change what a run does, and what is there instead.
 _REFUSED = {

@@ -31,7 +31,8 @@ from ijepa_hf.files import (
     write_json_atomically,
 )
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, to_file_name
+from ijepa_hf.model.encoder_ijepa import to_file_name
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 
 WEIGHTS_FILE = "model.safetensors"
 BILINEAR = 2  # PIL's number, as image processors write it

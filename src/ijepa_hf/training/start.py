@@ -13,7 +13,8 @@ from typing import Any
 
 from ijepa_hf.hub.push import fetch_checkpoint
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaModel, new_model
+from ijepa_hf.model.encoder_ijepa import IJepaModel
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments, differing_arguments
 from ijepa_hf.runs.checkpoints import Checkpoint, find_latest, read_checkpoint
 from ijepa_hf.runs.folder import check_begun, is_finished, read_run

@@ -24,7 +24,8 @@ from torch import Tensor
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.files import flush_to_disk, write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, to_file_name
+from ijepa_hf.model.encoder_ijepa import to_file_name
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.runs.cards import render_converted_card
 from ijepa_hf.runs.checkpoints import (
     MODEL_FILE,

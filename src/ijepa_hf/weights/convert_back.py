@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ijepa_hf.files import flush_to_disk, read_json
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, from_file_name
+from ijepa_hf.model.encoder_ijepa import from_file_name
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.runs.checkpoints import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, find_latest
 from ijepa_hf.runs.export import WEIGHTS_FILE, exported_step
 from ijepa_hf.runs.folder import CONVERSION_FILE

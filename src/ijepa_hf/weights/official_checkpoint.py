@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, sincos_position_table
+from ijepa_hf.model.encoder_ijepa import sincos_position_table
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.weights.official_names import (
     NAME_PREFIX,
     PARTS,

@@ -29,14 +29,8 @@ from transformers.utils import (
 
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.modeling_ijepa import (
-    PRETRAINING_SUBFOLDER,
-    IJepaForPretraining,
-    IJepaModel,
-    IJepaPredictor,
-    from_file_name,
-    sincos_position_table,
-)
+from ijepa_hf.model.encoder_ijepa import IJepaModel, from_file_name, sincos_position_table
+from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, IJepaPredictor
 from ijepa_hf.runs.cards import read_license
 from ijepa_hf.runs.checkpoints import config_fields
 from ijepa_hf.weights.locate import (
