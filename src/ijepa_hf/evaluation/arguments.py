@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.constants import REPOCARD_NAME
+
 from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
 from ijepa_hf.recipes.arguments import LabelledDataFlags, flag, nearest_name
 from ijepa_hf.recipes.parsing import CommandParser, model_parser, parse_flags
@@ -105,7 +107,7 @@ class EvaluationArguments(EvaluationFlags):
             raise ValueError(f"label_fraction={self.label_fraction} must be greater than 0 and at most 1.")
         if "regression" in self.method and not self.numbers():
             raise ValueError("target_columns is not given: write --target_columns followed by columns of numbers.")
-        if self.update_card and not (Path(self.model) / "README.md").is_file():
+        if self.update_card and not (Path(self.model) / REPOCARD_NAME).is_file():
             raise ValueError(
                 f"update_card: model={self.model!r} is no folder with a README.md in it, so there is no card to add "
                 "scores to; leave it out."

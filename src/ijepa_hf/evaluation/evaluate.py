@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from threadpoolctl import threadpool_limits
 from transformers import AutoConfig
 
@@ -107,7 +108,7 @@ def evaluate_model(arguments: EvaluationArguments) -> str:
     if arguments.update_card:
         name = str(arguments.dataset_name)
         on_hub = {"name": Path(name).name, "type": name if not Path(name).exists() else Path(name).name}
-        card = Path(arguments.model) / "README.md"
+        card = Path(arguments.model) / REPOCARD_NAME
         update_card(card, Path(arguments.model).resolve().name, {**on_hub, "split": arguments.eval_split_name}, scores)
     return _render(arguments, images, scores, path)
 

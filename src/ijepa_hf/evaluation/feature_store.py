@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from ijepa_hf.data.reading import ImageRows
 from ijepa_hf.files import write_atomically, write_json_atomically
 
-MANIFEST_FILE = "manifest.json"
+_FEATURES_FILE = "manifest.json"
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def _named(plan: _Plan) -> list[tuple[str, range]]:
 
 def _sound_shards(folder: Path, plan: _Plan) -> dict[str, str]:
     """SHA-256 of the shards that are there and whole."""
-    path = folder / MANIFEST_FILE
+    path = folder / _FEATURES_FILE
     if not path.is_file():
         return {}
     try:
@@ -290,7 +290,7 @@ def _write_shard(path: Path, features: np.ndarray) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_json_atomically(folder / MANIFEST_FILE, manifest)
+    write_json_atomically(folder / _FEATURES_FILE, manifest)
 
 
 def _map_shard(path: Path) -> np.ndarray:

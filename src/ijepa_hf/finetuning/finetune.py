@@ -38,10 +38,11 @@ from ijepa_hf.files import write_json_atomically, write_text_atomically
 from ijepa_hf.finetuning.arguments import FinetuningArguments
 from ijepa_hf.finetuning.classifier import check_shape, load_classifier, parameter_groups
 from ijepa_hf.finetuning.folder import ARGUMENTS_FILE, check_output_dir, delete_run, find_checkpoint
-from ijepa_hf.finetuning.report import RESULT_FILE, draw_finetuning_curves, finetuning_result, render_finetuning
+from ijepa_hf.finetuning.report import draw_finetuning_curves, finetuning_result, render_finetuning
 from ijepa_hf.model.vision_models import ImageSettings, check_model_name, commit_of, read_image_settings
 from ijepa_hf.runs.cards import read_license, render_classifier_card
 from ijepa_hf.runs.export import image_processor_fields
+from ijepa_hf.runs.folder import FINETUNING_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def finetune(arguments: FinetuningArguments) -> str:
     output_dir = Path(cast(str, arguments.output_dir))
     values = dataclasses.asdict(arguments)
     check_output_dir(output_dir, arguments)
-    if (output_dir / RESULT_FILE).is_file() and not arguments.overwrite_output_dir:
+    if (output_dir / FINETUNING_FILE).is_file() and not arguments.overwrite_output_dir:
         logger.warning("%s holds this fine-tuning, finished; its result follows.", output_dir)
         return render_finetuning(output_dir)
     checkpoint = find_checkpoint(output_dir, arguments)
@@ -222,8 +223,8 @@ def finetune(arguments: FinetuningArguments) -> str:
     (output_dir / "figures").mkdir(exist_ok=True)
     draw_finetuning_curves(result, output_dir / "figures" / "curves.png")
     card = render_classifier_card(result)
-    write_text_atomically(output_dir / "README.md", card)
-    write_json_atomically(output_dir / RESULT_FILE, result)  # last: it says "finished"
+    write_text_atomically(output_dir / REPOCARD_NAME, card)
+    write_json_atomically(output_dir / FINETUNING_FILE, result)  # last: it says "finished"
     for folder in output_dir.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return render_finetuning(output_dir)

@@ -10,11 +10,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError, safe_open
 
 from ijepa_hf.finetuning.arguments import FinetuningArguments, FinetuningFlags
-from ijepa_hf.finetuning.report import RESULT_FILE
 from ijepa_hf.recipes.arguments import differing_arguments
+from ijepa_hf.runs.folder import FINETUNING_FILE
 
 ARGUMENTS_FILE = "finetune_arguments.json"
 
@@ -25,7 +26,7 @@ _FREE_ARGUMENTS = {
     entry.name for entry in dataclasses.fields(FinetuningFlags) if entry.metadata["changes"] in ("speed", "place")
 }
 _RUN_ENTRIES = (
-    ARGUMENTS_FILE, RESULT_FILE, "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    ARGUMENTS_FILE, FINETUNING_FILE, REPOCARD_NAME, "config.json", "model.safetensors", "preprocessor_config.json",
     "figures",
 )  # fmt: skip
 
@@ -58,7 +59,7 @@ def check_output_dir(output_dir: Path, arguments: FinetuningArguments) -> None:
                     )
         return
     _check_same_run(output_dir, dataclasses.asdict(arguments))
-    if arguments.resume_from_checkpoint is None and not (output_dir / RESULT_FILE).is_file():
+    if arguments.resume_from_checkpoint is None and not (output_dir / FINETUNING_FILE).is_file():
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds this fine-tuning, unfinished. Add --resume_from_checkpoint latest "
             "to continue it, or --overwrite_output_dir to start again."

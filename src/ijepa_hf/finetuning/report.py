@@ -14,8 +14,6 @@ from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.runs.cards import classifier_summary, license_note, loading_lines
 from ijepa_hf.runs.folder import FINETUNING_FILE
 
-RESULT_FILE = FINETUNING_FILE
-
 
 def finetuning_result(
     state: Any,
@@ -100,7 +98,7 @@ def render_finetuning(output_dir: Path) -> str:
     Returns:
         Several lines of plain text.
     """
-    result = json.loads((output_dir / RESULT_FILE).read_text("utf-8"))
+    result = json.loads((output_dir / FINETUNING_FILE).read_text("utf-8"))
     return "\n".join(
         [
             classifier_summary(result),

@@ -20,6 +20,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER
 from ijepa_hf.recipes.arguments import differing_arguments
 from ijepa_hf.runs.cards import with_address
+from ijepa_hf.runs.checkpoints import CHECKPOINT_FILE
 from ijepa_hf.runs.export import CODE_FILES, WEIGHTS_FILE, exported_step
 from ijepa_hf.runs.folder import (
     CONVERSION_FILE,
@@ -33,7 +34,7 @@ from ijepa_hf.runs.folder import (
 )
 
 LAST_CHECKPOINT = "last-checkpoint"  # transformers' Trainer uses this name too
-_CHECKPOINT_RECORD = f"{LAST_CHECKPOINT}/checkpoint.json"
+_CHECKPOINT_RECORD = f"{LAST_CHECKPOINT}/{CHECKPOINT_FILE}"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 # What is taken of a folder, as patterns of `Path.glob`. First of a run's or a converted one ...

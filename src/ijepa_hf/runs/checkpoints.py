@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ijepa_hf.files import file_bytes, flush_to_disk, remove_entry, save_tensors, saving
 from ijepa_hf.model.sharding import whole_tensor
 
-MANIFEST_FILE = "checkpoint.json"
+CHECKPOINT_FILE = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -148,7 +148,7 @@ def save_checkpoint(
         text = _sealed(
             {"step": step, "files": files, "config": dict(config), "arguments": dict(arguments), "stream": stream}
         )
-        (partial / MANIFEST_FILE).write_text(text, "utf-8")
+        (partial / CHECKPOINT_FILE).write_text(text, "utf-8")
     others = [folder for _, folder in _folders(output_dir) if folder != final]
     for folder in others[: max(0, len(others) - (total_limit - 1))]:
         try:
@@ -357,7 +357,7 @@ def _delete(folder: Path) -> None:
 def _read(path: Path) -> Checkpoint:
     """Checks a folder that exists."""
     try:
-        content = (path / MANIFEST_FILE).read_bytes()
+        content = (path / CHECKPOINT_FILE).read_bytes()
         manifest = json.loads(content)
         if not _seal_holds(content, manifest):
             raise ValueError("it is not what was written: its SHA-256 differs")
@@ -366,7 +366,7 @@ def _read(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if _is_passing(error):
             raise
-        raise DamagedCheckpointError(f"{path}: {MANIFEST_FILE} is missing or unreadable ({error}).") from error
+        raise DamagedCheckpointError(f"{path}: {CHECKPOINT_FILE} is missing or unreadable ({error}).") from error
     for name, expected in files.items():
         try:
             same = _fingerprint(path / name) == expected

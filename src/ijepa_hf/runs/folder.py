@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from torch import nn
 
 from ijepa_hf.files import (
@@ -57,7 +58,7 @@ GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, DIAGNOSTICS_FILE, UNREADABLE_FI
 # What a run writes, and `overwrite_output_dir` deletes. `run.json` is replaced only: it says whose the rest is, also
 # after a process that was killed while it deleted.
 _RUN_ENTRIES = (
-    REPORT_FILE, RECIPE_FILE, *GROWING_FILES, *(name + DAMAGED_SUFFIX for name in GROWING_FILES), "README.md",
+    REPORT_FILE, RECIPE_FILE, *GROWING_FILES, *(name + DAMAGED_SUFFIX for name in GROWING_FILES), REPOCARD_NAME,
     "config.json", WEIGHTS_FILE, "preprocessor_config.json", PRETRAINING_SUBFOLDER, "figures", "trackers", *CODE_FILES,
     EVAL_RESULTS_FOLDER,
 )  # fmt: skip

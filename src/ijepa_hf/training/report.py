@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.constants import REPOCARD_NAME
 from torch import nn
 
 from ijepa_hf import __version__
@@ -94,7 +95,7 @@ def write_report(
             path = output_dir / EVAL_RESULTS_FOLDER / name
             path.parent.mkdir(exist_ok=True)
             write_text_atomically(path, entries)
-        write_text_atomically(output_dir / "README.md", card)
+        write_text_atomically(output_dir / REPOCARD_NAME, card)
         write_json_atomically(output_dir / REPORT_FILE, report)  # last: it says "finished"
 
 

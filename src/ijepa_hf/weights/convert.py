@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import safe_open
 from torch import Tensor
 
@@ -153,7 +154,7 @@ def _write_folder(
         _check_written(folder / path, tensors)
     report["bit_equal"] = {path: {"tensors": len(tensors)} for path, tensors in written.items()}
     write_text_atomically(folder / CONVERSION_FILE, _report_text(report))
-    write_text_atomically(folder / "README.md", render_converted_card(model.config, report, name, PUBLISHED_LICENSE))
+    write_text_atomically(folder / REPOCARD_NAME, render_converted_card(model.config, report, name, PUBLISHED_LICENSE))
 
 
 def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: OptimizerState) -> Path:

@@ -24,7 +24,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from ijepa_hf.runs.checkpoints import MANIFEST_FILE
+from ijepa_hf.runs.checkpoints import CHECKPOINT_FILE
 
 USABLE = (
     "Usable are: a folder or repo written by ijepa-hf; IJepaModel, ViTModel and ViTMAEModel checkpoints in "
@@ -160,7 +160,7 @@ def _root_fields(place: _Place) -> tuple[dict[str, Any], _Place]:
                 f"{_named(place.name)}: there is no such folder on this disk, and {CONFIG_NAME} of such a repo is not "
                 "in the cache (HF_HUB_OFFLINE is set)."
             )
-        if place.folder is not None and (place.folder / MANIFEST_FILE).is_file():
+        if place.folder is not None and (place.folder / CHECKPOINT_FILE).is_file():
             raise ValueError(
                 f"{_named(place.name)} is a checkpoint inside a run; give the run's folder "
                 f"{str(place.folder.parent)!r}, or go on with that run by --resume_from_checkpoint."

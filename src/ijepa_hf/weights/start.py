@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
@@ -89,7 +90,6 @@ _PREDICTOR_FIELDS = {  # field -> the same in the predictor's own configuration,
     "predictor_num_attention_heads": "num_attention_heads",
 }
 _PUBLISHED_EPS = 1e-6
-_CARD_NAME = "README.md"
 _MOST_PROBLEMS = 10  # listed in one error
 
 
@@ -310,15 +310,15 @@ def _with_companions(weights: StartingWeights, place: _Place) -> StartingWeights
 
     Offline, a file that is merely not in the cache must not pass for one that does not exist.
     """
-    card, processor = place.find(_CARD_NAME), place.find(IMAGE_PROCESSOR_NAME)
+    card, processor = place.find(REPOCARD_NAME), place.find(IMAGE_PROCESSOR_NAME)
     if processor is None and not place.is_known_to_lack(IMAGE_PROCESSOR_NAME):
         raise FileNotFoundError(
             f"{_named(place.name)}: the cache does not hold its {IMAGE_PROCESSOR_NAME}, and HF_HUB_OFFLINE is set, so "
             "it is not known how its images are normalised. Run `hf download "
-            f"{place.name} {IMAGE_PROCESSOR_NAME} {_CARD_NAME}` where the Hub can be reached; or give the repo's "
+            f"{place.name} {IMAGE_PROCESSOR_NAME} {REPOCARD_NAME}` where the Hub can be reached; or give the repo's "
             "folder in the cache, with --image_mean and --image_std."
         )
-    license_is_known = card is not None or place.is_known_to_lack(_CARD_NAME)
+    license_is_known = card is not None or place.is_known_to_lack(REPOCARD_NAME)
     if not license_is_known:
         logger.warning(_unknown_license_note(place.name))
     fields = _read_json(place, processor) if processor is not None else {}
@@ -582,8 +582,8 @@ def _other_notes(weights: StartingWeights, config: IJepaConfig) -> list[str]:
 
 def _unknown_license_note(source: str) -> str:
     return (
-        f"The licence of {source} is not known: its {_CARD_NAME} is not in the cache, and HF_HUB_OFFLINE is set. Look "
-        "it up on the Hub, and set --license to it."
+        f"The licence of {source} is not known: its {REPOCARD_NAME} is not in the cache, and HF_HUB_OFFLINE is set. "
+        "Look it up on the Hub, and set --license to it."
     )
 
 

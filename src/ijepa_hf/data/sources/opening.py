@@ -185,7 +185,7 @@ def _pick(name: str, splits: Any, split: str) -> Any:
 
 
 def _lists_configurations(folder: Path) -> bool:
-    card = folder / "README.md"
+    card = folder / huggingface_hub.constants.REPOCARD_NAME
     metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
     return bool(metadata) and "configs" in cast(dict[str, Any], metadata)
 
