@@ -1,10 +1,10 @@
-"""Makes the expected band of a recipe from finished runs of it, and says how often a run is outside the others' band.
+"""Makes the expected band of a recipe from finished runs, and compares each run with the band of the others.
 
     for seed in 0 1 2 3 4; do ijepa-hf pretrain digits --seed $seed --output_dir runs/digits-$seed; done
     python scripts/record_band.py digits runs/digits-*
 
-Runs differ in their seed only. The band goes to `src/ijepa_hf/recipes/bands/<recipe>.json`, from where it is shipped.
-Each run is then compared with the band that the others make: a run of the recipe should be inside.
+The runs may differ in their seed only. The band is written to `src/ijepa_hf/recipes/bands/<recipe>.json`, which is
+shipped. Each run is then compared with the band of the other runs; it should be inside.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from ijepa_hf.runs.rows import read_rows
 
 BANDS = Path(__file__).resolve().parent.parent / "src" / "ijepa_hf" / "recipes" / "bands"
 LEAST_SEEDS = 3
-WIDENED_BY = 1.0  # times the range of the seeds, below the least and above the largest of them
+WIDENED_BY = 1.0  # times the range of the seeds, below the lowest and above the highest of them
 NEIGHBOURS = 2  # steps before and after one, whose ranges count too
 WINDOWS = 20  # of the loss in a run, at most
 ROWS_IN_WINDOW = 4  # at least
@@ -42,17 +42,17 @@ _LIMITS = {"loss": (0.0, math.inf), "rankme": (1.0, math.inf), "knn": (0.0, 1.0)
 
 
 def read_finished_run(folder: Path, recipe: str) -> tuple[RunRows, dict[str, Any]]:
-    """What a run has logged, and what it ran on.
+    """Reads the logs of a finished run and the machine that it ran on.
 
     Args:
         folder: Of the run.
-        recipe: That it has to be of.
+        recipe: Name of the recipe that the run must have followed.
 
     Returns:
-        Its rows and its machine.
+        The rows, and the machine as in `report.json`.
 
     Raises:
-        ValueError: If it is not finished, collapsed, or is not a run of the recipe.
+        ValueError: If the run is not finished, has collapsed, or has followed another recipe.
     """
     if not (folder / REPORT_FILE).is_file():
         raise ValueError(f"{folder} holds no finished run: there is no {REPORT_FILE}.")
@@ -68,15 +68,14 @@ def read_finished_run(folder: Path, recipe: str) -> tuple[RunRows, dict[str, Any
 
 
 def recipe_differences(recipe: str, arguments: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from being one of a recipe, of which a band can be made.
+    """Names the arguments in which a run differs from a recipe, so that no band can be made of it.
 
     Args:
         recipe: Name of a shipped recipe.
         arguments: All arguments of the run, or those that its band keeps.
 
     Returns:
-        A phrase for each argument that differs and changes a curve; batch and images of the whole run, which are no
-        arguments, are passed over.
+        A phrase for each argument that differs and changes a curve.
     """
     model, data, run = parse_arguments([recipe])
     there = argument_values(model.resolved(model.to_config()), data, run)
@@ -92,10 +91,10 @@ def _compared(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_band(recipe: str, runs: Sequence[RunRows], machines: Sequence[Mapping[str, Any]]) -> ExpectedBand:
-    """Makes a band of runs that differ in their seed.
+    """Makes a band from runs that differ in their seed.
 
-    At each step the band goes from the least value of the runs to the largest, and on both sides `WIDENED_BY` times
-    their range farther: a new run leaves the plain range of n others with probability 2/(n + 1), at each step. The
+    At each step the band goes from the lowest value of the runs to the highest, widened on both sides by `WIDENED_BY`
+    times their range: a new run leaves the plain range of n others with probability 2/(n + 1), at each step. The
     range is the largest of the step's own and of `NEIGHBOURS` steps before and after it, since that of a few runs is
     small by chance somewhere. Loss and RankMe are widened in proportion (on a logarithmic scale), kNN by points. No
     bound leaves what the number can be.
@@ -103,7 +102,7 @@ def make_band(recipe: str, runs: Sequence[RunRows], machines: Sequence[Mapping[s
     Args:
         recipe: Name of the recipe.
         runs: At least `LEAST_SEEDS` finished ones.
-        machines: What they ran on, each once.
+        machines: The machines of the runs, each once.
 
     Returns:
         The band.
@@ -144,7 +143,7 @@ def make_band(recipe: str, runs: Sequence[RunRows], machines: Sequence[Mapping[s
 
 
 def loss_window(num_steps: int, logging_steps: int) -> int:
-    """Optimiser steps in a window of the loss: a multiple of the steps between two rows.
+    """Returns the number of optimiser steps in a window of the loss: a multiple of the steps between two rows.
 
     Args:
         num_steps: Of the run.
@@ -157,7 +156,7 @@ def loss_window(num_steps: int, logging_steps: int) -> int:
 
 
 def _widen(curve: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
-    """The band of a curve, see `make_band`, from the values of each run by step."""
+    """Makes the band of a curve from the values of each run by step (see `make_band`)."""
     steps = sorted(runs[0])
     values = np.array([[run[step] for step in steps] for run in runs], dtype=np.float64)
     values = values if curve == "knn" else np.log(values)

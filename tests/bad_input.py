@@ -1,22 +1,17 @@
-"""What the tests of bad input share: how many examples, how long and how large one may get, and what came of them."""
+"""What the tests of bad input share: how many examples are tried, and how long and how large one may get."""
 
 import contextlib
 import math
 import resource
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
-
-# What became of each property's examples: "right", or the name of the error's class; and the CPU seconds they took.
-OUTCOMES: defaultdict[str, Counter[str]] = defaultdict(Counter)
-SECONDS: defaultdict[str, float] = defaultdict(float)
 
 # Of wall-clock time for one example: none takes a hundredth of it, so only a hang reaches it, on a busy machine too.
 DEADLINE = timedelta(seconds=30)
@@ -27,23 +22,13 @@ HEALTH = [
 ]
 
 
-def everyday(examples: int) -> Any:
-    """The same examples in every run."""
-    return hypothesis.settings(max_examples=examples, derandomize=True, deadline=DEADLINE)
-
-
-def thorough(examples: int) -> Any:
-    """Other examples in each run."""
+def examples(everyday: int, thorough: int) -> Any:
+    """Tries the same few examples every day, and many others in each run of `make test-slow`."""
+    if hypothesis.settings.default.max_examples == hypothesis.settings.get_profile("everyday").max_examples:
+        return hypothesis.settings(max_examples=everyday, deadline=DEADLINE)
     return hypothesis.settings(
-        max_examples=examples, derandomize=False, deadline=DEADLINE, print_blob=True, suppress_health_check=HEALTH
+        max_examples=thorough, derandomize=False, deadline=DEADLINE, suppress_health_check=HEALTH
     )
-
-
-def count(name: str, check: Callable[..., str], *arguments: Any) -> None:
-    """Runs one example and counts what came of it."""
-    start = time.process_time()
-    OUTCOMES[name][check(*arguments)] += 1
-    SECONDS[name] += time.process_time() - start
 
 
 @contextlib.contextmanager

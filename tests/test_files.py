@@ -51,7 +51,7 @@ def test_json_comes_back_as_it_was_and_what_is_no_object_is_named(tmp_path):
     write_json_atomically(path, {"name": "é", "values": [1, 2.5, None]})
     assert path.read_bytes().endswith(b"}\n")
     assert read_json(path) == {"name": "é", "values": [1, 2.5, None]}
-    for content, message in ((b'{"half', "is damaged"), (b"\xff", "is damaged"), (b"[]", "holds no object")):
+    for content, message in ((b'{"half', "is damaged"), (b"\xff", "is damaged"), (b"[]", "holds no JSON object")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_json(path)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and disks that are full (`SaveError`)."""
+"""Writes files whole or not at all, reads and writes JSON, and reports full disks (`SaveError`)."""
 
 import contextlib
 import errno
@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 
 # A header entry of safetensors is some 150 bytes; configurations, manifests and folders take a few blocks.
 _BYTES_PER_TENSOR, _BYTES_BESIDE_TENSORS = 256, 2**16
-FIGURE_BYTES = 2**20  # that a few pictures and records take at most
+FIGURE_BYTES = 2**20  # an upper bound for a few pictures and records
 
 
 class SaveError(OSError):
-    """State could not be written: the disk is full, read-only or gone. What was written before is whole.
+    """The disk is full, read-only or gone, and something was not written. What was written before is whole.
 
     Args:
         message: Folder, reason, bytes needed and free, and what to do.
-        number: The operating system's, as `errno` names it; `None` where it gave none.
+        number: The operating system's error number, as in `errno`; `None` where it gave none.
     """
 
     def __init__(self, message: str, number: int | None = None) -> None:
@@ -34,17 +34,17 @@ class SaveError(OSError):
 
 @contextlib.contextmanager
 def saving(path: Path, num_bytes: int) -> Iterator[None]:
-    """Turns whatever keeps the block from writing into one `SaveError`; too little space is found before it begins.
+    """Turns every error that keeps the block from writing into one `SaveError`; checks the free space first.
 
     Args:
-        path: The folder or file that is written.
-        num_bytes: What it takes.
+        path: The folder or file that the block writes.
+        num_bytes: Its size, in bytes.
 
     Yields:
         Nothing.
 
     Raises:
-        SaveError: If there is less space, or the operating system refuses something in the block.
+        SaveError: If less space is free, or the operating system refuses an operation in the block.
     """
     try:
         free = free_bytes(path)
@@ -55,7 +55,7 @@ def saving(path: Path, num_bytes: int) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         number, reason = _number_and_reason(error)
-        if reason is None:  # no fault of the disk's
+        if reason is None:  # not an error of the disk
             raise
         free = free_bytes(path)
         raise SaveError(
@@ -68,29 +68,29 @@ def saving(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that may still be written where a path is or would be.
+    """Returns the number of bytes that can still be written at a path.
 
     Args:
         path: A file or folder; need not exist.
 
     Returns:
-        The bytes; `None` where the file system does not say.
+        The bytes; `None` where the file system does not report them.
     """
     existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
     if existing is None:
         return None
     usage = shutil.disk_usage(existing)
-    return usage.free if usage.total else None  # some network file systems say 0 of 0
+    return usage.free if usage.total else None  # some network file systems report 0 of 0
 
 
 def file_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of a file of tensors, with its header and what small files go beside it.
+    """Returns the size of a file of tensors, with its header and the small files beside it.
 
     Args:
-        tensors: All that are written, whole ones if sharded.
+        tensors: All tensors in the file; unsharded.
 
     Returns:
-        The bytes, a little too many.
+        The bytes, rounded up generously.
     """
     sizes = [tensor.numel() * tensor.element_size() + _BYTES_PER_TENSOR for tensor in tensors]
     return sum(sizes) + _BYTES_BESIDE_TENSORS
@@ -109,7 +109,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         flush_to_disk(partial)
         os.replace(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what went wrong first is what is said
+        with contextlib.suppress(OSError):  # the first error is the one to report
             partial.unlink()
         raise
     flush_to_disk(path.parent)
@@ -145,29 +145,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
         The object; `None` where there is no such file.
 
     Raises:
-        ValueError: If the file is no JSON, or holds anything but an object.
+        ValueError: If the file is not JSON, or its value is not an object.
     """
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or let what wrote it write it again.") from error
+        raise ValueError(f"{path} is damaged ({error}); delete it, or run the command that wrote it again.") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path} holds no object; delete it, or let what wrote it write it again.")
+        raise ValueError(f"{path} holds no JSON object; delete it, or run the command that wrote it again.")
     return record
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file that those may read who may enter its folder.
+    """Writes a safetensors file with the permissions of its folder.
 
     Args:
-        tensors: On the CPU, contiguous.
-        path: The file, in a hidden folder: safetensors leaves a file of its own beside it when it is killed.
+        tensors: By name; on the CPU, contiguous.
+        path: The file, in a hidden folder: a process killed in safetensors leaves a temporary file beside it.
         metadata: Of the file.
     """
     save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' files are its user's alone
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the user alone read its files
 
 
 def flush_to_disk(path: Path) -> None:
@@ -184,10 +184,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove_entry(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it; one that is missing is no error.
+    """Removes a file, a link or a folder with its content; does nothing where it is missing.
 
     Args:
-        path: What to remove.
+        path: The file, link or folder.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -196,7 +196,7 @@ def remove_entry(path: Path) -> None:
 
 
 def _number_and_reason(error: OSError | SafetensorError) -> tuple[int | None, str | None]:
-    """What the operating system said; safetensors has it in its message only, or it is another kind of error."""
+    """Returns the operating system's error; safetensors has it in its message only. `None` for other errors."""
     if isinstance(error, OSError):
         return error.errno, error.strerror or str(error)
     found = re.search(r"os error (\d+)", str(error))

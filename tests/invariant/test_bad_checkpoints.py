@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import bounded, count, everyday, thorough
+from bad_input import bounded, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -249,17 +249,10 @@ def restored(model: Any, optimizer: Any, expected: Any) -> bool:
     return same(found.model, expected[0]) and same(found.optimizer, expected[1])
 
 
-@everyday(60)
+@examples(60, 1000)
 @given(damage=damages(STATE_FILES, True), is_unsealed=st.sampled_from([False, False, True]))
 def test_a_damaged_checkpoint_gives_its_bits_or_is_refused_by_file(damage, is_unsealed):
-    count("checkpoints", outcome_of_checkpoint, damage, is_unsealed)
-
-
-@pytest.mark.slow
-@thorough(1000)
-@given(damage=damages(STATE_FILES, True), is_unsealed=st.sampled_from([False, False, True]))
-def test_1000_damaged_checkpoints_give_their_bits_or_are_refused_by_file(damage, is_unsealed):
-    count("checkpoints", outcome_of_checkpoint, damage, is_unsealed)
+    outcome_of_checkpoint(damage, is_unsealed)
 
 
 # -- model folders ---------------------------------------------------------------------------------------------------
@@ -286,14 +279,7 @@ def outcome_of_model_folder(damage: tuple[str, Callable[[Path], None]]) -> str:
     return "right"
 
 
-@everyday(50)
+@examples(50, 1000)
 @given(damage=damages(MODEL_FILES, False))
 def test_a_damaged_model_folder_gives_its_bits_or_is_refused_by_file(damage):
-    count("model folders", outcome_of_model_folder, damage)
-
-
-@pytest.mark.slow
-@thorough(1000)
-@given(damage=damages(MODEL_FILES, False))
-def test_1000_damaged_model_folders_give_their_bits_or_are_refused_by_file(damage):
-    count("model folders", outcome_of_model_folder, damage)
+    outcome_of_model_folder(damage)

@@ -10,8 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
-from bad_input import bounded, count, everyday, thorough
+from bad_input import bounded, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,30 +175,16 @@ def use(groups: Any) -> str:
     return "right"
 
 
-@everyday(100)
+@examples(100, 2000)
 @given(argv=command_lines())
 def test_a_command_line_becomes_checked_arguments_or_is_refused_naming_what_was_written(argv):
-    count("flags", outcome_of_command_line, argv)
+    outcome_of_command_line(argv)
 
 
-@pytest.mark.slow
-@thorough(2000)
-@given(argv=command_lines())
-def test_2000_command_lines_become_checked_arguments_or_are_refused_naming_what_was_written(argv):
-    count("flags", outcome_of_command_line, argv)
-
-
-@everyday(20)
+@examples(20, 300)
 @given(argv=command_lines())
 def test_a_refused_command_line_is_one_message_and_exit_code_2(argv):
-    count("exit codes", outcome_of_refusal, argv)
-
-
-@pytest.mark.slow
-@thorough(300)
-@given(argv=command_lines())
-def test_300_refused_command_lines_are_one_message_and_exit_code_2_each(argv):
-    count("exit codes", outcome_of_refusal, argv)
+    outcome_of_refusal(argv)
 
 
 def outcome_of_refusal(argv: list[str]) -> str:
@@ -326,17 +311,10 @@ def check_words(values: dict[str, Any], content: bytes, arguments: dict[str, Any
             assert found == float(written)
 
 
-@everyday(100)
+@examples(100, 2000)
 @given(content=recipes())
 def test_a_recipe_becomes_checked_arguments_or_is_refused_naming_the_key_or_the_file(content):
-    count("recipes", outcome_of_recipe, content)
-
-
-@pytest.mark.slow
-@thorough(2000)
-@given(content=recipes())
-def test_2000_recipes_become_checked_arguments_or_are_refused_naming_the_key_or_the_file(content):
-    count("recipes", outcome_of_recipe, content)
+    outcome_of_recipe(content)
 
 
 def test_what_is_drawn_covers_every_flag_of_the_parser():

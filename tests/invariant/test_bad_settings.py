@@ -5,9 +5,8 @@ import tempfile
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from bad_input import ODD_VALUES, bounded, count, everyday, says, thorough
+from bad_input import ODD_VALUES, bounded, examples, says
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -168,17 +167,10 @@ def check_masks(masks: Masks, settings: MaskSettings, batch: int) -> None:
         assert not bool(seen.gather(1, target.reshape(batch, -1)).any())
 
 
-@everyday(100)
+@examples(100, 2000)
 @given(own=configs())
 def test_a_config_works_wholly_or_is_refused_by_name_and_value(own):
-    count("configs", outcome_of_config, own)
-
-
-@pytest.mark.slow
-@thorough(2000)
-@given(own=configs())
-def test_2000_configs_work_wholly_or_are_refused_by_name_and_value(own):
-    count("configs", outcome_of_config, own)
+    outcome_of_config(own)
 
 
 # -- geometries ------------------------------------------------------------------------------------------------------
@@ -235,14 +227,7 @@ def outcome_of_geometry(fields: dict[str, Any], seed: int) -> str:
     return "right"
 
 
-@everyday(100)
+@examples(100, 2000)
 @given(fields=geometries(), seed=st.integers(0, 2**32))
 def test_masks_of_any_geometry_come_in_time_or_the_geometry_is_refused_by_name(fields, seed):
-    count("geometries", outcome_of_geometry, fields, seed)
-
-
-@pytest.mark.slow
-@thorough(2000)
-@given(fields=geometries(), seed=st.integers(0, 2**32))
-def test_masks_of_2000_geometries_come_in_time_or_are_refused_by_name(fields, seed):
-    count("geometries", outcome_of_geometry, fields, seed)
+    outcome_of_geometry(fields, seed)

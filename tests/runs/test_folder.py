@@ -177,7 +177,7 @@ def test_a_damaged_record_is_taken_from_the_newest_whole_checkpoint_where_the_ru
     check_begun(run, RESUMES)
     check_output_dir(run, arguments, RESUMES)
     assert "run.json is damaged" in caplog.text
-    assert f"what {run / 'checkpoint-4'} says of the run is taken instead" in caplog.text
+    assert f"the record in {run / 'checkpoint-4'} is taken instead" in caplog.text
     assert read_run(run, RESUMES) == {"arguments": arguments, "config": find_latest(run).config}
     with pytest.raises(ValueError, match="holds another run: seed is 0 there, 1 here"):
         check_output_dir(run, {**arguments, "seed": 1}, RESUMES)
@@ -215,7 +215,7 @@ def test_damaged_lines_are_moved_aside_when_a_run_goes_on_and_named_to_who_reads
     prepare_output_dir(run, stored_arguments(run), {}, RESUMES, find_latest(run))
     assert [row["step"] for row in read_rows(log)] == [2, 4]
     assert (run / "metrics.jsonl.damaged").read_bytes() == b"".join(damaged)
-    assert f"4 damaged lines of {log} are kept in {log}.damaged" in caplog.text
+    assert f"4 damaged lines of {log} are moved to {log}.damaged" in caplog.text
     log.write_bytes(damaged[0] + log.read_bytes())
     prepare_output_dir(run, stored_arguments(run), {}, RESUMES, find_latest(run))
     assert (run / "metrics.jsonl.damaged").read_bytes() == b"".join([*damaged, damaged[0]])

@@ -1,6 +1,6 @@
-"""What a pretraining run is told: three dataclasses behind the command line and the recipes.
+"""Declares the arguments of a pretraining run: three dataclasses behind the command line and the recipes.
 
-One name for each thing, the same in a recipe, as a flag, in logs and in docs. A recipe is a flat YAML file of these
+An argument has one name, the same in a recipe, as a flag, in logs and in docs. A recipe is a flat YAML file of these
 names, shipped inside the package (`recipe_names()`) or given by path; flags override it.
 """
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 HUB_STRATEGIES = ("end", "checkpoint")
 
 
-# What an argument changes: the weights or scores of a run; its time and memory, and no number but by rounding; its
-# folder and its repository; what is logged, measured, saved and said of it, and when it stops.
+# What an argument changes. result: the weights or scores of a run. speed: its time and memory, and its numbers by
+# rounding only. place: its folder and repository. reporting: what is logged, measured and saved, and when it stops.
 CHANGES = ("result", "speed", "place", "reporting")
 
 
 def flag(changes: str, text: str, default: Any = None) -> Any:
-    """Make a field of a dataclass of flags.
+    """Makes a field of a dataclass of flags.
 
     Args:
         changes: What the flag changes, one of `CHANGES`.
-        text: What `--help` says.
-        default: The value where the flag is not given; of a list or tuple each object gets its own list.
+        text: The text in `--help`.
+        default: The value where the flag is not given; each object gets its own copy of a list.
 
     Returns:
         The field.
@@ -96,7 +96,8 @@ class ModelArguments(_ConfigArguments):
         """Returns the validated model configuration.
 
         Args:
-            base: The configuration of the weights to start from, if any: whatever no recipe or flag set is as there.
+            base: The configuration of the weights to start from, if any; it gives every field that no recipe or flag
+                set.
 
         Raises:
             ValueError: If a field is bad or a geometry cannot fit; the message says what would.
@@ -105,7 +106,7 @@ class ModelArguments(_ConfigArguments):
         if base is not None:
             changes = {name: value for name, value in fields.items() if name in self.given}
             if fields["masking_strategy"] != base.masking_strategy and "masking_strategy" in changes:
-                # what belongs to the other strategy goes with it
+                # the fields of the other strategy do not carry over
                 changes = {**{name: fields[name] for name in MASK_FIELDS}, **changes}
             return base.replace(**changes)
         if fields["intermediate_size"] is None:
@@ -113,7 +114,7 @@ class ModelArguments(_ConfigArguments):
         return IJepaConfig(**fields)
 
     def resolved(self, config: IJepaConfig) -> "ModelArguments":
-        """The same arguments with the values that a configuration has, so that a run's record says what it was.
+        """Returns the same arguments with the values of a configuration, for the record of the run.
 
         Args:
             config: From `to_config`.
@@ -141,7 +142,7 @@ class ModelArguments(_ConfigArguments):
 
 @dataclass
 class DataArguments:
-    """Where the images come from and how they are cut."""
+    """The source of the images, and how they are read and cropped."""
 
     dataset_name: str | None = flag(
         "result",
@@ -164,7 +165,7 @@ class DataArguments:
     )
     shuffle_buffer_size: int = flag(
         "result",
-        "Images that a reader of a stream shuffles together; their files are held in memory, undecoded.",
+        "Images that a reader of a stream shuffles together; it holds their undecoded files in memory.",
         1000,
     )
     max_train_samples: int | None = flag("result", "Use only the first N images.")
@@ -177,28 +178,28 @@ class DataArguments:
     dataloader_num_workers: int = flag("speed", "Processes that load images; 0 loads in the training process.", 0)
     keep_images_in_memory: str = flag(
         "result",
-        "Keep images decoded, which must be 8-bit pictures of one size; pixels of crops may be off by 2 of 255. yes; "
-        "no; auto: where they are, take 1 GB at most in each process, and the run reads as many images as there are.",
+        "Keep the decoded images, which must be 8-bit pictures of one size; pixels of crops may be off by 2 of 255. "
+        "yes; no; auto: yes for such images if they take at most 1 GB in each process and the run lasts an epoch.",
         "auto",
     )
     max_broken_share: float = flag(
         "reporting",
-        "Stop, and list them, when more than this share of the images cannot be read; others are skipped.",
+        "Stop when more than this share of the images cannot be read, and list them; fewer are skipped.",
         0.05,
     )
     data_retry_seconds: float = flag(
         "reporting",
-        "How long a source of data that fails (an I/O error, a server's error, a stall) is tried again, in seconds, "
-        "before the run saves its state and stops; 0 does not try again.",
+        "How long to retry a source of data that fails (an I/O error, a server's error, a stall), in seconds, before "
+        "the run saves its state and stops; 0 does not retry.",
         300.0,
     )
     data_timeout_seconds: float = flag(
-        "reporting", "A read that takes longer than this counts as failed, in seconds; 0 waits for ever.", 120.0
+        "reporting", "Seconds after which a read counts as failed; 0 waits for ever.", 120.0
     )
 
     @property
     def source(self) -> "ImageSource":
-        """Which images they are, for `sources`."""
+        """The source, as `load_split` takes it."""
         from ijepa_hf.data.sources.opening import (
             ImageSource,  # `--help` needs no `datasets`, which takes a second to import
         )
@@ -263,18 +264,18 @@ class PretrainingArguments:
     )
     model_name_or_path: str | None = flag(
         "result",
-        "Weights to start from: a Hub id, a model folder, or a published .pth.tar; of I-JEPA, ViT or ViT-MAE. The "
-        "model is then as in the weights, but for what the recipe or a flag sets.",
+        "Weights to start from: a Hub id, a model folder, or a published .pth.tar; of I-JEPA, ViT or ViT-MAE. They "
+        "set all model arguments that neither the recipe nor a flag sets.",
     )
     model_revision: str | None = flag("result", "Branch, tag or commit of model_name_or_path on the Hub.")
     new_predictor: bool = flag("result", "Start with an untrained predictor even where the weights have one.", False)
     predictor_warmup_steps: int | None = flag(
         "result",
-        "Optimiser steps at the start that train the predictor alone, before the schedules begin; if not given, a "
-        "twentieth of the run where the predictor is new and the encoders are not, else 0.",
+        "Optimiser steps at the start that train the predictor alone, before the schedules begin; if not given, 5 "
+        "percent of the run where the predictor is new and the encoders are not, else 0.",
     )
     learning_rate: float | None = flag("result", "Highest learning rate.")
-    base_learning_rate: float | None = flag("result", "Instead of learning_rate: times global batch / 256.")
+    base_learning_rate: float | None = flag("result", "Sets learning_rate to this value times global batch / 256.")
     start_learning_rate: float = flag("result", "Learning rate at the start of the warm-up.", 0.0)
     final_learning_rate: float = flag("result", "Learning rate at the end.", 1e-6)
     warmup_epochs: float = flag("result", "Length of the warm-up, in epochs.", 0.0)
@@ -283,30 +284,30 @@ class PretrainingArguments:
     ema_momentum: float = flag("result", "Momentum of the target encoder at the start.", 0.996)
     final_ema_momentum: float = flag("result", "Momentum of the target encoder at the end.", 1.0)
     schedule_scale: float = flag(
-        "result", "Schedules are this many times as long as the run (published ipe_scale).", 1.0
+        "result", "Length of the schedules, in lengths of the run (published ipe_scale).", 1.0
     )
     adam_beta1: float = flag("result", "AdamW's beta 1.", 0.9)
     adam_beta2: float = flag("result", "AdamW's beta 2.", 0.999)
     adam_epsilon: float = flag("result", "AdamW's epsilon.", 1e-8)
     max_grad_norm: float | None = flag("result", "Clip gradients to this norm; off if not given.")
     num_train_epochs: float = flag("result", "Length of the run, in epochs.", 100.0)
-    max_train_steps: int | None = flag("result", "Length of the run, in optimiser steps; wins over num_train_epochs.")
+    max_train_steps: int | None = flag("result", "Length of the run, in optimiser steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = flag("speed", "Images per device and micro-batch.", 64)
     gradient_accumulation_steps: int = flag("speed", "Micro-batches per optimiser step.", 1)
     fit_batch_to_memory: bool = flag(
         "speed",
-        "Where a micro-batch does not fit into memory, take smaller ones and more of them; the global batch stays the "
+        "Take smaller micro-batches, and more of them, where one does not fit into memory; the global batch stays the "
         "same.",
         False,
     )
     mixed_precision: str = flag("result", "no (float32) or bf16.", "no")
     gradient_checkpointing: bool = flag(
-        "speed", "Recompute every layer in the backward pass: least memory, a sixth more time.", False
+        "speed", "Recompute every layer in the backward pass: least memory, 1/6 more time.", False
     )
     selective_checkpointing: bool = flag(
         "speed",
-        "Recompute only layer norms and activation functions in the backward pass: two thirds of the memory, a "
-        "little more time.",
+        "Recompute layer norms and activation functions only in the backward pass: 2/3 of the memory, a little more "
+        "time.",
         False,
     )
     num_cpu_threads: int | None = flag(
@@ -319,7 +320,7 @@ class PretrainingArguments:
     on_save_error: str = flag(
         "reporting",
         "When the state cannot be written (disk full, folder gone or read-only): stop, with exit code 8; or continue: "
-        "say it, go on, and try again at the next save.",
+        "warn, go on training, and try again at the next save.",
         "stop",
     )
     max_skipped_steps: int = flag(
@@ -335,22 +336,25 @@ class PretrainingArguments:
     diagnostics_steps: int | None = flag(
         "reporting",
         "Measure the features of a fixed batch, and judge whether they collapse, every N optimiser steps; 0 is off. "
-        "If not given, N is chosen so that it takes less than a hundredth of the time.",
+        "If not given, N is chosen so that this takes less than 1 percent of the time.",
     )
-    on_collapse: str = flag("reporting", "warn: say it and go on; stop: save, and end with exit code 5.", "warn")
+    on_collapse: str = flag(
+        "reporting", "warn: log a warning and go on; stop: save, and end with exit code 5.", "warn"
+    )
     report_to: list[str] = flag(
         "reporting", "Trackers: tensorboard, trackio, wandb (pip install ijepa-hf[trackers]).", []
     )
     license: str | None = flag(
         "reporting",
-        "Licence of the weights, for their card: apache-2.0, cc-by-4.0, ...; that of model_name_or_path if not given.",
+        "Licence of the weights, for their card: apache-2.0, cc-by-4.0, ...; the licence of model_name_or_path if not "
+        "given.",
     )
-    push_to_hub: bool = flag("place", "Upload the model to hub_model_id, beside the training.", False)
+    push_to_hub: bool = flag("place", "Upload the model to hub_model_id while training goes on.", False)
     hub_model_id: str | None = flag("place", "Repository on the Hub, such as me/my-ijepa.")
-    hub_private_repo: bool = flag("place", "Make the repository private, where it is made.", False)
+    hub_private_repo: bool = flag("place", "Make a new repository private.", False)
     hub_strategy: str = flag(
         "place",
-        "end: upload the finished model; checkpoint: after each save the model and the state to resume from.",
+        "end: upload the finished model; checkpoint: upload the model and the training state after each save.",
         "end",
     )
     hub_revision: str | None = flag("place", "Branch to upload to; main if not given.")
@@ -444,10 +448,10 @@ _CHANGES_OF: dict[str, str] = {
 
 
 def argument_names(*changes: str) -> set[str]:
-    """Return the names of arguments, as written in recipes.
+    """Returns the names of arguments, as written in recipes.
 
     Args:
-        *changes: Words of `CHANGES`: only arguments that change one of these; none returns all names.
+        *changes: Words of `CHANGES`; only arguments that change one of these are named. All if none is given.
     """
     return {name for name, word in _CHANGES_OF.items() if not changes or word in changes}
 
@@ -494,7 +498,7 @@ def differing_arguments(
 
 @dataclass(kw_only=True)
 class LabelledDataFlags:
-    """The flags of a command that say which labelled images it takes; names as in `ijepa-hf pretrain`."""
+    """The flags that choose the labelled images of a command; names as in `ijepa-hf pretrain`."""
 
     dataset_name: str | None = flag(
         "result",
@@ -512,20 +516,20 @@ class LabelledDataFlags:
 
     @property
     def labelled(self) -> LabelledSource:
-        """What these flags name, for `load_labelled_splits`."""
+        """The source, as `load_labelled_splits` takes it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(LabelledSource)}
         return LabelledSource(**{**values, "dataset_name": str(self.dataset_name)})
 
 
 def nearest_name(name: str, known: set[str]) -> str:
-    """The end of a message about a name that does not exist.
+    """Suggests a name in place of one that does not exist.
 
     Args:
-        name: What was written.
-        known: What there is.
+        name: The name that does not exist.
+        known: The names that exist.
 
     Returns:
-        A question with the most similar name, or the list of all.
+        The end of an error message: the most similar name, or all names.
     """
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(known))}."
@@ -537,12 +541,12 @@ def _entries(group: Any) -> list[dataclasses.Field]:
 
 
 def check_at_least(arguments: Any, least: int, *names: str) -> None:
-    """Refuse numbers below a limit.
+    """Refuses numbers below a limit.
 
     Args:
         arguments: Has the numbers as attributes; `None` passes.
         least: The least number allowed.
-        *names: Of the attributes.
+        *names: Names of the attributes.
 
     Raises:
         ValueError: If a number is less.

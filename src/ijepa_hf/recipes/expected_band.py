@@ -1,12 +1,12 @@
-"""The band in which the curves of a recipe are expected: made of runs of several seeds, compared with other runs.
+"""Compares the curves of a run with the band that earlier runs of its recipe, with several seeds, have made.
 
-A recipe that was measured ships `recipes/bands/<recipe>.json`, made by `scripts/record_band.py`: for each curve, steps
-with the least and the largest value expected there, and what the runs were. A run with the recipe's arguments is held
-against it, row by row. A band never stops a run: it says where a run is unlike others of its recipe.
+A recipe that was measured ships `recipes/bands/<recipe>.json`, made by `scripts/record_band.py`. For each curve it has
+steps, with the lowest and the highest value expected there, and it records the runs. A run with the recipe's arguments
+is compared with it row by row. A band never stops a run: it shows where a run differs from others of its recipe.
 
-Three curves: the loss, as means over windows of steps, since the loss of one step is noise for the most part; RankMe
-of the target encoder's patches on the fixed images of `diagnostics.jsonl`; kNN of `evaluations.jsonl`, where the
-recipe sets `eval_steps`.
+There are three curves: the loss, averaged over windows of steps because single steps are noisy; RankMe of the target
+encoder's patches on the fixed images of `diagnostics.jsonl`; kNN of `evaluations.jsonl`, where the recipe sets
+`eval_steps`.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ import numpy as np
 from ijepa_hf.recipes.arguments import argument_names, differing_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 
-POINTS_TO_LEAVE = 2  # outside, one after the other
-LEAST_ROWS_SHARE = 0.5  # of the rows in a window of the band; with fewer, the run has no loss to compare there
+POINTS_TO_LEAVE = 2  # points outside in a row for a curve to have left its band
+LEAST_ROWS_SHARE = 0.5  # of the rows in a window of the band; a window with fewer is not compared
 
-# What may differ between a run and the recipe that it is compared with: the seed, and what changes no curve.
+# Arguments that may differ between a run and the recipe that it is compared with: the seed, and those that change no
+# curve.
 _SCORED_ON = {"eval_split_name", "label_column_name", "max_eval_samples"}  # they change the curve of kNN
 NOT_COMPARED = (argument_names("speed", "place", "reporting") - _SCORED_ON) | {"seed"}
 
@@ -37,12 +38,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class BandCurve:
-    """Where a curve is expected.
+    """The expected values of a curve.
 
     Args:
-        steps: Optimiser steps, rising; of the loss the last of each window.
-        lower: The least value expected at each.
-        upper: The largest.
+        steps: Optimiser steps, ascending; for the loss, the last of each window.
+        lower: The lowest value expected at each step.
+        upper: The highest value expected at each step.
     """
 
     steps: tuple[int, ...]
@@ -50,7 +51,7 @@ class BandCurve:
     upper: tuple[float, ...]
 
     def at(self, step: int) -> tuple[float, float] | None:
-        """The bounds at a step, interpolated; `None` before the first and after the last step of the band."""
+        """Returns the bounds at a step, interpolated; `None` before the first and after the last step of the band."""
         if not self.steps[0] <= step <= self.steps[-1]:
             return None
         return float(np.interp(step, self.steps, self.lower)), float(np.interp(step, self.steps, self.upper))
@@ -58,16 +59,16 @@ class BandCurve:
 
 @dataclass(frozen=True)
 class ExpectedBand:
-    """The expected curves of a recipe, and what they were made of.
+    """The expected curves of a recipe, and a record of the runs behind them.
 
     Args:
         recipe: Its name.
         seeds: Of the runs.
-        machines: What they ran on, as their `report.json` says it, each once.
+        machines: The machines of the runs, as in `report.json`, each once.
         loss_window: Optimiser steps in a window of the loss.
-        loss_rows: Rows in a window of the runs.
-        curves: By name, `loss`, `rankme` and `knn`; those that the runs have.
-        arguments: Of the runs, those that are compared.
+        loss_rows: Rows that the runs logged in a window.
+        curves: By name: `loss`, `rankme` and `knn`, as far as the runs have them.
+        arguments: The compared arguments of the runs.
     """
 
     recipe: str
@@ -80,17 +81,17 @@ class ExpectedBand:
 
     @property
     def in_words(self) -> str:
-        """Its recipe, and of how many runs it was made."""
+        """The recipe and the number of runs."""
         return f"{self.recipe} ({len(self.seeds)} seeds)"
 
     def as_json(self) -> str:
-        """What its file holds; `read_band` reads it."""
+        """Returns the text of the band's file; `read_band` reads it."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
 @dataclass(frozen=True)
 class RunRows:
-    """What a run has logged.
+    """The logs of a run.
 
     Args:
         arguments: All its arguments, as in `run.json`.
@@ -105,7 +106,7 @@ class RunRows:
     evaluations: Rows = ()
 
     def of(self, curve: str) -> Rows:
-        """The rows that a curve is in."""
+        """Returns the rows that hold a curve."""
         return {"loss": self.metrics, "rankme": self.diagnostics, "knn": self.evaluations}[curve]
 
 
@@ -114,13 +115,13 @@ class RunRows:
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a run beside what is expected there.
+    """A value of a run and its expected range.
 
     Args:
-        step: Optimiser step; of a window of the loss the last.
+        step: Optimiser step; for the loss, the last of the window.
         value: Of the run.
-        lower: The least value expected.
-        upper: The largest.
+        lower: The lowest value expected.
+        upper: The highest value expected.
     """
 
     step: int
@@ -130,12 +131,12 @@ class Point:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the value is expected; the bounds are."""
+        """Whether the value is in its range; the bounds belong to it."""
         return self.lower <= self.value <= self.upper
 
     @property
     def distance(self) -> float:
-        """How far it is outside, in widths of the band."""
+        """The distance from the range, in widths of the band; 0 inside."""
         return max(self.lower - self.value, self.value - self.upper, 0.0) / max(self.upper - self.lower, 1e-12)
 
 
@@ -145,8 +146,8 @@ class Excursion:
 
     Args:
         first: The first point outside.
-        farthest: The one that is farthest outside.
-        back: The first inside again; `None` where the curve has stayed outside.
+        farthest: The point farthest outside.
+        back: The first point inside again; `None` where the curve has stayed outside.
     """
 
     first: Point
@@ -155,14 +156,13 @@ class Excursion:
 
 
 class BandWatch:
-    """A run beside the band of its recipe.
+    """Compares a run with the band of its recipe while it goes on.
 
-    What it says follows from the rows alone, so that a run which goes on after a stop says what an uninterrupted one
-    says.
+    The results depend on the rows alone, so a resumed run gives the same as an uninterrupted one.
 
     Args:
         band: From `find_band`.
-        rows: What the run has logged so far.
+        rows: The logs of the run so far.
     """
 
     def __init__(self, band: ExpectedBand, rows: RunRows) -> None:
@@ -174,14 +174,14 @@ class BandWatch:
                 self.add(curve, row)
 
     def add(self, curve: str, row: Mapping[str, Any]) -> list[str]:
-        """Takes a row that was logged.
+        """Adds a logged row.
 
         Args:
-            curve: `loss`, `rankme` or `knn`; one that the band lacks is passed over.
-            row: The next line of the file that the curve is in.
+            curve: `loss`, `rankme` or `knn`; a curve that the band lacks is ignored.
+            row: The next line of the log that holds the curve.
 
         Returns:
-            A line of text where the curve has left its band, or is back; else none.
+            A line of text where the curve has left its band or is back inside; else empty.
         """
         if curve not in self.points or row.get(KEYS[curve]) is None:
             return []
@@ -192,7 +192,7 @@ class BandWatch:
         lines = []
         for step, value in found:
             bounds = self.band.curves[curve].at(step)
-            if bounds is None:  # a run of the recipe has no steps beyond the band's, but may be measured before them
+            if bounds is None:  # such as a measurement before the band's first step
                 continue
             before = self.excursions(curve)
             self.points[curve].append(Point(step, value, *bounds))
@@ -204,9 +204,9 @@ class BandWatch:
         return lines
 
     def excursions(self, curve: str) -> list[Excursion]:
-        """The parts of a curve that are outside, in their order.
+        """Returns the parts of a curve that are outside, in order.
 
-        `POINTS_TO_LEAVE` have to be outside one after the other; the last of the band counts alone.
+        A part has at least `POINTS_TO_LEAVE` points, or is the last point of the band.
         """
         points, last_step = self.points[curve], self.band.curves[curve].steps[-1]
         found: list[Excursion] = []
@@ -223,7 +223,7 @@ class BandWatch:
         return found
 
     def verdict(self) -> str:
-        """Where the run is inside, and where it left, on one line."""
+        """Returns one line that says which curves are inside and which have left the band, and where."""
         outside = {curve: self.excursions(curve) for curve in self.points}
         left = [f"{WORDS[curve]} {_when(curve, found)}" for curve, found in outside.items() if found]
         inside = [WORDS[curve] for curve, found in outside.items() if self.points[curve] and not found]
@@ -239,7 +239,7 @@ class BandWatch:
         return "; ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict as `report.json` keeps it."""
+        """Returns the verdict as `report.json` keeps it."""
         return {
             "recipe": self.band.recipe,
             "seeds": list(self.band.seeds),
@@ -281,10 +281,10 @@ def _number(curve: str, value: float) -> str:
 
 
 class LossWindows:
-    """Means of the loss over windows of steps. The row of step 1 is left out: it is there at any `logging_steps`.
+    """Averages the loss over windows of steps; leaves out step 1, which is logged at any `logging_steps`.
 
     Args:
-        length: Optimiser steps in a window; what is left over of the run goes to the last.
+        length: Optimiser steps in a window; the last window also takes the rest of the run.
         num_steps: Of the run.
     """
 
@@ -294,17 +294,17 @@ class LossWindows:
         self._values: list[float] = []
 
     def begin(self, step: int) -> int:
-        """The first step of the window that a step is in."""
+        """Returns the first step of the window that contains a step."""
         last = max(self.num_steps // self.length - 1, 0)
         return min((step - 1) // self.length, last) * self.length + 1
 
     def end(self, step: int) -> int:
-        """The last step of the window that a step is in."""
+        """Returns the last step of the window that contains a step."""
         end = self.begin(step) - 1 + self.length
         return self.num_steps if end + self.length > self.num_steps else end
 
     def add(self, row: Mapping[str, Any]) -> list[tuple[int, float, int]]:
-        """Takes a row, and returns last step, mean and number of rows of each window that it closes."""
+        """Adds a row; returns last step, mean and number of rows of each window that it closes."""
         step = row["step"]
         if not 1 < step <= self.num_steps:
             return []
@@ -314,7 +314,7 @@ class LossWindows:
         return [*closed, self._close()] if step == self._end else closed
 
     def of(self, rows: Rows) -> list[tuple[int, float, int]]:
-        """Takes all rows of a run, and returns the same of all its windows."""
+        """Adds all rows of a run; returns last step, mean and number of rows of all its windows."""
         return [window for row in rows for window in self.add(row)]
 
     def _close(self) -> tuple[int, float, int]:
@@ -326,13 +326,13 @@ class LossWindows:
 
 
 def find_band(arguments: Mapping[str, Any]) -> ExpectedBand | None:
-    """The band of the shipped recipe that a run is a run of.
+    """Finds the band of the shipped recipe that a run follows.
 
     Args:
         arguments: All arguments of the run, as in `run.json`.
 
     Returns:
-        The band; `None` where no recipe with a band has these arguments, apart from `NOT_COMPARED`.
+        The band; `None` where the arguments, apart from `NOT_COMPARED`, are those of no recipe with a band.
     """
     for band in _shipped_bands():
         if not differing_arguments(band.arguments, arguments, NOT_COMPARED):
@@ -341,15 +341,15 @@ def find_band(arguments: Mapping[str, Any]) -> ExpectedBand | None:
 
 
 def band_notice(arguments: Mapping[str, Any], given: Iterable[str]) -> str | None:
-    """What a run says at its start: with what it is compared or, where it was to be the recipe but is not, why not.
+    """Returns the notice at the start of a run: the band that it is compared with, or why it is not compared.
 
     Args:
         arguments: All arguments of the run.
-        given: Names that its recipe or a flag has set, `ModelArguments.given`.
+        given: Names that its recipe or a flag has set (`ModelArguments.given`).
 
     Returns:
-        Text; `None` where there is no band of the run's recipe. A recipe counts as the run's where all that it sets
-        was set, on the same data set.
+        Text; `None` where the run's recipe has no band. A recipe counts as the run's if the run sets all arguments of
+        the recipe, and has the same data set.
     """
     band = find_band(arguments)
     if band is not None:
@@ -363,20 +363,20 @@ def band_notice(arguments: Mapping[str, Any], given: Iterable[str]) -> str | Non
 
 
 def load_band(recipe: str) -> ExpectedBand | None:
-    """The band that is shipped with a recipe.
+    """Loads the band that is shipped with a recipe.
 
     Args:
         recipe: Its name.
 
     Returns:
-        The band; `None` where the recipe was not measured.
+        The band; `None` where the recipe has none.
     """
     file = resources.files("ijepa_hf.recipes") / "bands" / f"{recipe}.json"
     return read_band(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_band(text: str) -> ExpectedBand:
-    """Reads what `ExpectedBand.as_json` wrote.
+    """Reads the text that `ExpectedBand.as_json` has returned.
 
     Args:
         text: JSON.

@@ -1,4 +1,4 @@
-"""Command lines become checked arguments: the parsers of all commands, and that of a pretraining run."""
+"""Makes the parsers of all commands, and turns command line and recipe of a pretraining into checked arguments."""
 
 import argparse
 import math
@@ -24,14 +24,14 @@ _LARGEST_WHOLE = 2**63 - 1
 
 
 class CommandParser(HfArgumentParser):
-    """A parser that is indifferent to what a flag changes, which stands in the metadata of its field."""
+    """An `HfArgumentParser` that ignores `changes` in the metadata of a field."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an argument, as argparse does.
+        """Adds an argument, as argparse does.
 
         Args:
             *names: Of the argument.
-            **options: argparse's, and `changes`, which is left out.
+            **options: Those of argparse, and `changes`, which is dropped.
 
         Returns:
             The action.
@@ -41,13 +41,13 @@ class CommandParser(HfArgumentParser):
 
 
 def command_parser(command: str, text: str, groups: Any = (), epilog: str | None = None) -> CommandParser:
-    """Make the parser of a command.
+    """Makes the parser of a command.
 
     Args:
         command: Its name, such as "finetune".
-        text: What it does, for `--help`.
+        text: Its purpose, for `--help`.
         groups: A dataclass of flags, or several.
-        epilog: What `--help` says last.
+        epilog: The last paragraph of `--help`.
 
     Returns:
         A parser that takes no abbreviations and shows each flag's default.
@@ -63,11 +63,11 @@ def command_parser(command: str, text: str, groups: Any = (), epilog: str | None
 
 
 def model_parser(command: str, text: str, flags: Any) -> CommandParser:
-    """Make the parser of a command that takes a MODEL, then the flags of a dataclass.
+    """Makes the parser of a command that takes a MODEL, then the flags of a dataclass.
 
     Args:
         command: Its name.
-        text: What it does, for `--help`.
+        text: Its purpose, for `--help`.
         flags: The dataclass.
 
     Returns:
@@ -98,7 +98,7 @@ def parse_arguments(
     """Turns a command line into checked arguments.
 
     Args:
-        argv: What follows `ijepa-hf pretrain`: a recipe (optional, first), then flags.
+        argv: The words after `ijepa-hf pretrain`: a recipe (optional, first), then flags.
 
     Returns:
         The three groups; `output_dir` is filled in.
@@ -115,7 +115,7 @@ def parse_arguments(
         raise ValueError(
             f"{named.recipe!r} stands after a flag; the recipe comes first: ijepa-hf pretrain {named.recipe} ..."
         )
-    if any(word.split("=")[0] == "--hub_token" for word in unknown):  # the value must not be repeated
+    if any(word.split("=")[0] == "--hub_token" for word in unknown):  # the message must not repeat the value
         raise ValueError(
             "--hub_token would show the token to everyone who can list processes; log in once with `hf auth login`, "
             "or set the environment variable HF_TOKEN."
@@ -125,15 +125,15 @@ def parse_arguments(
         raise ValueError(
             f"{unknown[0]!r} is no flag of ijepa-hf pretrain{nearest_name(unknown[0].split('=')[0], known)}"
         )
-    # Recipe values travel through the same parser as flags do, so that they get the same types and errors.
+    # Recipe values go through the same parser as flags, so that they get the same types and errors.
     values = load_recipe(recipe) if recipe is not None else {}
     for given, other in (("learning_rate", "base_learning_rate"), ("base_learning_rate", "learning_rate")):
         if any(flag.split("=")[0] == f"--{given}" for flag in flags):
-            values.pop(other, None)  # two names of one thing: the flag's wins over the recipe's
+            values.pop(other, None)  # both set the learning rate: the flag overrides the recipe
     defaults = as_flags(values)
     model, data, run, _ = parser.parse_args_into_dataclasses(
         args=[*positional, *defaults, *flags],
-        look_for_args_file=False,  # else `ijepa-hf.args` beside the command would add flags unseen
+        look_for_args_file=False,  # else a file `ijepa-hf.args` beside the command would add flags
     )
     model.given = frozenset(name for name, value in values.items() if value is not None) | {
         word[2:].split("=")[0] for word in flags if word.startswith("--")
@@ -147,7 +147,7 @@ def parse_arguments(
 def _check(model: ModelArguments, data: DataArguments, run: PretrainingArguments) -> None:
     for group in (model, data, run):
         _check_values(group)
-    if run.model_name_or_path is None:  # else the weights have a say in what the data are checked against
+    if run.model_name_or_path is None:  # else the data are checked once the weights are known
         data.check(model)
     run.check()
     if run.eval_steps is not None and data.eval_split_name is None:
@@ -163,7 +163,7 @@ def _check(model: ModelArguments, data: DataArguments, run: PretrainingArguments
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    """Writes argument values as a command line's flags, so that a recipe goes through the same parser as flags do.
+    """Writes argument values as flags of a command line.
 
     Args:
         values: Names and values; `None` and empty lists are left out.
@@ -175,17 +175,17 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         if value is None or value == []:
             continue
-        # a single value with `=`, for one that begins with a dash
+        # `=` before a single value, because it may begin with a dash
         flags += [f"--{name}", *(str(item) for item in value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parses a command's flags.
+    """Parses the flags of a command.
 
     Args:
         parser: Of the command; `prog` is its name, such as "ijepa-hf finetune".
-        argv: What follows the command.
+        argv: The words after the command.
 
     Returns:
         Names and values.
@@ -201,13 +201,13 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
 
 
 def flag_names(parser: argparse.ArgumentParser) -> set[str]:
-    """Returns a parser's flags, such as `--seed`; of those spelt with `_` and with `-`, the first."""
+    """Returns the flags of a parser, such as `--seed`; only the spelling with `_` of those that have two."""
     flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
     return {flag for flag in flags if "-" not in flag[2:] or f"--{flag[2:].replace('-', '_')}" not in flags}
 
 
 def _check_values(group: Any) -> None:
-    """Refuses NaN, which passes comparisons with a limit, infinity, whole numbers beyond 64 bits, and empty words."""
+    """Refuses NaN (no comparison with a limit finds it), infinity, whole numbers beyond 64 bits, and empty words."""
     for name, value in argument_values(group).items():
         for number in value if isinstance(value, list) else [value]:
             if number == "":

@@ -1,8 +1,8 @@
-"""Recipes: flat YAML files of argument names and values, shipped inside the package or given by path.
+"""Reads and writes recipes: flat YAML files of argument names and values, shipped in the package or given by path.
 
-Plain values are read as YAML 1.2 means them, and written so that they are read back. In YAML 1.1, which PyYAML reads,
-`mixed_precision: no` is false, `seed: 010` is eight, 1e-3 is a word, and of a key that stands twice the last one
-counts, without a word. No tag makes an object of Python: the loader is a safe one.
+Values are read by the rules of YAML 1.2, and written so that they are read back. PyYAML follows YAML 1.1, where
+`mixed_precision: no` is false, `seed: 010` is eight and 1e-3 is a word; it also takes the last of two equal keys
+without an error. The loader is a safe one: no tag creates a Python object.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ import yaml
 
 from ijepa_hf.recipes.arguments import ARGUMENT_CLASSES, argument_defaults, argument_names, nearest_name
 
-# What PyYAML raises: its own, and what Python does with a tag that its value does not fit, or with lists in lists in
-# lists.
+# PyYAML raises its own errors, and those of Python for values that do not fit their tag and for deep nesting.
 _ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
@@ -38,8 +37,8 @@ def load_recipe(recipe: str) -> dict[str, Any]:
         Argument names and values.
 
     Raises:
-        FileNotFoundError: If there is no such recipe or file; says which recipes there are.
-        ValueError: If the file is not a flat mapping, or a key is no argument; names the nearest one.
+        FileNotFoundError: If there is no such recipe or file; the message lists the recipes.
+        ValueError: If the file is not a flat mapping, or a key is not an argument; the message names the nearest one.
     """
     if recipe in recipe_names():
         text = (resources.files("ijepa_hf.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
@@ -81,7 +80,7 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 
 def _check_recipe_value(recipe: str, key: str, value: Any, kind: str) -> None:
-    """Refuses what would reach the parser as other words than those in the file."""
+    """Refuses values that the parser would read differently from how the file has them."""
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str | int | float | bool | None):
             raise ValueError(
@@ -96,10 +95,10 @@ def _check_recipe_value(recipe: str, key: str, value: Any, kind: str) -> None:
 
 
 def as_recipe(arguments: Mapping[str, Any]) -> str:
-    """Writes the arguments of a run as a recipe that starts the same run again, wherever its folder is.
+    """Writes the arguments of a run as a recipe that starts the same run in any folder.
 
     Args:
-        arguments: Names and values; those that are no argument, or about this folder or machine only, are left out.
+        arguments: Names and values; names that are not arguments, or that concern the folder only, are left out.
 
     Returns:
         YAML.
@@ -110,7 +109,7 @@ def as_recipe(arguments: Mapping[str, Any]) -> str:
 
 
 def read_yaml(text: str) -> Any:
-    """Reads a document.
+    """Reads a YAML document.
 
     Args:
         text: YAML.
@@ -119,7 +118,7 @@ def read_yaml(text: str) -> Any:
         Its values; `no`, `on` and 2026-01-31 are words, 1e-3 is a number. `None` for an empty document.
 
     Raises:
-        ValueError: If it is none, or a key stands twice; says where, on one line.
+        ValueError: If it is not YAML, or has a key twice; the message says where, on one line.
     """
     try:
         return _Loader(text).get_single_data()
@@ -128,10 +127,10 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """Writes values so that `read_yaml` gives them back: words that it would read as numbers are in quotes.
+    """Writes values so that `read_yaml` returns them; quotes words that it would read as numbers.
 
     Args:
-        values: Words, numbers, truth values, lists of them, or `None`, by name.
+        values: Words, numbers, booleans, lists of them, or `None`, by name.
 
     Returns:
         YAML, a line for each name, in their order.
@@ -140,10 +139,10 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's interface)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a key that stands twice; PyYAML's own method."""
+        """Refuses a key that stands twice; called by PyYAML."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -156,7 +155,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Quotes words with Unicode's line breaks, which PyYAML would write as they are and read as others."""
+        """Quotes words with Unicode line breaks, which PyYAML would not read back as written."""
         style = '"' if set(data) & set("\x85\u2028\u2029") else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 

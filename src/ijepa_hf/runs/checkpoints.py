@@ -1,15 +1,15 @@
-"""Resumable training states: written whole or not at all, checked before they are read, pruned to a limit.
+"""Writes, checks, prunes and restores checkpoints: resumable training states, written whole or not at all.
 
     output_dir/checkpoint-<step>/   model.safetensors  optimizer.safetensors  checkpoint.json
 
-`checkpoint.json` is written last: its own SHA-256, the step, the model's configuration, the run's arguments, and size
-and SHA-256 of the other files. The files hold whole tensors, whatever number of processes has trained them in parts:
-`collect_state` gathers, `restore` gives each process its part again. No generator's state is needed, every draw is a
-function of the step (see `data.py`). Only safetensors and JSON are read, never pickles.
+`checkpoint.json` is written last. It has its own SHA-256, the step, the model's configuration, the run's arguments,
+and size and SHA-256 of the other files. The files hold unsharded tensors, for any number of processes:
+`collect_state` gathers the parts, `restore` gives each process its part again. No state of a generator is needed:
+every draw is a function of the step (`randomness.py`). Only safetensors and JSON are read, never pickles.
 
-A folder is made under a hidden name, `.checkpoint-<step>.partial`, and renamed; one that is replaced or deleted is
-renamed first (`.replaced`, `.deleted`). So a process that is killed leaves hidden folders (`remove_leftovers`), and
-never half of a checkpoint under its name.
+A folder is filled under a hidden name, `.checkpoint-<step>.partial`, and then renamed; before one is replaced or
+deleted, it is renamed too (`.replaced`, `.deleted`). So a killed process leaves hidden folders (`remove_leftovers`),
+and never an incomplete checkpoint.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 _FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN_NAME = re.compile(r"\.checkpoint-(\d+)\.(partial|replaced|deleted)")
-_NO_DIGEST = "0" * 64  # stands for a manifest's own SHA-256 while that is computed
+_NO_DIGEST = "0" * 64  # placeholder for the SHA-256 of `checkpoint.json` while that is computed
 _MANIFEST_FIELDS = {"step", "files", "config", "arguments", "stream"}
 _ADAMW_SLOTS = {"step", "exp_avg", "exp_avg_sq"}
 _MOST_LISTED = 5
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint folder is incomplete, or its files are not what was written."""
+    """A checkpoint folder is incomplete, or its files were changed after they were written."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Checkpoint:
         step: Optimiser steps done.
         config: The model's configuration, as a dictionary.
         arguments: The run's arguments.
-        stream: Where a streamed set stands, see `TrainingImages.stream_state`; `None` for a map-style one.
+        stream: Position in a streamed data set, see `TrainingImages.stream_state`; `None` for a map-style one.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingTensors:
-    """All tensors of a training state, whole and on the CPU; those of a model on the CPU are shared with it.
+    """All tensors of a training state, unsharded, on the CPU; a model on the CPU shares its memory with them.
 
     Args:
         model: By name: both encoders and the predictor.
@@ -85,15 +85,15 @@ class TrainingTensors:
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> TrainingTensors:
-    """Gathers a training state; of a sharded model tensor by tensor, and all its processes have to call this together.
+    """Gathers a training state; all processes of a sharded model have to call this together.
 
     Args:
         model: Both encoders and the predictor.
         optimizer: Built from *named* parameters.
-        keep: Whether this process is the one that writes; another only helps to gather, and keeps nothing.
+        keep: Whether this process keeps the tensors, to write them; another process only helps to gather.
 
     Returns:
-        The tensors; none in a process that keeps none.
+        The tensors; empty if `keep` is false.
     """
     tensors = TrainingTensors({}, {})
     for name, tensor in model.state_dict().items():
@@ -118,19 +118,18 @@ def save_checkpoint(
     total_limit: int,
     stream: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `checkpoint-<step>`, then removes the oldest beyond the limit. In one process only.
+    """Writes `checkpoint-<step>`, then deletes the oldest checkpoints beyond the limit. For one process only.
 
-    Everything goes into a sibling folder that is renamed when it is complete and on disk; killed at any point, this
-    leaves the earlier checkpoints as they were.
+    A process that is killed at any point leaves the earlier checkpoints as they were.
 
     Args:
-        output_dir: The run's folder. It has to exist: one that has gone with its disk is not made anew elsewhere.
+        output_dir: The run's folder, which must exist: after its disk has gone, it must not be created elsewhere.
         step: Optimiser steps done.
         tensors: From `collect_state`.
         config: The model's configuration.
         arguments: The run's arguments.
         total_limit: Checkpoints to keep, at least 1.
-        stream: Where a streamed set stands.
+        stream: Position in a streamed data set.
 
     Returns:
         The checkpoint's folder.
@@ -153,13 +152,13 @@ def save_checkpoint(
     for folder in others[: max(0, len(others) - (total_limit - 1))]:
         try:
             _delete(folder)
-        except OSError as error:  # the state is safe, and what is left over is in nobody's way
+        except OSError as error:  # the new state is safe, and an old folder does no harm
             logger.warning("%s is beyond checkpoints_total_limit and could not be removed: %s", folder, error)
     return final
 
 
 def adopt_checkpoint(checkpoint: Checkpoint, output_dir: Path) -> Path:
-    """Takes over a checkpoint from elsewhere, so that a run that goes on from it can be resumed from its own folder.
+    """Copies a checkpoint of another folder, so that the run can later be resumed from its own folder.
 
     Args:
         checkpoint: From `read_checkpoint`.
@@ -181,11 +180,11 @@ def adopt_checkpoint(checkpoint: Checkpoint, output_dir: Path) -> Path:
 
 
 def delete_checkpoints_after(output_dir: Path, step: int) -> None:
-    """Deletes the checkpoints of later steps, left by an earlier life of a run that goes on from `step`.
+    """Deletes the checkpoints of steps after the one that a run resumes from.
 
     Args:
         output_dir: The run's folder.
-        step: The step that the run goes on from; 0 deletes all.
+        step: The step that the run resumes from; 0 deletes all.
     """
     for number, folder in reversed(_folders(output_dir)):
         if number > step:
@@ -193,7 +192,7 @@ def delete_checkpoints_after(output_dir: Path, step: int) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Removes the hidden folders of a process that was killed; one that was about to be replaced gets its name back.
+    """Deletes the hidden folders of a killed process; gives a checkpoint that it was replacing its name back.
 
     Args:
         output_dir: A run's folder that no other process is writing to.
@@ -210,7 +209,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Checks a checkpoint's files against its manifest.
+    """Checks the files of a checkpoint against its `checkpoint.json`.
 
     Args:
         path: The folder.
@@ -220,8 +219,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        DamagedCheckpointError: If something is missing or differs from what was written. Both name the newest whole
-            checkpoint beside it, if there is one.
+        DamagedCheckpointError: If a file is missing or was changed. Both messages name the newest whole checkpoint in
+            the same folder, if there is one.
     """
     if not path.is_dir():
         raise FileNotFoundError(
@@ -234,7 +233,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_latest(output_dir: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; newer ones that are damaged are named in the log, and what that costs.
+    """Finds the newest whole checkpoint of a run; logs newer ones that are damaged, and the steps that this costs.
 
     Args:
         output_dir: The run's folder; need not exist.
@@ -250,8 +249,8 @@ def find_latest(output_dir: Path) -> Checkpoint | None:
     elif damaged and checkpoint is not None:
         newest = max(damaged)
         logger.warning(
-            "the newest whole checkpoint is %s, of step %d, %d before the damaged one of step %d: a run that goes on "
-            "from it takes those %d steps again.",
+            "the newest whole checkpoint is %s, of step %d, %d before the damaged one of step %d: a run that resumes "
+            "from it repeats those %d steps.",
             checkpoint.path, checkpoint.step, newest - checkpoint.step, newest, newest - checkpoint.step,
         )  # fmt: skip
     return checkpoint
@@ -260,19 +259,20 @@ def find_latest(output_dir: Path) -> Checkpoint | None:
 def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
 ) -> None:
-    """Puts a checkpoint's weights and optimiser state in place; of a sharded model, in every process its part.
+    """Loads weights and optimiser state of a checkpoint; each process of a sharded model loads its part.
 
-    Each process reads the files, and nothing is sent.
+    Each process reads the files; the processes send each other nothing.
 
     Args:
         checkpoint: From `read_checkpoint` or `find_latest`.
         model: The model, on its device.
         optimizer: Its optimiser, an AdamW built from named parameters.
-        config: The model's configuration, compared with the checkpoint's first.
+        config: The model's configuration, as `config_fields` gives it.
 
     Raises:
-        ValueError: If the checkpoint is another model's; lists the fields that differ. Nothing is changed.
-        DamagedCheckpointError: If it lacks tensors or has others; names them. Nothing is changed.
+        ValueError: If the checkpoint is another model's; the message lists the fields that differ.
+        DamagedCheckpointError: If it lacks tensors or has others; the message names them. Both errors leave the model
+            unchanged.
     """
     stored = checkpoint.config
     differing = [name for name in sorted({*config, *stored}) if _differs(config.get(name), stored.get(name))]
@@ -297,13 +297,13 @@ def restore(
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """The fields that make a model what it is: the stock I-JEPA fields and those of this package.
+    """Returns the fields that define a model: those of the stock I-JEPA configuration and those of this package.
 
     Args:
         config: An `IJepaConfig`.
 
     Returns:
-        A dictionary that is equal for equal models, whichever transformers version wrote it.
+        A dictionary that is equal for equal models, in every version of transformers.
     """
     names = {
         name for cls in type(config).__mro__ if cls.__module__.endswith("configuration_ijepa") for name in _own(cls)
@@ -315,7 +315,7 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
-    """A hidden folder that takes its name when the block has filled it; nothing of it is left where that fails."""
+    """Yields a hidden folder, and renames it when the block has filled it; deletes it where the block fails."""
     partial = final.with_name(f".{final.name}.partial")
     with saving(final, num_bytes):
         try:
@@ -329,11 +329,11 @@ def _new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def _move_into_place(partial: Path, final: Path) -> None:
-    """Renames a finished folder, when it is on disk."""
+    """Renames a finished folder, once it is on disk."""
     for entry in (*partial.iterdir(), partial):
         flush_to_disk(entry)
     replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # moved aside first: where no one stands under the name, it counts (see `_candidates`)
+    if final.exists():  # moved aside first; it counts as a checkpoint while none has the name (`_candidates`)
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     try:
@@ -347,7 +347,7 @@ def _move_into_place(partial: Path, final: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a checkpoint; killed at any point, this leaves all of it or a hidden folder."""
+    """Deletes a checkpoint; a killed process leaves all of it or a hidden folder."""
     hidden = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
@@ -355,12 +355,12 @@ def _delete(folder: Path) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Checks a folder that exists."""
+    """Reads and checks a folder that exists."""
     try:
         content = (path / CHECKPOINT_FILE).read_bytes()
         manifest = json.loads(content)
         if not _seal_holds(content, manifest):
-            raise ValueError("it is not what was written: its SHA-256 differs")
+            raise ValueError("it was changed after it was written: its SHA-256 differs")
         step, files = int(manifest["step"]), {name: manifest["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
         config, arguments, stream = manifest["config"], manifest["arguments"], manifest.get("stream")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -381,13 +381,13 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether an error says nothing about a file: a server that does not answer, no permission, out of memory."""
+    """Whether an error is not the file's: a server that does not answer, no permission, out of memory."""
     lasting = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}  # EIO: a bad sector
     return isinstance(error, OSError) and error.errno not in lasting
 
 
 def _newest_whole(output_dir: Path) -> tuple[Checkpoint | None, dict[int, DamagedCheckpointError]]:
-    """The newest whole checkpoint, and by step what is wrong with those that are newer."""
+    """Returns the newest whole checkpoint, and the error of each newer one by step."""
     damaged: dict[int, DamagedCheckpointError] = {}
     for step, folder in reversed(_candidates(output_dir)):
         try:
@@ -398,7 +398,7 @@ def _newest_whole(output_dir: Path) -> tuple[Checkpoint | None, dict[int, Damage
 
 
 def _advice(output_dir: Path) -> str:
-    """What to resume from instead, as the end of a message."""
+    """Returns the end of a message: the checkpoint to resume from instead."""
     checkpoint, _ = _newest_whole(output_dir)
     if checkpoint is None:
         return ""
@@ -406,13 +406,13 @@ def _advice(output_dir: Path) -> str:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:
-    """A manifest as text whose first entry is the SHA-256 of the text with zeros in its place."""
+    """Returns the text of `checkpoint.json`. Its first entry is the SHA-256 of the text with zeros in its place."""
     text = json.dumps({"sha256": _NO_DIGEST, **manifest}, indent=2, default=str) + "\n"
     return text.replace(_NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
 def _seal_holds(content: bytes, manifest: Mapping[str, Any]) -> bool:
-    """Whether every byte is as it was written; of a manifest from before there were seals, whether it looks so."""
+    """Whether every byte is as written; a record of an earlier version has no SHA-256, and has to be complete."""
     if "sha256" not in manifest:
         return set(manifest) | {"stream"} == _MANIFEST_FIELDS
     digest = str(manifest["sha256"]).encode()
@@ -432,7 +432,7 @@ def _folders(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _candidates(output_dir: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders, and those that a killed process had moved aside for new ones that did not come."""
+    """Checkpoint folders, and those that a killed process moved aside without replacing them."""
     folders = dict(_folders(output_dir))
     for path in output_dir.glob(".checkpoint-*.replaced") if output_dir.is_dir() else ():
         match = _HIDDEN_NAME.fullmatch(path.name)
@@ -442,7 +442,7 @@ def _candidates(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The parameters by name, in the order in which `state_dict` numbers them."""
+    """Returns the parameters by name, in the order in which `state_dict` numbers them."""
     return {
         name: parameter
         for group in optimizer.param_groups
@@ -451,7 +451,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor; where the other one is sharded, the part that this process has of it."""
+    """Returns the part of an unsharded tensor that this process has of the other one."""
     if not isinstance(tensor, DTensor):
         return whole
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -476,7 +476,7 @@ def _check_weights(path: Path, weights: Mapping[str, Tensor], own: Mapping[str, 
 
 
 def _check_moments(path: Path, moments: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """A network has the state of all its parameters, or of none: it was frozen since the start of the run."""
+    """Checks that a network has the state of all its parameters, or of none: it was frozen from the start."""
     begun = {key.partition(".")[0] for key in moments}
     expected = {
         f"{name}/{slot}": torch.Size() if slot == "step" else parameter.shape

@@ -1,4 +1,4 @@
-"""The two-part model folder: what a run publishes, and what stock transformers reads.
+"""Writes the two-part model folder, which a run publishes and stock transformers reads.
 
     folder/              config.json model.safetensors preprocessor_config.json     the target encoder, keys `ijepa.*`
     folder/pretraining/  config.json model.safetensors                              both encoders and the predictor
@@ -6,8 +6,8 @@
 
 `AutoModel`, the stock heads and pipelines read the root; `IJepaForPretraining.from_pretrained(folder)` finds the rest,
 and so does `AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)` where this package is missing.
-Each file is written beside its place and moved there, and both weight files carry the optimiser step, so that a half
-written export is noticed (`exported_step`) and written again.
+Each file is written under another name and then renamed. Both weight files carry the optimiser step, so that an
+incomplete export is noticed (`exported_step`) and written again.
 """
 
 import copy
@@ -35,7 +35,7 @@ from ijepa_hf.model.encoder_ijepa import to_file_name
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 
 WEIGHTS_FILE = "model.safetensors"
-BILINEAR = 2  # PIL's number, as image processors write it
+BILINEAR = 2  # PIL's number, which image processors use
 # What `IJepaForPretraining` is made of. These modules import each other relatively and nothing else of the package.
 CODE_FILES = ("block_sizes.py", "configuration_ijepa.py", "encoder_ijepa.py", "masking.py", "modeling_ijepa.py")
 # Only for the full model: `AutoModel` and `AutoConfig` have to give the stock classes, with and without remote code.
@@ -56,17 +56,17 @@ def export_model(
 
     Args:
         model: The model.
-        folder: Where to; made if missing. Other files in it are left alone.
-        step: Optimiser steps done, kept in both weight files' metadata.
-        image_mean: Of each channel, of pixels in [0, 1]; goes into the image processor.
-        image_std: Likewise.
-        state: Whole tensors by the model's own names, as `collect_state` gathers a sharded model's; `None` takes the
-            model's.
-        must_exist: A missing folder is an error, as for a run: it has gone with its disk, and a new one would be
-            elsewhere.
+        folder: The folder; created if missing. Other files in it are left alone.
+        step: Optimiser steps done; kept in the metadata of both weight files.
+        image_mean: Mean of each channel, of pixels in [0, 1]; for the image processor.
+        image_std: Standard deviation of each channel, of pixels in [0, 1]; for the image processor.
+        state: Unsharded tensors by the model's own names, as `collect_state` gathers them; `None` takes those of the
+            model.
+        must_exist: Treat a missing folder as an error. That of a run is missing only when its disk has gone, and must
+            not be created elsewhere.
 
     Raises:
-        SaveError: If something cannot be written; each file is the old or the new one then.
+        SaveError: If something cannot be written; each file is then the old one or the new one.
     """
     named = model.state_dict() if state is None else state
     state = {to_file_name(name): _plain(tensor) for name, tensor in named.items()}
@@ -91,12 +91,14 @@ def write_code_files(folder: Path) -> None:
     """
     for name in CODE_FILES:
         code = (resources.files("ijepa_hf.model") / name).read_bytes()
-        if not (folder / name).is_file() or (folder / name).read_bytes() != code:  # a run saves often, and code stays
+        if (
+            not (folder / name).is_file() or (folder / name).read_bytes() != code
+        ):  # most saves find the same code there
             write_atomically(folder / name, functools.partial(Path.write_bytes, data=code))
 
 
 def exported_step(folder: Path) -> int | None:
-    """The optimiser step of a complete export.
+    """Returns the optimiser step of a complete export.
 
     Args:
         folder: A run's folder.
@@ -111,15 +113,15 @@ def exported_step(folder: Path) -> int | None:
 def image_processor_fields(
     shape: tuple[int, int], image_mean: Sequence[float], image_std: Sequence[float]
 ) -> dict[str, object]:
-    """The fields of `preprocessor_config.json`: whole image to the model's size, bilinear, then normalised.
+    """Returns the fields of `preprocessor_config.json`: bilinear resize to the model's size, then normalisation.
 
     Args:
         shape: Height and width, in pixels.
-        image_mean: Of each channel, of pixels in [0, 1].
-        image_std: Likewise.
+        image_mean: Mean of each channel, of pixels in [0, 1].
+        image_std: Standard deviation of each channel, of pixels in [0, 1].
 
     Returns:
-        What `AutoImageProcessor` reads as a `ViTImageProcessor`.
+        Fields that `AutoImageProcessor` reads as a `ViTImageProcessor`.
     """
     height, width = shape
     return {
@@ -147,7 +149,7 @@ def _write_part(
 
 
 def _write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """As `write_atomically`, in a hidden folder, so that nothing that safetensors leaves there lies in the open."""
+    """Writes atomically, by way of a hidden folder, because safetensors leaves temporary files beside its own."""
     hidden = path.with_name(f".{path.name}.partial")
     remove_entry(hidden)  # of a process that was killed
     hidden.mkdir()
@@ -168,5 +170,5 @@ def _step_of(path: Path) -> int | None:
     try:
         with safe_open(path, framework="pt") as file:
             return int((file.metadata() or {})["step"])
-    except (OSError, SafetensorError, KeyError, ValueError):  # also a disk that does not answer
+    except (OSError, SafetensorError, KeyError, ValueError):  # OSError: also a disk that does not answer
         return None

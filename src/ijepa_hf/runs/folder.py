@@ -1,9 +1,9 @@
-"""A run's folder: whose it is, whether it is finished, and what of it stays when a run goes on.
+"""Checks whose a run's folder is and whether the run is finished, and prepares the folder for a start or a resume.
 
     output_dir/   run.json  metrics.jsonl  diagnostics.jsonl  evaluations.jsonl  unreadable_images.jsonl  ...
 
-The files that grow have a line of JSON for each entry, with the optimiser step that wrote it, so that a run that goes
-on from an earlier step can drop what came after it. `docs/architecture.md` lists all that a run leaves behind.
+Each line of a log has the optimiser step that wrote it, so that a run that resumes at an earlier step can drop the
+later lines. `docs/architecture.md` lists all files of a run.
 """
 
 import errno
@@ -55,8 +55,8 @@ EVAL_RESULTS_FOLDER = ".eval_results"  # the Hub's name for the folder of machin
 
 GROWING_FILES = (METRICS_FILE, EVALUATIONS_FILE, DIAGNOSTICS_FILE, UNREADABLE_FILE, SKIPPED_FILE)
 
-# What a run writes, and `overwrite_output_dir` deletes. `run.json` is replaced only: it says whose the rest is, also
-# after a process that was killed while it deleted.
+# The files of a run, which `overwrite_output_dir` deletes. `run.json` is replaced instead: it says whose folder it is,
+# even after a process was killed while it deleted.
 _RUN_ENTRIES = (
     REPORT_FILE, RECIPE_FILE, *GROWING_FILES, *(name + DAMAGED_SUFFIX for name in GROWING_FILES), REPOCARD_NAME,
     "config.json", WEIGHTS_FILE, "preprocessor_config.json", PRETRAINING_SUBFOLDER, "figures", "trackers", *CODE_FILES,
@@ -65,7 +65,7 @@ _RUN_ENTRIES = (
 
 
 def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: PretrainingArguments) -> None:
-    """Refuses a folder that is not this run's, or a run that is not finished and was not asked to go on.
+    """Refuses a folder that is not this run's, and an unfinished run that is not to be resumed.
 
     Args:
         output_dir: The folder; need not exist.
@@ -96,14 +96,14 @@ def check_output_dir(output_dir: Path, arguments: dict[str, Any], run: Pretraini
 
 
 def check_begun(output_dir: Path, run: PretrainingArguments) -> None:
-    """Refuses what can be refused before weights are looked for.
+    """Refuses a folder for the reasons that are known before the weights are loaded.
 
     Args:
         output_dir: The folder; need not exist.
-        run: Says whether to overwrite or resume, and what weights to start from.
+        run: Says whether to overwrite or resume, and which weights to start from.
 
     Raises:
-        ValueError: If it holds a run from other weights, or one that is not finished and was not asked to go on.
+        ValueError: If it holds a run from other weights, or an unfinished one that is not to be resumed.
     """
     stored = None if run.overwrite_output_dir else read_run(output_dir, run)
     if stored is None:
@@ -134,17 +134,17 @@ def _check_nothing_needed_is_deleted(output_dir: Path, run: PretrainingArguments
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file or folder says nothing about whose the run's folder is: a lock, or what a killed process left."""
+    """Whether a file or folder does not count as content: a lock, or a leftover of a killed process."""
     return name == LOCK_FILE or (name.startswith(".") and name.endswith((".partial", ".deleted")))
 
 
 def read_run(output_dir: Path, run: PretrainingArguments | None = None) -> dict[str, Any] | None:
-    """What `run.json` says: `arguments`, and `config`, the model's configuration.
+    """Reads `run.json`: `arguments`, and `config`, the model's configuration.
 
     Args:
         output_dir: The run's folder.
-        run: A run that is to go on needs no `run.json`: where that is damaged, the newest whole checkpoint says the
-            same, which is said in the log.
+        run: The run that is to start there. If it resumes and `run.json` is damaged, the newest whole checkpoint is
+            read instead, with a warning.
 
     Returns:
         The record, or `None` where there is none.
@@ -164,7 +164,7 @@ def read_run(output_dir: Path, run: PretrainingArguments | None = None) -> dict[
         if checkpoint is None:
             raise ValueError(f"{path} is damaged ({error!r}); choose another --output_dir.") from error
         logger.warning(
-            "%s is damaged (%r); what %s says of the run is taken instead, and the file is written again.",
+            "%s is damaged (%r); the record in %s is taken instead, and the file is written again.",
             path, error, checkpoint.path,
         )  # fmt: skip
         return {"arguments": checkpoint.arguments, "config": checkpoint.config}
@@ -172,14 +172,14 @@ def read_run(output_dir: Path, run: PretrainingArguments | None = None) -> dict[
 
 
 def is_finished(output_dir: Path, run: PretrainingArguments) -> bool:
-    """Whether the folder holds this run's report and the weights that it is about.
+    """Returns whether the folder holds the report of a finished run and the weights that belong to it.
 
     Args:
         output_dir: The run's folder.
-        run: A run that overwrites the folder has no use for a finished one.
+        run: If it overwrites the folder, the answer is `False`.
 
     Returns:
-        The answer; no, with a warning, where the report is damaged.
+        The answer; `False`, with a warning, where the report is damaged.
     """
     path = output_dir / REPORT_FILE
     if run.overwrite_output_dir or not path.is_file():
@@ -199,16 +199,16 @@ def prepare_output_dir(
     run: PretrainingArguments,
     checkpoint: Checkpoint | None,
 ) -> None:
-    """Makes the folder this run's, as of the step that it starts from: later checkpoints and log lines go.
+    """Prepares the folder for a run: deletes checkpoints and log lines of steps after the one that it starts from.
 
-    What a killed process left behind goes too. Lines of a log that cannot be read are moved into a file of their own.
+    Leftovers of a killed process are deleted too. Damaged lines of a log are moved to a file of their own.
 
     Args:
         output_dir: The folder, checked by `check_output_dir`.
-        arguments: What `run.json` is to hold, and `recipe.yaml`, which starts the same run again.
+        arguments: Of the run; written to `run.json`, and to `recipe.yaml`, which starts the same run again.
         config: The model's configuration, for `run.json`.
         run: Says whether to overwrite.
-        checkpoint: What the run goes on from; one of another folder is taken over, with that run's log.
+        checkpoint: The checkpoint to resume from; one of another folder is copied, with the logs of its run.
 
     Raises:
         SaveError: If something cannot be written.
@@ -231,7 +231,7 @@ def prepare_output_dir(
         write_json_atomically(output_dir / RUN_FILE, {"arguments": arguments, "config": config})
         write_text_atomically(output_dir / RECIPE_FILE, as_recipe(arguments))
         if checkpoint is not None and checkpoint.path.resolve().parent != output_dir.resolve():
-            adopt_checkpoint(checkpoint, output_dir)  # first, so that at no moment there is none
+            adopt_checkpoint(checkpoint, output_dir)  # before others are deleted, so that there always is one
         delete_checkpoints_after(output_dir, start_step)
         for name, lines in damaged.items():
             move_damaged_lines(output_dir / name, lines)
@@ -243,13 +243,13 @@ def prepare_output_dir(
 
 
 def check_still_there(output_dir: Path) -> None:
-    """Refuses to save into a folder that is no longer the run's: an empty mount point is a folder too.
+    """Refuses to save into a folder that is no longer the run's, such as an empty mount point.
 
     Args:
         output_dir: The run's folder, prepared by `prepare_output_dir`.
 
     Raises:
-        SaveError: If its `run.json` has gone.
+        SaveError: If its `run.json` is missing.
     """
     if not (output_dir / RUN_FILE).is_file():
         raise SaveError(
@@ -261,11 +261,11 @@ def check_still_there(output_dir: Path) -> None:
 
 
 def bytes_to_come(model: nn.Module, output_dir: Path, total_limit: int) -> int:
-    """How much a run's folder may still grow: all the checkpoints that are kept, one more, and the exported model.
+    """Returns how much a run's folder may still grow: the checkpoints to keep, one more, and the exported model.
 
     Args:
         model: Both encoders and the predictor; those that are trained require a gradient.
-        output_dir: The run's folder, whose checkpoints and exported weights make room for those to come.
+        output_dir: The run's folder; its checkpoints and exported weights, which will be replaced, are subtracted.
         total_limit: Checkpoints to keep.
 
     Returns:
@@ -277,16 +277,16 @@ def bytes_to_come(model: nn.Module, output_dir: Path, total_limit: int) -> int:
     encoder = file_bytes(tensor for name, tensor in weights.items() if name.startswith("ijepa."))
     there = [*output_dir.glob("checkpoint-*/*"), output_dir / WEIGHTS_FILE, *output_dir.glob("pretraining/*")]
     held = sum(path.stat().st_size for path in there if path.is_file())
-    # each is written beside the one that it takes the place of
+    # each is written before the one that it replaces is deleted
     return max(one, (total_limit + 1) * one + encoder + 2 * file_bytes(weights.values()) - held)
 
 
 def check_space(output_dir: Path, num_bytes: int) -> None:
-    """Refuses a run whose states do not fit on the disk.
+    """Refuses a run whose files do not fit on the disk.
 
     Args:
         output_dir: The run's folder; need not exist.
-        num_bytes: What it will take, see `bytes_to_come`.
+        num_bytes: Bytes to be written, see `bytes_to_come`.
 
     Raises:
         ValueError: If less is free.
@@ -301,7 +301,7 @@ def check_space(output_dir: Path, num_bytes: int) -> None:
 
 
 def _delete_run(output_dir: Path) -> None:
-    """Deletes what a run writes, and nothing else that may lie in the folder."""
+    """Deletes the files of a run, and no others in the folder."""
     delete_checkpoints_after(output_dir, -1)
     for name in _RUN_ENTRIES:
         remove_entry(output_dir / name)

@@ -1,12 +1,13 @@
-"""Keeps a run's folder to one run at a time, on this machine and on a disk that machines share.
+"""Locks a run's folder for one run, on this machine and on a disk that several machines share.
 
-`.lock` in the folder is held with `flock` (filelock's `FileLock`), which the kernel releases when the process ends,
-also by `kill -9`. Another machine on the same disk may not see that, so the file also names its holder, and the holder
-writes a new heartbeat into it every few seconds. A lock whose file stays as it is for three heartbeats is abandoned.
+The process holds `.lock` in the folder with `flock` (filelock's `FileLock`), which the kernel releases when the
+process ends, even by `kill -9`. Another machine on the same disk may not see the `flock`. So the file also names its
+holder, and the holder writes a new heartbeat into it every few seconds. A lock whose file does not change for three
+heartbeats is abandoned.
 
-filelock has a lock with a heartbeat too, `SoftFileLease`; as tried with 4.2.12 it does not serve here. It takes over
-an abandoned lock only where the file system can exchange two names, which NFS and SMB cannot; it takes a living
-process of another machine of the same host name for a dead one of this machine; and it does not say since when.
+filelock's own lock with a heartbeat, `SoftFileLease` (tried: 4.2.12), does not serve here. It takes over an abandoned
+lock only where the file system can exchange two names, which NFS and SMB cannot; it mistakes a living process of
+another machine with the same host name for a dead one of this machine; and its record has no start time.
 """
 
 import contextlib
@@ -27,23 +28,24 @@ from filelock import FileLock, Timeout
 LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 5.0
 _HEARTBEATS_TO_WATCH = 3
-_SETTLE_SECONDS = 1.0  # after which two that wrote at the same moment without `flock` know who wrote last
+_SETTLE_SECONDS = 1.0  # without `flock`: the wait before a second process that wrote at the same moment is seen
+_RETRY_SECONDS = 0.2  # `FileLock` finds a file that its holder is just removing held, and tries again
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 logger = logging.getLogger(__name__)
 
 
 class OutputDirInUseError(ValueError):
-    """Another process is training into the folder."""
+    """Another process is training in the folder."""
 
 
 class RunLock:
     """Holds the lock on a run's folder until `release`, or to the end of the `with` block.
 
     Args:
-        path: The lock file, which exists.
+        path: The lock file; must exist.
         flock: The kernel's lock on it; `None` where the file system has none.
-        made: Folders that were made for it, innermost first; removed at the end where they are still empty.
+        made: Folders that were created for it, innermost first; removed at the end if they are still empty.
 
     Raises:
         OSError: If the file cannot be written.
@@ -60,7 +62,7 @@ class RunLock:
             "heartbeat": _now(),
             "token": uuid.uuid4().hex,
         }
-        self._other: dict[str, Any] | None = None  # who has taken the lock over
+        self._other: dict[str, Any] | None = None  # the process that has taken the lock over
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="output_dir heartbeat", daemon=True)
         self._write()
@@ -72,23 +74,19 @@ class RunLock:
         self.release()
 
     def check(self) -> None:
-        """Makes sure that nobody has taken the lock over, as may happen to a process that was stopped for a while.
+        """Checks that no process has taken the lock over while this one was stopped.
 
         Raises:
-            OutputDirInUseError: If somebody has; the folder is theirs now.
+            OutputDirInUseError: If one has; the folder is no longer this run's.
         """
         other = self._other
-        with contextlib.suppress(OSError):  # a folder that has gone is an error of the save that follows
+        with contextlib.suppress(OSError):  # the save that follows reports a folder that has gone
             other = self._taken_by()
         if other is not None:
             raise OutputDirInUseError(_in_use(self.path.parent, other))
 
-    def start_heartbeat(self) -> None:
-        """Starts the thread that writes the heartbeat."""
-        self._thread.start()
-
     def release(self) -> None:
-        """Releases the lock; does nothing the second time, and in a process that was forked from the holder."""
+        """Releases the lock; does nothing if called again, or in a process forked from the holder."""
         if self._ended.is_set() or os.getpid() != self._process:
             return
         self._ended.set()
@@ -97,9 +95,7 @@ class RunLock:
         try:
             found = _read(self.path)
             if found is not None and found.get("token") == self._record["token"]:
-                self.path.unlink()  # while it is held: `FileLock` opens it anew where it finds the file removed
-        except FileNotFoundError:
-            pass
+                self.path.unlink(missing_ok=True)  # while it is held: `FileLock` then opens a new file
         except OSError as error:
             logger.warning("%s could not be removed: %s", self.path, error)
         if self._flock is not None:
@@ -108,7 +104,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # of a folder that has gone and may come back
+            with contextlib.suppress(OSError):  # the folder's disk has gone, and may come back
                 other = self._taken_by()
                 if other is not None:
                     logger.error("%s", _in_use(self.path.parent, other))
@@ -117,7 +113,7 @@ class RunLock:
                 self._write()
 
     def _write(self) -> None:
-        # by its path, since after a disk was mounted again the old descriptor leads nowhere; makes no missing file
+        # by path, because a descriptor is useless once the disk was mounted again; a missing file is not created
         descriptor = os.open(self.path, os.O_RDWR)
         try:
             content = (json.dumps(self._record, indent=2) + "\n").encode("utf-8")
@@ -135,9 +131,9 @@ class RunLock:
 
 
 def lock_output_dir(output_dir: Path) -> RunLock:
-    """Locks a run's folder, and makes the folder where there is none.
+    """Locks a run's folder, and creates the folder if it is missing.
 
-    A lock whose process has ended is taken over, with a warning. The kernel knows of processes of this machine; for
+    A lock whose process has ended is taken over, with a warning. For a process of this machine the kernel knows; for
     one of another machine, its heartbeat is watched for up to three times `HEARTBEAT_SECONDS`.
 
     Args:
@@ -148,7 +144,7 @@ def lock_output_dir(output_dir: Path) -> RunLock:
 
     Raises:
         OutputDirInUseError: If another process holds it.
-        ValueError: If the folder cannot be made or written to.
+        ValueError: If the folder cannot be created or written to.
     """
     made = [folder for folder in (output_dir, *output_dir.absolute().parents) if not folder.exists()]
     path = output_dir / LOCK_FILE
@@ -170,27 +166,21 @@ def lock_output_dir(output_dir: Path) -> RunLock:
 
 
 def _take_flock(path: Path) -> FileLock | None:
-    flock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
-    for last in (False, True):  # a file that its holder removes meanwhile looks held, so it is tried twice
-        try:
-            flock.acquire()
-            return flock
-        except Timeout:
-            record = None
-            with contextlib.suppress(FileNotFoundError):
-                record = _read(path)
-            if record is not None or last:
-                raise OutputDirInUseError(_in_use(path.parent, record)) from None
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-            break
+    flock = FileLock(path, timeout=_RETRY_SECONDS, thread_local=False, fallback_to_soft=False)
+    try:
+        flock.acquire()
+        return flock
+    except Timeout:
+        raise OutputDirInUseError(_in_use(path.parent, _read(path))) from None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
     path.touch()
     return None
 
 
 def _take(path: Path, flock: FileLock | None, made: list[Path]) -> RunLock:
-    """Takes the lock from a holder that has ended, where there was one; `OutputDirInUseError` if it lives."""
+    """Takes the lock, from a holder that has ended if there was one; `OutputDirInUseError` if it is alive."""
     found = _read(path)
     if found is not None:
         _refuse_living(path, found, has_flock=flock is not None)
@@ -202,22 +192,22 @@ def _take(path: Path, flock: FileLock | None, made: list[Path]) -> RunLock:
     if flock is None:
         time.sleep(_SETTLE_SECONDS)
         lock.check()
-    lock.start_heartbeat()
+    lock._thread.start()
     return lock
 
 
 def _refuse_living(path: Path, found: dict[str, Any], *, has_flock: bool) -> None:
     here = found.get("machine") == _machine()
-    # with the kernel's lock, its holder on this machine has ended; without it, a process that is not there has
+    # on this machine a holder has ended if the kernel's lock was free or, without `flock`, its process is gone
     if not (here and (has_flock or not _is_alive(found.get("pid")))):
         deadline = time.monotonic() + _HEARTBEATS_TO_WATCH * HEARTBEAT_SECONDS
         while time.monotonic() < deadline:
             time.sleep(HEARTBEAT_SECONDS / 5)
-            later = _read(path)  # opened anew: a network file system then asks its server
+            later = _read(path)  # opening the file makes a network file system ask its server
             if later is not None and later != found:
                 raise OutputDirInUseError(_in_use(path.parent, later))
     logger.warning(
-        "%s was left by process %s on %s, which has ended without removing it; it is taken over.",
+        "%s was left by process %s on %s, which has ended without removing it; this run takes it over.",
         path, found.get("pid"), found.get("host"),
     )  # fmt: skip
 
@@ -236,16 +226,16 @@ def _in_use(output_dir: Path, record: dict[str, Any] | None) -> str:
     record = record or {}
     return (
         f"output_dir={str(output_dir)!r} is in use by process {record.get('pid', '?')} on "
-        f"{record.get('host', 'an unknown machine')}, which has been training into it since "
+        f"{record.get('host', 'an unknown machine')}, which has been training in it since "
         f"{record.get('since', 'an unknown time')}. Choose another --output_dir, or stop that process first."
     )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the record of a lock file; `None` where it has none."""
+    """Returns the record of a lock file; `None` where there is none."""
     try:
         record = json.loads(path.read_bytes())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -255,7 +245,7 @@ def _now() -> str:
 
 
 def _machine() -> str:
-    """Names where a process's number means the same: one start of Linux, and one container in it."""
+    """Names the space in which process numbers are unique: a boot of Linux, and a container in it."""
     try:
         start = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{start} {Path('/proc/self/ns/pid').stat().st_ino}"
@@ -267,5 +257,5 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # it is used, or has gone
+        except OSError:  # it is not empty, or has gone
             return

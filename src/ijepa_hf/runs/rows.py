@@ -1,4 +1,4 @@
-"""The files that grow with a run: a line of JSON for each entry, with the optimiser step that wrote it."""
+"""Reads and writes the logs of a run (`.jsonl`): a line of JSON for each entry, with its optimiser step."""
 
 import json
 import logging
@@ -11,21 +11,21 @@ from ijepa_hf.files import saving
 
 logger = logging.getLogger(__name__)
 
-DAMAGED_SUFFIX = ".damaged"  # of the file that keeps the lines of a growing one that cannot be read
+DAMAGED_SUFFIX = ".damaged"  # of the file that keeps the damaged lines of a log
 
 
 def read_rows(path: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a file that grows with the run; a last line cut short by a crash is left out.
+    """Reads the entries of a log; leaves out a last line that a crash has cut short.
 
     Args:
-        path: `metrics.jsonl` or one of its kind.
+        path: `metrics.jsonl` or another log.
         up_to_step: Leave out lines of later optimiser steps.
 
     Returns:
-        A dictionary for each line; none where the file is missing.
+        A dictionary for each line; empty where the file is missing.
 
     Raises:
-        ValueError: If a line is damaged; names the file and the line.
+        ValueError: If a line is damaged; the message names the file and the line.
     """
     rows, problems = sort_rows(path)
     for number, (_, reason) in problems.items():
@@ -34,13 +34,13 @@ def read_rows(path: Path, *, up_to_step: int | None = None) -> list[dict[str, An
 
 
 def sort_rows(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[bytes, str]]]:
-    """Tell the lines of a file apart that can be read and that cannot.
+    """Separates the lines of a log that can be read from those that cannot.
 
     Args:
-        path: `metrics.jsonl` or one of its kind; a missing one has no lines.
+        path: `metrics.jsonl` or another log; a missing file has no lines.
 
     Returns:
-        The entries; and the bytes and the reason of each line that cannot be read, by its number, from 1.
+        The entries; and by number, from 1, the bytes of each damaged line and what is wrong with it.
     """
     rows: list[dict[str, Any]] = []
     problems: dict[int, tuple[bytes, str]] = {}
@@ -59,9 +59,9 @@ def sort_rows(path: Path) -> tuple[list[dict[str, Any]], dict[int, tuple[bytes, 
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds lines to a file that grows with the run: all of them or, where that fails, none.
+    """Adds all lines to a log or, where that fails, none of them.
 
-    A last line that a crash has cut short is removed first, as `read_rows` leaves it out.
+    A last line that a crash has cut short is removed first.
 
     Args:
         path: The file; made if it is missing.
@@ -74,7 +74,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 class RowFile:
-    """A file that grows with the run, and the lines that a full disk has not taken yet: they go with the next ones.
+    """A log, and the lines that a full disk has refused: they are written with the next lines.
 
     Args:
         path: The file; made if it is missing.
@@ -85,13 +85,13 @@ class RowFile:
         self.unwritten: list[Mapping[str, Any]] = []
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Adds lines, after those that are left from before.
+        """Adds lines, after those that were refused before.
 
         Args:
-            *rows: Each with its `step`; none writes what is left.
+            *rows: Each with its `step`; without any, only the refused lines are written.
 
         Raises:
-            SaveError: If they cannot be written; they are kept.
+            SaveError: If the lines cannot be written; the object keeps them.
         """
         self.unwritten += rows
         if self.unwritten:
@@ -126,11 +126,11 @@ def _length_of_whole_lines(descriptor: int) -> int:
 
 
 def move_damaged_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Add lines that cannot be read to the file that keeps them.
+    """Adds damaged lines to the file that keeps them, `<log>.damaged`.
 
     Args:
-        path: The file that they were in.
-        lines: The lines, without their ends.
+        path: The log that they come from.
+        lines: The lines, without line breaks.
 
     Raises:
         SaveError: If they cannot be written.
@@ -138,4 +138,4 @@ def move_damaged_lines(path: Path, lines: Sequence[bytes]) -> None:
     if lines:
         target = path.with_name(path.name + DAMAGED_SUFFIX)
         _append(target, b"".join(line + b"\n" for line in lines))
-        logger.warning("%d damaged lines of %s are kept in %s, the others stay.", len(lines), path, target)
+        logger.warning("%d damaged lines of %s are moved to %s.", len(lines), path, target)
