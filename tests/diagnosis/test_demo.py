@@ -44,7 +44,7 @@ def test_the_twins_get_two_verdicts_and_one_picture(
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "thesis.txt").write_text("precious")
     assert main(["diagnose", "--demo", "--output_dir", str(tmp_path)]) == 2
-    assert "holds something else than a demo" in capsys.readouterr().err
+    assert "holds files that no demo wrote" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 

@@ -49,7 +49,7 @@ def test_the_outline_of_a_block_has_the_length_of_its_edge():
     assert (min(y for _, y in points), max(y for _, y in points)) == (5, 15)
 
 
-@pytest.mark.parametrize("changes", [{}, {"row_titles": True}, {"foot": 0.4, "right": 0.8, "edge": 0.2}])
+@pytest.mark.parametrize("changes", [{}, {"foot": 0.4, "right": 0.8, "edge": 0.2}])
 def test_panels_have_the_shape_of_the_image_whatever_is_around_them(changes: dict):
     figure, axes = panel_grid(2, 3, 0.75, **changes)
     width, height = figure.get_size_inches()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import ndimage, stats
+from scipy import stats
 
 from ijepa_hf.model import mask_audit
 from ijepa_hf.model.mask_audit import MaskAudit, Spread, audit_masks, audit_notes, render_audit
@@ -107,30 +107,6 @@ def test_spreads_are_mean_least_and_most_over_the_steps(monkeypatch):
     assert audit.block_patches == Spread(4.0, 2.0, 7.0)
     assert audit.context_share[2] == pytest.approx((4 / 12, 2 / 12, 7 / 12))
     assert audit.block_sizes == {}
-
-
-SPIRAL = """
-XXXXXXXXX
-........X
-XXXXXXX.X
-X.....X.X
-X.XXX.X.X
-X.X...X.X
-X.XXXXX.X
-X.......X
-XXXXXXXXX
-"""
-
-
-def test_pieces_are_those_of_an_independent_labelling():
-    random = np.random.default_rng(0)
-    spiral = np.array([[letter == "X" for letter in line] for line in SPIRAL.split()])
-    images = [
-        random.random((5, *shape)) < share for shape in ((1, 9), (9, 1), (6, 7), (14, 14)) for share in (0.3, 0.6)
-    ]
-    images += [spiral[None], ~spiral[None], np.ones((3, 4, 4), bool), np.zeros((3, 4, 4), bool)]
-    for visible in images:
-        assert mask_audit._count_pieces(visible) == sum(ndimage.label(image)[1] for image in visible)
 
 
 # Closed forms
@@ -309,9 +285,8 @@ def test_another_seed_gives_other_masks_and_more_steps_begin_with_the_same():
 @pytest.mark.parametrize(
     "settings",
     [
-        *(MaskSettings(grid) for grid in ((4, 4), (4, 16), (5, 5), (8, 8), (12, 20), (14, 14), (16, 16))),
+        *(MaskSettings(grid) for grid in ((4, 4), (4, 16), (5, 5), (16, 16))),
         MaskSettings((14, 14), num_context_sets=2),
-        MaskSettings((14, 14), "rasterized"),
         MaskSettings((2, 2), "rasterized"),
         MaskSettings((4, 4), "random"),
     ],
@@ -354,11 +329,8 @@ def without(rows=(), columns=(), patches=()):
 
 def leaning(axis, share):
     """Maps of which this share lies in the first half, a middle line counting half to each side."""
-    weights = {0: np.array([share, share, 1 - share, 1 - share])[:, None], 1: np.array([share, share, 0.5, 1, 1])}[
-        axis
-    ]
-    if axis == 1:
-        weights = np.array([share, share, 0.5, 1 - share, 1 - share])
+    rest = 1 - share
+    weights = np.array([share, share, rest, rest])[:, None] if axis == 0 else np.array([share, share, 0.5, rest, rest])
     return np.broadcast_to(weights, (4, 5))
 
 
@@ -369,14 +341,8 @@ SHARES = {1: Spread(0.25, 0.2, 0.3), 64: Spread(0.2601, 0.2, 0.3), 8: Spread(0.9
     ("changes", "note"),
     [
         ({"target_map": without(rows=[3])}, "Never target in 4000 images: the last row."),
-        ({"target_map": without(columns=[4])}, "Never target in 4000 images: the last column."),
         ({"target_map": without(rows=[3], columns=[4])}, "Never target in 4000 images: the last row and column."),
-        ({"target_map": without(patches=[(1, 2)])}, "Never target in 4000 images: 1 patch."),
         ({"context_map": without(patches=[(1, 2), (2, 2)])}, "Never context in 4000 images: 2 patches."),
-        (
-            {"target_map": without(rows=[0, 3], patches=[(1, 2)])},
-            "Never target in 4000 images: rows 1, 4 and 1 other patch.",
-        ),
         (
             {"target_map": without(rows=[3], columns=[0, 4], patches=[(1, 2), (0, 2)])},
             "Never target in 4000 images: the last row and columns 1, 5 and 2 other patches.",
@@ -426,9 +392,7 @@ def test_each_bias_has_its_note_and_no_other(changes, note):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"context_share": {1: Spread(0.25, 0.2, 0.3), 64: Spread(0.2599, 0.2, 0.3)}},
-        {"context_share": {64: Spread(0.25, 0.1, 0.9)}},
         {"context_map": leaning(0, 0.529)},
         {"context_map": leaning(1, 0.471)},
         {"context_map": leaning(0, 0.64), "num_steps": 10},  # three standard errors of 100 images are 0.15
@@ -523,14 +487,10 @@ def test_rare_sizes_are_counted_and_scattered_patches_have_none():
     "bad",
     [
         {"batch_size": 0},
-        {"batch_size": 2.5},
-        {"num_steps": 0},
         {"num_steps": True},
         {"seed": -1},
-        {"seed": "0"},
         {"batch_sizes": ()},
         {"batch_sizes": (8, 0)},
-        {"batch_sizes": 64},
     ],
 )
 def test_numbers_that_cannot_be_audited_are_refused_with_one_that_works(bad):

@@ -121,7 +121,7 @@ def _draw_masks(argv: Sequence[str]) -> str:
     _check_output(output, ".png")
     if named.audit:
         audit = audit_masks(config.mask_settings(), batch_size=named.batch_size, seed=named.seed)
-        draw_audit_figure(audit, output)
+        draw_audit_figure([audit], output)
         return f"{render_audit(audit)}\n\nfigure: {output}"
     data.check(model)
     _draw_first_masks(config, data, named.batch_size, named.seed, output)

@@ -1,7 +1,7 @@
-"""`ijepa-hf diagnose --demo`: two trainings on drawn scenes, one healthy, one that collapses, and both verdicts.
+"""Runs `ijepa-hf diagnose --demo`: trains a healthy and a collapsing model on drawn scenes, and judges both.
 
-Offline, about two minutes on two cores. The twins differ by three flags only: the second has no moving average
-(momentum 0), and its targets are not normalised. Each is `ijepa-hf pretrain` in a process of its own.
+It works offline and takes about two minutes on two cores. The twins differ by three flags only: the second has no
+moving average (momentum 0), and its targets are not normalised. Each is `ijepa-hf pretrain` in its own process.
 """
 
 import os
@@ -53,17 +53,17 @@ def run_demo(output_dir: Path) -> tuple[str, int]:
     """Trains both twins and judges them.
 
     Args:
-        output_dir: Folder to write; what an earlier demo left in it is replaced.
+        output_dir: Folder to write; files of an earlier demo in it are replaced.
 
     Returns:
-        What is to be printed, and 0, or 1 where a verdict is not what it should be.
+        The text to print, and 0, or 1 if a verdict is wrong.
 
     Raises:
-        RuntimeError: If a training fails; the end of its output is in the message.
-        ValueError: If the folder holds something else.
+        RuntimeError: A training fails; the end of its output is in the message.
+        ValueError: The folder holds something else.
     """
     if output_dir.exists() and {path.name for path in output_dir.iterdir()} - _ENTRIES:
-        raise ValueError(f"output_dir={str(output_dir)!r} holds something else than a demo; choose another.")
+        raise ValueError(f"output_dir={str(output_dir)!r} holds files that no demo wrote; choose another folder.")
     folders = {name: output_dir / name for name in TWINS}
     print("training two models on drawn scenes, beside each other; they differ by these flags:\n")
     print(f"    collapsing: {' '.join(as_flags(TWINS['collapsing']))}\n", flush=True)
@@ -82,7 +82,7 @@ def run_demo(output_dir: Path) -> tuple[str, int]:
         verdicts = [judge_collapse(rows[name][: count + 1]) for count in range(len(rows[name]))]
         wrong |= verdicts[-1].is_failure != (name == "collapsing")
         first = next((verdict.step for verdict in verdicts if verdict.is_failure), None)
-        named = "" if first is None else f" (first said at step {first} of {_RUN['max_train_steps']})"
+        named = "" if first is None else f" (first named at step {first} of {_RUN['max_train_steps']})"
         lines += [f"{name}{named}", f"    {verdicts[-1]}", ""]
     lines += [f"picture: {figure}", f"more: ijepa-hf diagnose {folders['healthy']}", "what it means: docs/collapse.md"]
     return "\n".join(lines), int(wrong)
@@ -91,22 +91,11 @@ def run_demo(output_dir: Path) -> tuple[str, int]:
 def _start(folder: Path, values: dict[str, Any]) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DIAGNOSTICS_FILE).unlink(missing_ok=True)  # rows of an earlier demo are no progress
-    command = [
-        sys.executable,
-        "-m",
-        "ijepa_hf.commands.main",
-        "pretrain",
-        "--output_dir",
-        str(folder),
-        "--overwrite_output_dir",
-    ]
+    command = [sys.executable, "-m", "ijepa_hf.commands.main", "pretrain"]
+    command += ["--output_dir", str(folder), "--overwrite_output_dir", *as_flags(values)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(
-            [*command, *as_flags(values)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def _wait(processes: dict[str, subprocess.Popen[bytes]], folders: dict[str, Path]) -> None:

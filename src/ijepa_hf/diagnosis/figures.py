@@ -1,6 +1,7 @@
-"""One picture of the rows that `collapse_monitor` takes: what each kind of collapse would show, over the steps.
+"""Draws what `diagnosis.monitor` measured over the steps of a run, and features and predictions of a batch.
 
-With one run, its parts (target encoder, context encoder, predictor) stand beside each other; with several, the runs.
+The panels and their lines follow from the lists of signs in `diagnosis.verdict`. Of one run its parts (target encoder,
+context encoder, predictor) share a panel; of several runs, each run is a line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,16 @@ from torch import Tensor
 
 from ijepa_hf.diagnosis.measures import rankme, spectrum
 from ijepa_hf.diagnosis.verdict import SIGNS_OF_PARTS, SINGLE_SIGNS, Panel
-from ijepa_hf.figures.features import draw_pca_figure, draw_predictions_figure
+from ijepa_hf.figures.features import cut_patches, draw_expectation_figure, draw_pca_figure
 from ijepa_hf.figures.panels import DPI, FAINT_COLOR, LINE_COLORS, TEXT_COLOR, plain_frame, to_pictures
 from ijepa_hf.figures.views import expect_patches, patch_colors
 from ijepa_hf.model.features import encode_patches, prediction_errors, target_features
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
+TRAINING_IMAGES = 64  # of a batch, at most: gallery, and spectrum
+TRAINING_ROWS = 4
 _COLUMNS = 3
 _LIMIT_COLOR = "#D55E00"
-
-
 _PARTS = {"target encoder": "target", "context encoder": "context", "predictions": "prediction"}
 
 
@@ -45,13 +46,13 @@ def draw_diagnostics_figure(
     """Draws the rows of one run, or of several beside each other.
 
     Args:
-        runs: For each name the rows of its `diagnostics.jsonl`. Of several runs, each panel shows the first of its
-            lines only: that of the target encoder, where there are three.
+        runs: For each name the rows of its `diagnostics.jsonl`. With several runs, each panel shows only the first of
+            its lines: that of the target encoder, where there are three.
         path: PNG to write; its folder must exist.
-        title: Above all panels.
+        title: Written above all panels.
 
     Returns:
-        The figure: six panels, with the thresholds of `collapse_verdict` as dashed lines.
+        The figure: six panels, with the thresholds of `diagnosis.verdict` as dashed lines.
 
     Raises:
         ValueError: No runs, or a run without rows.
@@ -104,11 +105,6 @@ def _draw_panel(
                     columnspacing=1, handlelength=1.4)  # fmt: skip
 
 
-TRAINING_IMAGES = 64  # of a batch, at most: gallery, and spectrum
-
-TRAINING_ROWS = 4
-
-
 def draw_spectrum_figure(features: Mapping[str, Tensor], path: str | Path) -> Figure:
     """Draws the singular values of feature matrices, on logarithmic axes, with their effective ranks.
 
@@ -156,13 +152,13 @@ def draw_training_figures(
 ) -> list[Path]:
     """Draws `figures/pca.png`, `predictions.png` and `spectrum.png` of one fixed batch, to be compared over a run.
 
-    At most 64 images of the batch count. The model is left as it was: weights, gradients, mode of each module, and
-    torch's random numbers.
+    Only the first 64 images of the batch are used. The weights, gradients and modes of the model and torch's random
+    numbers stay as they were.
 
     Args:
         model: The model, not wrapped.
-        pixel_values: float `[B, C, height, width]`, normalised, B at least 2: an image's patches are looked for in the
-            others.
+        pixel_values: float `[B, C, height, width]`, normalised, B at least 2: the patches of an image are searched in
+            the others.
         context_indices: int64 `[B, K]` or `[B, S, K]`.
         target_indices: int64 `[B, M, P]`.
         output_dir: The run's folder; `figures` is made in it.
@@ -195,6 +191,11 @@ def draw_training_figures(
         [target_features(model, pixel_values)],
         own_images=torch.arange(len(errors)),
     )
-    draw_predictions_figure(pictures, *masks, errors, expectation, model.config.patch_shape, paths[1])
+    patch = model.config.patch_shape
+    tiles = (
+        cut_patches(pictures, expectation.expected, patch),
+        cut_patches(pictures, expectation.nearest_to_truth, patch),
+    )
+    draw_expectation_figure(pictures[shown], *masks, expectation, tiles, patch, paths[1], errors)
     draw_spectrum_figure({"images": features.mean(dim=(1, 2)), "patches": features.flatten(0, 2)}, paths[2])
     return paths

@@ -1,12 +1,12 @@
-"""Has the representation collapsed? Numbers, each a pure function of a matrix of features; none needs labels.
+"""Computes numbers that show whether representations have collapsed; no labels are needed.
 
-Rows are images (pooled features) or patches. Three kinds of failure, and what sees them:
+Rows are images (pooled features) or patches. Three kinds of failure, and the numbers that show them:
 
 - *complete*: every row is the same vector. `mean_pairwise_cosine` goes to 1, `normalized_std` and `feature_std` to 0.
-- *dimensional*: rows differ, but along few directions. `rankme`, `effective_rank`, `stable_rank` and `lidar` go to 1,
-  `spectrum_slope` grows, `dead_dimensions` counts.
-- *positional*: patches say where they are and not what they show. `position_share` goes to 1 and `cross_image_gap` to
-  0; all numbers above stay as they are in a healthy run, since places differ from each other in many directions.
+- *dimensional*: rows differ, but along few directions. `rankme`, `effective_rank`, `lidar` and the stable rank go
+  to 1, the slope of the spectrum grows, `dead_dimensions` counts. `measure_matrix` gives all that one matrix has.
+- *positional*: patches encode where they are and not what they show. `position_share` goes to 1 and `cross_image_gap`
+  to 0; all numbers above stay as in a healthy run, since places differ from each other in many directions.
 
 Spectra are taken from the smaller of the two Gram matrices, [n, n] or [D, D], in float64: the squares of singular
 values cost half the digits, which float64 can spare.
@@ -26,11 +26,11 @@ _DEAD_SHARE = 0.01  # of the root mean square of all dimensions' standard deviat
 
 
 def mean_pairwise_cosine(features: torch.Tensor) -> float:
-    """Mean cosine between two different rows.
+    """Computes the mean cosine between two different rows.
 
     Limits: 1 when all rows point the same way (complete collapse); 0 for independent rows in many dimensions, and
     -1 / (n - 1), the least there is, for rows that cancel out. A common offset raises it: 0.9 can be a healthy
-    encoder's. All rows zero count as equal; single ones have the cosine 0 to all others.
+    encoder's. If all rows are zero, they count as equal; single zero rows have the cosine 0 to all others.
 
     Args:
         features: [n, D], any floating dtype, n at least 2; computed in float32 (float64 stays float64).
@@ -54,7 +54,7 @@ def mean_pairwise_cosine(features: torch.Tensor) -> float:
 
 
 def normalized_std(features: torch.Tensor) -> float:
-    """Mean over the D dimensions of the standard deviation over rows of unit length, times sqrt(D).
+    """Computes the mean over D dimensions of the standard deviation over rows of unit length, times sqrt(D).
 
     Limits: 0 when all rows are equal; about 1 for rows that point in all directions alike, and never more than 1.
 
@@ -74,7 +74,7 @@ def normalized_std(features: torch.Tensor) -> float:
 
 
 def feature_std(features: torch.Tensor) -> float:
-    """Mean over the D dimensions of the standard deviation over the n rows.
+    """Computes the mean over D dimensions of the standard deviation over the n rows.
 
     Limits: 0 when all rows are equal (complete collapse). Independent rows, each layer-normalised without affine, give
     about 1, and such rows can never give more.
@@ -98,7 +98,7 @@ def feature_std(features: torch.Tensor) -> float:
 
 
 def rankme(features: torch.Tensor) -> float:
-    """Effective rank of a feature matrix: the exponential of the entropy of its normalised singular values.
+    """Computes the effective rank of features: the exponential of the entropy of their normalised singular values.
 
     Features are **not centred**, as in the paper: a common offset counts as one direction. So features that differ
     little from a large common vector score near 1, even where the small differences fill every direction.
@@ -122,7 +122,7 @@ def rankme(features: torch.Tensor) -> float:
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """As `rankme`, of centred features: directions in which rows differ, whatever they have in common.
+    """Computes `rankme` of centred features: the number of directions in which rows differ.
 
     Limits: 1 when rows differ along one line only (also when they do not differ at all); min(n - 1, D) when they
     differ in all directions alike.
@@ -141,54 +141,12 @@ def effective_rank(features: torch.Tensor) -> float:
     return _exponential_entropy(spectrum(features).sqrt())
 
 
-def stable_rank(features: torch.Tensor) -> float:
-    """Total variance over the largest variance along one direction. Less moved by small directions than ranks above.
-
-    Limits: 1 when rows differ along one line only (also when they do not differ at all); min(n - 1, D) when they
-    differ in all directions alike.
-
-    Args:
-        features: [n, D], any floating dtype, n and D at least 1.
-
-    Returns:
-        1 to min(n - 1, D).
-
-    Raises:
-        ValueError: not a floating [n, D] matrix, empty, or with values that are not finite.
-
-    Source: Rudelson and Vershynin 2007 (arXiv math/0503442), squared Frobenius over squared spectral norm, of the
-        centred matrix.
-    """
-    return _stable_rank(spectrum(features))
-
-
-def spectrum_slope(features: torch.Tensor) -> float:
-    """How fast the variances along principal directions fall: alpha in variance_i ~ i ** -alpha.
-
-    Limits: 0 for a flat spectrum, where all directions are alike; about 1 in the networks that generalise best; it
-    grows as few directions hold all variance. Fitted by least squares through the logarithms of all variances above
-    rounding; 0 where there are fewer than two.
-
-    Args:
-        features: [n, D], any floating dtype, n and D at least 1.
-
-    Returns:
-        alpha, 0 or more.
-
-    Raises:
-        ValueError: not a floating [n, D] matrix, empty, or with values that are not finite.
-
-    Source: Agrawal et al., "alpha-ReQ" (arXiv 2202.05808), section 3; the law is Stringer et al. 2019's.
-    """
-    return _slope(spectrum(features))
-
-
 def lidar(views: torch.Tensor) -> float:
-    """Rank of what tells images apart and stays when an image is seen differently (other masks of the same image).
+    """Computes the rank of what differs between images and stays under other masks of the same image.
 
-    Where RankMe counts every direction, LiDAR counts those that vary between images more than between views of one.
+    RankMe counts every direction; LiDAR counts those that vary more between images than between views of one image.
 
-    Limits: 1 when one direction tells images apart (or none does); min(n - 1, D) when images differ in all directions
+    Limits: 1 when images differ along one direction (or none); min(n - 1, D) when images differ in all directions
     alike. Where views of an image are all equal, it is the effective rank of the images' variances. Compare values at
     one n, V and D only.
 
@@ -221,7 +179,7 @@ def lidar(views: torch.Tensor) -> float:
 
 
 def dead_dimensions(features: torch.Tensor) -> int:
-    """Number of dimensions that do not vary: their standard deviation is below 1 % of the root mean square of all.
+    """Counts dimensions that do not vary: their standard deviation is below 1 % of the root mean square of all.
 
     Limits: 0 when all vary; D when no row differs from another.
 
@@ -246,11 +204,10 @@ def dead_dimensions(features: torch.Tensor) -> int:
 
 
 def position_share(features: torch.Tensor, positions: torch.Tensor) -> float:
-    """Share of the patches' variance that their position alone explains.
+    """Computes the share of the patches' variance that their position alone explains.
 
-    Limits: 0 when position says nothing; 1 when patches at one place are equal in all images, that is, when features
-    say where and not what. The estimate has no bias from the number of images, so it can fall a little below 0. Where
-    patches do not vary at all it is 0.
+    Limits: 0 when position explains nothing; 1 when patches at one place are equal in all images. The estimate has no
+    bias from the number of images, so it can fall a little below 0. Where patches do not vary at all it is 0.
 
     Args:
         features: [n, D], a row a patch, any floating dtype.
@@ -275,7 +232,9 @@ def position_share(features: torch.Tensor, positions: torch.Tensor) -> float:
     places, groups, counts = positions.to(features.device).unique(return_inverse=True, return_counts=True)
     degrees = len(features) - len(places)
     if degrees < 1:
-        raise ValueError("no position occurs twice, so what it explains cannot be told; give more images.")
+        raise ValueError(
+            "no position occurs twice, so its share of the variance cannot be estimated; give more images."
+        )
     features = features - features.mean(dim=0)
     sums = torch.zeros(len(places), features.shape[1], dtype=features.dtype, device=features.device)
     sums.index_add_(0, groups, features)
@@ -286,10 +245,10 @@ def position_share(features: torch.Tensor, positions: torch.Tensor) -> float:
 
 
 def cross_image_gap(predictions: torch.Tensor, targets: torch.Tensor, others: torch.Tensor) -> float:
-    """How much nearer predictions are to their own targets than to another image's targets at the same place.
+    """Computes how much nearer predictions are to their own targets than to another image's at the same place.
 
-    Limits: 0 when predictions say nothing of the image, however near to the targets they are; 1 - cos(targets, others)
-    when they are perfect. It can be more: what exaggerates the difference of two images is further from the other one.
+    Limits: 0 when predictions do not depend on the image, however near to the targets they are; 1 - cos(targets,
+    others) when they are perfect. Predictions that exaggerate the difference of two images have more.
 
     Args:
         predictions: [n, D], a row a predicted patch, any floating dtype.
@@ -302,7 +261,7 @@ def cross_image_gap(predictions: torch.Tensor, targets: torch.Tensor, others: to
     Raises:
         ValueError: matrices that are not floating, of one shape, and finite.
 
-    Source: this project; no loss, deviation or rank sees what it sees.
+    Source: this project; no loss, deviation or rank shows the same.
     """
     _check_same_shape(predictions, targets, others)
     predictions, targets, others = (_checked(matrix) for matrix in (predictions, targets, others))
@@ -312,11 +271,11 @@ def cross_image_gap(predictions: torch.Tensor, targets: torch.Tensor, others: to
 
 
 def residual_ratio(predictions: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor) -> float:
-    """How far predictions vary inside groups, beside how far their targets do.
+    """Computes how much predictions vary inside groups, relative to their targets.
 
     With places as groups, 0 means predictions that ignore the image; with images as groups, predictions that ignore
-    the place. Good predictions have less than 1, since they leave out what cannot be known. Where targets do not vary
-    inside groups it is 0.
+    the place. Good predictions have less than 1, since they leave out what cannot be predicted. Where targets do not
+    vary inside groups it is 0.
 
     Args:
         predictions: [n, D], a row a predicted patch, any floating dtype.
@@ -344,7 +303,7 @@ def residual_ratio(predictions: torch.Tensor, targets: torch.Tensor, groups: tor
 
 
 def prediction_skill(predictions: torch.Tensor, targets: torch.Tensor) -> float:
-    """Share of the targets' variance that predictions explain, as R2 of a regression.
+    """Computes the share of the targets' variance that predictions explain, as R2 of a regression.
 
     Limits: 1 for perfect predictions; 0 for predicting the mean of all targets every time; below 0 for worse. Where
     targets do not vary it is 0.
@@ -371,17 +330,22 @@ def prediction_skill(predictions: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def measure_matrix(features: torch.Tensor) -> dict[str, float]:
-    """The numbers above that a single matrix gives, its spectrum being taken once.
+    """Computes all numbers of a single matrix.
 
     Args:
         features: [n, D], any floating dtype, n at least 2.
 
     Returns:
-        `cosine` (`mean_pairwise_cosine`), `normalized_std`, `rankme`, `effective_rank`, `stable_rank`,
-        `spectrum_slope` and `dead_dimensions`.
+        `cosine` (`mean_pairwise_cosine`), `normalized_std`, `rankme`, `effective_rank` and `dead_dimensions`, and of
+        the centred rows: `stable_rank`, the total variance over the largest along one direction, from 1 (rows differ
+        along one line, or not at all) to min(n - 1, D); `spectrum_slope`, alpha in variance_i ~ i ** -alpha, fitted
+        through all variances above rounding: 0 for a flat spectrum, about 1 in the networks that generalise best.
 
     Raises:
         ValueError: not a floating [n, D] matrix, fewer than two rows, or values that are not finite.
+
+    Source: stable rank: Rudelson and Vershynin 2007 (arXiv math/0503442), of the centred matrix. Slope: Agrawal et
+        al., "alpha-ReQ" (arXiv 2202.05808), section 3; the law is Stringer et al. 2019's.
     """
     centred = spectrum(features)
     return {
@@ -399,11 +363,11 @@ def measure_matrix(features: torch.Tensor) -> dict[str, float]:
 
 
 def spectrum(features: torch.Tensor, *, center: bool = True) -> torch.Tensor:
-    """Squared singular values of a feature matrix, largest first; centred, they are n times the variances.
+    """Computes squared singular values of features, largest first; of centred features, n times the variances.
 
     Args:
         features: [n, D], any floating dtype, n and D at least 1.
-        center: whether the mean row is taken off first.
+        center: whether to subtract the mean row first.
 
     Returns:
         float64 [min(n, D)], 0 or more.

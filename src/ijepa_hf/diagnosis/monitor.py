@@ -1,8 +1,11 @@
 """Measures a model on one fixed batch, so that rows of different steps can be compared.
 
-A row holds every number of `diagnostics` for the target encoder, the context encoder and the predictor, on pooled and
-on patch features, and how far the target encoder has moved. `collapse_verdict` judges rows. Numbers are taken in eval
-mode, without gradients and without a random draw, so that measuring never changes a run.
+A row holds every number of `diagnosis.measures` for the target encoder, the context encoder and the predictor, on
+pooled and on patch features, and how far the target encoder has moved. Numbers are taken in eval mode, without
+gradients and without a random draw, so that measuring never changes a run.
+
+A new sign of collapse is a number that `measure_features` puts into the row, and one line in a list of
+`diagnosis.verdict`, which table and picture follow: `SIGNS_OF_PARTS` if each part has the number, else `SINGLE_SIGNS`.
 """
 
 from dataclasses import dataclass
@@ -31,13 +34,12 @@ from ijepa_hf.randomness import DRAW_VIEWS, keyed_generator
 MONITOR_IMAGES = 48  # with 8x8 patches 3,072 rows, and 48 images a position
 LIDAR_VIEWS = 4  # masks of an image; the paper takes 10, at 2.5 times the cost
 SPECTRUM_ROWS = 1024  # patches whose spectrum is taken
-
 _SAMPLED_WEIGHTS = 65_536
 
 
 @dataclass(frozen=True)
 class MonitorBatch:
-    """What is measured: fixed images and fixed masks.
+    """Holds the fixed images and masks that are measured.
 
     Args:
         pixel_values: Floating `[B, C, height, width]`, normalised; B at least 2.
@@ -51,10 +53,10 @@ class MonitorBatch:
 
 
 def make_monitor_batch(config: IJepaConfig, pixel_values: Tensor) -> MonitorBatch:
-    """Puts masks to images.
+    """Draws the masks of the fixed images.
 
     Args:
-        config: Says which masks; they are always the same, whatever a run's seed.
+        config: The model's; the masks of one configuration are the same with any seed of a run.
         pixel_values: Floating `[B, C, height, width]`, normalised.
 
     Returns:
@@ -65,7 +67,7 @@ def make_monitor_batch(config: IJepaConfig, pixel_values: Tensor) -> MonitorBatc
     """
     if len(pixel_values) < 2:
         raise ValueError(
-            f"{len(pixel_values)} image is too few to tell a collapse; give at least 2, better {MONITOR_IMAGES}."
+            f"{len(pixel_values)} image is too few to recognise a collapse; give at least 2, better {MONITOR_IMAGES}."
         )
     masks = [
         draw_masks(config.mask_settings(), len(pixel_values), keyed_generator(DRAW_VIEWS, view))
@@ -100,9 +102,9 @@ class CollapseMonitor:
             model: In any mode, which it keeps.
 
         Returns:
-            `batch`, which says what images these are, and `loss` on them; for each of `target`, `context` and
-            `prediction`, and each of `pooled` and `patch`, the numbers of `diagnostics.measure_matrix` under names
-            such as `target_patch_rankme`; `..._position_share` of each; `context_lidar` (None without several views);
+            `batch`, a hash of the images, and the `loss` on them; for each of `target`, `context` and
+            `prediction`, and each of `pooled` and `patch`, the numbers of `measures.measure_matrix` under names such
+            as `target_patch_rankme`; `..._position_share` of each; `context_lidar` (None without several views);
             `cross_image_gap` and `perfect_gap`, what perfect predictions would have; `prediction_skill`;
             `prediction_image_ratio` and `prediction_place_ratio` (see `residual_ratio`); `target_distance`, of both
             encoders' weights, relative to the context encoder's; `target_moved`, the share of that way that the target
@@ -149,7 +151,7 @@ class CollapseMonitor:
 
 
 def measure_features(features: dict[str, Tensor], target_indices: Tensor) -> dict[str, Any]:
-    """The numbers of a row that come from features.
+    """Computes the numbers of a row that come from features.
 
     Args:
         features: `target` `[B, N, D]`, of the whole image, as the loss has them; `context` `[B, N, D]`, of the whole
@@ -158,7 +160,7 @@ def measure_features(features: dict[str, Tensor], target_indices: Tensor) -> dic
         target_indices: int64 `[B, M, P]`.
 
     Returns:
-        See `CollapseMonitor.measure`; without what needs missing features.
+        See `CollapseMonitor.measure`; without the numbers of missing features.
     """
     row: dict[str, Any] = {}
     count, patches, _ = features["target"].shape

@@ -1,4 +1,4 @@
-"""Measures, judges and draws a run while it goes on: `diagnostics.jsonl`, a warning or an early end, pictures."""
+"""Measures, judges and draws a run while it trains: `diagnostics.jsonl`, a warning or an early end, pictures."""
 
 import logging
 import math
@@ -14,21 +14,21 @@ from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.runs.folder import DIAGNOSTICS_FILE
 from ijepa_hf.runs.rows import RowFile, read_rows
 
-COST_IN_STEPS = 1.3  # what a row costs, in optimiser steps on as many images; measured, docs/collapse.md
-MOST_SHARE = 0.01  # of the time, that goes into rows
-LEAST_STEPS = 100  # between two rows, and as many as the width: spectra cost the more, the wider the features are
-MOST_DRAWING_SHARE = 0.02  # of the time, that goes into pictures before the end
-LEAST_DRAWING_SECONDS = 1.0  # that the first pictures are taken to need
+COST_IN_STEPS = 1.3  # the cost of a row, in optimiser steps on as many images; measured, docs/collapse.md
+MOST_SHARE = 0.01  # of the time for rows
+LEAST_STEPS = 100  # between two rows; also at least the width, as spectra cost more for wider features
+MOST_DRAWING_SHARE = 0.02  # of the time for pictures before the end
+LEAST_DRAWING_SECONDS = 1.0  # assumed for the first pictures
 
 logger = logging.getLogger(__name__)
 
 
 class CollapseError(ArithmeticError):
-    """The run was judged to have collapsed, and `on_collapse` is `stop`."""
+    """Ends a run that was judged to have collapsed, with `on_collapse` set to `stop`."""
 
 
 def steps_between(global_batch_size: int, hidden_size: int) -> int:
-    """Optimiser steps between two rows, so that rows take at most `MOST_SHARE` of the time.
+    """Computes the optimiser steps between two rows, so that rows take at most `MOST_SHARE` of the time.
 
     Args:
         global_batch_size: Images in a step.
@@ -42,16 +42,7 @@ def steps_between(global_batch_size: int, hidden_size: int) -> int:
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
-    """Whether a row is to be taken.
-
-    Args:
-        step: Optimiser steps done.
-        every: Steps between two rows; 0 is off.
-        num_steps: Of the run.
-
-    Returns:
-        The answer; yes for the first and the last step, unless rows are off.
-    """
+    """Returns whether a row is due after a step: every `every` steps (0 is never) and after the last."""
     return every > 0 and (step % every == 0 or step == num_steps)
 
 
@@ -61,7 +52,7 @@ class RunDiagnostics:
     Args:
         monitor: With the fixed batch.
         output_dir: The run's folder; rows that are there already belong to the run.
-        num_steps: Of the run.
+        num_steps: Optimiser steps of the run.
     """
 
     def __init__(self, monitor: CollapseMonitor, output_dir: Path, *, num_steps: int) -> None:
@@ -69,14 +60,14 @@ class RunDiagnostics:
         self.file = RowFile(self.path)
         self.rows = read_rows(self.path)
         self.verdict: CollapseVerdict | None = judge_collapse(self.rows) if self.rows else None
-        self._kept: float | None = None  # of the target encoder as it was at the last row, once it was moved
+        self._kept: float | None = None  # share of the last row's target encoder that is left; None if it did not move
         self._begin, self._drawing = time.monotonic(), 0.0  # seconds
 
     def note_step(self, ema_momentum: float | None) -> None:
         """Counts an optimiser step.
 
         Args:
-            ema_momentum: Of its moving average; `None` where there was none.
+            ema_momentum: Momentum of its moving average; `None` for a step without one.
         """
         if ema_momentum is not None:
             self._kept = ema_momentum * (1.0 if self._kept is None else self._kept)
@@ -84,7 +75,7 @@ class RunDiagnostics:
     def measure(
         self, model: IJepaForPretraining, step: int, epoch: float, tell: Callable[[dict[str, Any], int], None]
     ) -> CollapseVerdict | None:
-        """Takes a row and judges all there are. Features that cannot be measured are logged, and the run goes on.
+        """Takes a row and judges all rows. Features that cannot be measured are logged, and the run goes on.
 
         Args:
             model: The model.
@@ -93,7 +84,7 @@ class RunDiagnostics:
             tell: Passes the row's numbers on to the trackers.
 
         Returns:
-            The verdict, which is kept in `verdict`; `None` where there is no row to judge.
+            The verdict, which is kept in `verdict`; `None` as long as there is no row.
         """
         try:
             numbers = self.monitor.measure(model)
@@ -117,8 +108,7 @@ class RunDiagnostics:
     def draw(self, model: IJepaForPretraining, *, is_last: bool) -> None:
         """Draws the features, predictions, spectrum and rows of the fixed images into the run's `figures`.
 
-        Before the end only where pictures have taken less than `MOST_DRAWING_SHARE` of the time so far, which a long
-        run can afford at each checkpoint and a short one cannot.
+        Before the end it draws only while pictures have taken less than `MOST_DRAWING_SHARE` of the time so far.
 
         Args:
             model: The model, which is left as it is.
@@ -133,6 +123,6 @@ class RunDiagnostics:
             draw_training_figures(model, batch.pixel_values, batch.views[0], batch.target_indices, folder)
             if self.rows:
                 draw_diagnostics_figure({folder.name: self.rows}, folder / "figures" / "diagnostics.png")
-        except (ValueError, RuntimeError) as error:  # as in `measure`: a picture is not worth a run
+        except (ValueError, RuntimeError) as error:  # as in `measure`: a run does not fail over a picture
             logger.warning("no pictures of the features: %s", error)
         self._drawing += time.monotonic() - begin

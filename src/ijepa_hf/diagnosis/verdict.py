@@ -1,9 +1,12 @@
-"""What the rows of `collapse_monitor` mean: is this run healthy, and if not, what is wrong and what to try next.
+"""Judges the rows of `diagnosis.monitor`: is this run healthy, and if not, what is wrong and what to try next.
 
-A rule is a threshold on numbers of one row. A failure has to hold in two rows in a row before it is said, so that the
-noise of one is no alarm. Thresholds were fixed on runs on `digits`, healthy and broken on purpose, and then tried on
-other data unchanged: docs/collapse.md has the table. `SIGNS_OF_PARTS` and `SINGLE_SIGNS` say which numbers of a row
-are shown, and how: a new one is worked out in `collapse_monitor.py` and named here; a rule is one more of `_RULES`.
+A rule is a threshold on numbers of one row. A failure must hold in two successive rows, so that the noise of one row
+raises no alarm. Thresholds were fixed on runs on `digits`, healthy and broken on purpose, and then tried unchanged on
+other data: docs/collapse.md has the table.
+
+`SIGNS_OF_PARTS` and `SINGLE_SIGNS` list the numbers of a row that are shown, with their words in the table of
+`ijepa-hf diagnose` and their panel in the picture. A new sign of collapse is computed in `diagnosis/monitor.py` and
+gets one line here; a new rule is one more entry of `_RULES`.
 """
 
 import dataclasses
@@ -17,9 +20,9 @@ LEAST_RANK = 4.0  # effective rank of centred patches: below is dimensional coll
 MOST_POSITION_SHARE = 0.9  # of the variance of patches: above is positional collapse
 LEAST_RATIO = 0.01  # of predictions' variation beside their targets': below, the predictor is dead
 PREDICTOR_PROGRESS = 0.15  # share of the run before which a predictor need not have learned anything
-PREDICTOR_STEPS = 100  # nor before so many steps
+PREDICTOR_STEPS = 100  # and steps before which it need not
 LEAST_MOVED = 0.1  # of the way that the target encoder should have gone: below, the moving average is stuck
-LEAST_EXPECTED = 1e-3  # of the way to the context encoder, between two rows: less cannot be told from rounding
+LEAST_EXPECTED = 1e-3  # of the way to the context encoder, between two rows: less may be rounding
 STILL = 1e-9  # of the way: the momentum is 1
 EMA_PROGRESS = 0.9  # share of the run after which the momentum may be 1, as its schedule says
 LOSS_RISE = 1.1  # times its least value
@@ -35,7 +38,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of the picture of a run's rows, with a dashed line at a limit."""
+    """Holds the texts and the limit, drawn as a dashed line, of a panel of the picture of a run's rows."""
 
     title: str
     unit: str
@@ -45,13 +48,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Sign:
-    """A number of a row.
+    """Says how a number of a row is shown.
 
     Args:
-        name: Its name in the row; where it is taken of each part, after `target_`, `context_` or `prediction_`.
-        words: What the table of `ijepa-hf diagnose` calls it; empty where it is in the picture only.
+        name: Its name in the row, without the `target_`, `context_` or `prediction_` of a number of each part.
+        words: Its name in the table of `ijepa-hf diagnose`; empty for a number that only the picture shows.
         panel: The panel that it is drawn in, if any.
-        line: What the panel calls it; for a number of each part, the parts' names are taken.
+        line: Its name in the legend of the panel; a number of each part has the names of the parts.
     """
 
     name: str
@@ -104,14 +107,14 @@ SINGLE_SIGNS = (
 
 @dataclass(frozen=True)
 class CollapseVerdict:
-    """A judgement.
+    """Holds a judgement.
 
     Args:
         name: One of `VERDICTS`.
-        step: Optimiser step of the row that it is about; `None` for a model without a run.
-        numbers: What it rests on, by the names of a row.
+        step: Optimiser step of the judged row; `None` for a model without a run.
+        numbers: The numbers that decided, by their names in a row.
         reason: A sentence with these numbers.
-        advice: What to try next, with flags; empty where there is nothing to do.
+        advice: What to try next, with flags; empty if nothing is wrong.
     """
 
     name: str
@@ -135,19 +138,19 @@ class CollapseVerdict:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A failure.
+    """Holds how a failure is recognised.
 
     Args:
         name: One of `FAILURES`.
-        tells: Whether a row can say anything about it.
-        holds: Whether such a row shows it.
-        numbers: Names of what it rests on.
-        reason: A sentence with them.
+        applies: Whether a row has what the rule needs.
+        holds: Whether such a row shows the failure.
+        numbers: Names of the numbers that decide.
+        reason: Gives a sentence with them.
         advice: What to try.
     """
 
     name: str
-    tells: Callable[[Row], bool]
+    applies: Callable[[Row], bool]
     holds: Callable[[Row], bool]
     numbers: tuple[str, ...]
     reason: Callable[[Row], str]
@@ -170,7 +173,7 @@ def _below(name: str, limit: float) -> tuple[Callable[[Row], bool], Callable[[Ro
 
 
 def _predictor_had_time(name: str) -> Callable[[Row], bool]:
-    """A model without a run is taken to have had its time."""
+    """Returns whether the predictor has trained long enough; one of a model without a run has."""
     return lambda row: (
         row.get(name) is not None
         and row.get("progress", 1.0) >= PREDICTOR_PROGRESS
@@ -178,15 +181,14 @@ def _predictor_had_time(name: str) -> Callable[[Row], bool]:
     )
 
 
-def _tells_of_ema(row: Row) -> bool:
+def _has_ema(row: Row) -> bool:
     moved, expected = row.get("target_moved"), row.get("ema_expected")
     if moved is None or expected is None:  # the first row, or one after steps that left both encoders alone
         return False
     return bool(expected >= LEAST_EXPECTED or (expected < STILL and row.get("progress", 1.0) < EMA_PROGRESS))
 
 
-# In the order in which they are asked: whatever is wrong with the moving average or the predictor comes before what
-# follows from it.
+# In the order in which they are tried: a broken moving average or predictor comes before what follows from it.
 _RULES = (
     _Rule(
         COMPLETE,
@@ -202,7 +204,7 @@ _RULES = (
     ),
     _Rule(
         EMA_STUCK,
-        _tells_of_ema,
+        _has_ema,
         lambda row: row["ema_expected"] < STILL or row["target_moved"] < LEAST_MOVED * row["ema_expected"],
         ("target_moved", "ema_expected"),
         lambda row: (
@@ -267,12 +269,12 @@ def judge_collapse(rows: Sequence[Row]) -> CollapseVerdict:
     Args:
         rows: From `CollapseMonitor.measure`, in the order of steps, each with `step`, `progress` (share of the run)
             and `ema_expected` (share of the way to the context encoder that the momenta since the row before make;
-            `None` where the encoders stood still on purpose). A row without `step` is a model's. Rows of other images
-            than the newest row's (`batch`) do not count.
+            `None` where the encoders stood still on purpose). A row without `step` is that of a model. Only rows of
+            the newest row's images (`batch`) count.
 
     Returns:
-        The verdict at the newest row. A failure is one that held in the newest two rows that can tell of it; a single
-        row of a model is judged alone, and a run that has one row only, or rows without numbers, is not judged yet.
+        The verdict at the newest row. A failure must hold in the newest two rows to which its rule applies; the row
+        of a model is judged alone. A run with one row, or with rows without numbers, is not judged yet.
 
     Raises:
         ValueError: If there is no row.
@@ -285,12 +287,12 @@ def judge_collapse(rows: Sequence[Row]) -> CollapseVerdict:
     needed = 1 if step is None else PATIENCE
     if len(rows) < needed:
         return CollapseVerdict(UNKNOWN, step, {}, f"a run is judged by {PATIENCE} rows or more.", "")
-    if not any(rule.tells(last) for rule in _RULES):
+    if not any(rule.applies(last) for rule in _RULES):
         return CollapseVerdict(
             UNKNOWN, step, {}, "the newest row has none of the numbers that a verdict rests on.", ""
         )
     for rule in _RULES:
-        recent = [row for row in rows if rule.tells(row)][-needed:]
+        recent = [row for row in rows if rule.applies(row)][-needed:]
         if len(recent) == needed and all(map(rule.holds, recent)):
             numbers = {name: float(recent[-1][name]) for name in rule.numbers if recent[-1].get(name) is not None}
             return CollapseVerdict(rule.name, step, numbers, rule.reason(recent[-1]), rule.advice)

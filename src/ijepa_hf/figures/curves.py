@@ -1,8 +1,4 @@
-"""Pictures of a run: what the masks hide on real images, what they are like, and how the logged numbers moved.
-
-All functions write a PNG and return the matplotlib figure, for a notebook or a tracker. They build `Figure` objects
-directly and never touch pyplot, so they need no display and leave no figure open.
-"""
+"""Draws the logged numbers of a run over its steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from ijepa_hf.figures.panels import (
-    DPI,
-    plain_frame,
-)
+from ijepa_hf.figures.panels import DPI, FAINT_COLOR, LINE_COLORS, plain_frame
 from ijepa_hf.recipes.expected_band import BandWatch
 
 _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -51,7 +44,7 @@ def draw_curves_figure(
     expected: BandWatch | None = None,
     columns: int = 4,
 ) -> Figure:
-    """Draw the logged numbers of a run over its optimiser steps, a small panel each.
+    """Draws the logged numbers of a run over its optimiser steps, a small panel each.
 
     Args:
         rows: lines of `metrics.jsonl`, each with `step` and any of `loss`, `target_rankme`, `target_std`, `grad_norm`,
@@ -59,10 +52,10 @@ def draw_curves_figure(
             `images_per_second` and `data_wait_share`. A row may lack some; a panel that no row has a value for is left
             out; a missing or null value is a gap in its line.
         path: PNG to write; its folder must exist.
-        evaluations: lines of `evaluations.jsonl`, each with `step` and `knn`: a panel more, with the value of step 0,
-            the untrained network's, as a dashed line.
-        expected: the run beside the band of its recipe: bands are shaded, and what is compared with them is dotted.
-        columns: Panels beside each other, at most.
+        evaluations: lines of `evaluations.jsonl`, each with `step` and `knn`: drawn in one more panel, with the value
+            of step 0, the untrained network's, as a dashed line.
+        expected: the run compared with the band of its recipe: bands are shaded, the compared values dotted.
+        columns: most panels in a row, at least 1.
 
     Returns:
         The figure.
@@ -103,8 +96,8 @@ def draw_curves_figure(
 
 def _name_curve(axis: Axes, title: str, unit: str) -> None:
     axis.set_title(title, fontsize=10, loc="left", fontweight="bold", color="#222222")
-    axis.set_ylabel(unit, fontsize=8, color="#555555")
-    axis.set_xlabel("optimiser step", fontsize=8, color="#555555")
+    axis.set_ylabel(unit, fontsize=8, color=FAINT_COLOR)
+    axis.set_xlabel("optimiser step", fontsize=8, color=FAINT_COLOR)
 
 
 def _draw_evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
@@ -112,7 +105,7 @@ def _draw_evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]]) -> N
     _draw_lines(axis, steps, {"trained": scores})
     untrained = scores[steps == 0]
     if untrained.size:
-        axis.axhline(untrained[0], color="#555555", linewidth=1, linestyle="--", label="untrained")
+        axis.axhline(untrained[0], color=FAINT_COLOR, linewidth=1, linestyle="--", label="untrained")
         axis.legend(fontsize=7, frameon=False)
     _name_curve(axis, _KNN_TITLE, "top-1 in percent")
 
@@ -141,16 +134,10 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def _draw_lines(axis: Axes, steps: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
-    for (label, values), color in zip(lines.items(), ("#0072B2", "#E69F00", "#009E73"), strict=False):
+    for (label, values), color in zip(lines.items(), LINE_COLORS, strict=False):
         # One logged value would be an invisible line.
-        axis.plot(
-            steps,
-            values,
-            color=color,
-            linewidth=1.4,
-            label=label,
-            marker="o" if np.isfinite(values).sum() == 1 else None,
-        )
+        marker = "o" if np.isfinite(values).sum() == 1 else None
+        axis.plot(steps, values, color=color, linewidth=1.4, label=label, marker=marker)
     if len(lines) > 1:
         axis.legend(fontsize=7, frameon=False)
     plain_frame(axis)

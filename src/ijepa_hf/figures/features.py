@@ -1,7 +1,6 @@
-"""Pictures of features and of predictions: what patches have in common, where predictions fail, what they expect.
+"""Draws features and predictions: what patches have in common, where predictions fail, what they expect.
 
-All functions write a PNG and return the matplotlib figure. What is drawn comes from `feature_views`;
-`draw_training_figures` does both for a batch of a run.
+`figures.views` computes what is drawn here. Functions named `draw_...` write a PNG and return the matplotlib figure.
 """
 
 from collections.abc import Sequence
@@ -47,14 +46,14 @@ def draw_pca_figure(pictures: np.ndarray, colors: PatchColors, path: str | Path)
 
     Args:
         pictures: `[n, height, width, 3]`, from 0 to 1.
-        colors: Of the same n images.
+        colors: Of the same n images, from `patch_colors`.
         path: PNG to write; its folder must exist.
 
     Returns:
         The figure: pairs of panels, two pairs a row.
 
     Raises:
-        ValueError: Other numbers of images and colours.
+        ValueError: The arguments are of different numbers of images.
         FileNotFoundError: The folder of `path` does not exist.
     """
     _check_same_length(pictures=pictures, colors=colors.colors)
@@ -76,19 +75,19 @@ def draw_pca_figure(pictures: np.ndarray, colors: PatchColors, path: str | Path)
 def draw_cosine_figure(
     pictures: np.ndarray, features: Tensor, patches: Sequence[Sequence[tuple[int, int]]], path: str | Path
 ) -> Figure:
-    """Draws how like one patch all others of its image are, for some patches an image.
+    """Draws the cosine of some patches to all others of their image.
 
     Args:
         pictures: `[n, height, width, 3]`, from 0 to 1.
         features: `[n, rows, columns, D]`.
-        patches: Row and column of the patches looked at, as many for each image.
+        patches: Row and column of each patch to compare with; the same number for each image.
         path: PNG to write; its folder must exist.
 
     Returns:
-        The figure: a row an image, with a map for each patch, all of one colour scale.
+        The figure: a row for each image, with a map for each patch, all of one colour scale.
 
     Raises:
-        ValueError: Other numbers of images, features and patches.
+        ValueError: The arguments are of different numbers of images.
         FileNotFoundError: The folder of `path` does not exist.
     """
     _check_same_length(pictures=pictures, features=features, patches=patches)
@@ -135,22 +134,19 @@ def draw_errors_figure(
         path: PNG to write; its folder must exist.
 
     Returns:
-        The figure: a row an image, with image, context and error.
+        The figure: a row for each image, with image, context and error.
 
     Raises:
-        ValueError: Other numbers of images, indices and errors.
+        ValueError: The arguments are of different numbers of images.
         FileNotFoundError: The folder of `path` does not exist.
     """
     _check_same_length(pictures=pictures, context=context_indices, targets=target_indices, errors=errors)
     foot = _lines_of_blocks(target_indices) * _LINE + 0.06
     figure, axes = panel_grid(len(pictures), 3, _aspect(pictures), foot=foot, right=_BAR_ROOM)
     _title(axes[0], ["image", "context", "error"])
-    maps = _error_maps(errors, target_indices, pictures, patch_size)
-    shown: Any = None
     for b, row in enumerate(axes):
         _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
-        shown = _draw_errors(row[2], maps, b, pictures[b], target_indices[b], errors[b], patch_size)
-    _color_bar(figure, axes, shown, "loss at the patch")
+    _draw_errors(figure, axes, pictures, target_indices, errors, patch_size)
     figure.savefig(path, dpi=DPI)
     return figure
 
@@ -163,11 +159,12 @@ def draw_expectation_figure(
     tiles: tuple[np.ndarray, np.ndarray],
     patch_size: tuple[int, int],
     path: str | Path,
+    errors: Tensor | None = None,
 ) -> Figure:
     """Draws what the predictor expects: in the place of each target patch the real patch most like the prediction.
 
-    Beside it the same for the true targets, which is the best that this gallery could show. Where blocks share a
-    patch, the first counts.
+    The last panel shows the same for the true targets, which is the best that this gallery could show. Where blocks
+    share a patch, the first counts.
 
     Args:
         pictures: `[B, height, width, 3]`, from 0 to 1.
@@ -178,24 +175,34 @@ def draw_expectation_figure(
             `[B, M, P, patch height, patch width, 3]`.
         patch_size: Height and width of a patch, in pixels.
         path: PNG to write; its folder must exist.
+        errors: `[B, M, P]`, from `prediction_errors`: drawn in one more panel, as by `draw_errors_figure`.
 
     Returns:
-        The figure: a row an image, with image, context, expectation and the nearest to the truth.
+        The figure: a row for each image, with image, context, errors if given, expectation and nearest to the truth.
 
     Raises:
-        ValueError: Other numbers of images, indices and tiles.
+        ValueError: The arguments are of different numbers of images.
         FileNotFoundError: The folder of `path` does not exist.
     """
     _check_same_length(
-        pictures=pictures, context=context_indices, targets=target_indices, expected=tiles[0], nearest=tiles[1]
-    )
-    figure, axes = panel_grid(len(pictures), 4, _aspect(pictures), foot=2 * _LINE + 0.06)
-    _title(axes[0], ["image", "context", "expected", "nearest to truth"])
+        pictures=pictures, context=context_indices, targets=target_indices, expected=tiles[0], nearest=tiles[1],
+        **({} if errors is None else {"errors": errors}),
+    )  # fmt: skip
+    titles = ["image", "context", *([] if errors is None else ["error"]), "expected", "nearest to truth"]
+    lines, right = (2, 0.0) if errors is None else (max(2, _lines_of_blocks(target_indices)), _BAR_ROOM)
+    figure, axes = panel_grid(len(pictures), len(titles), _aspect(pictures), foot=lines * _LINE + 0.06, right=right)
+    _title(axes[0], titles)
     for b, row in enumerate(axes):
         _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
-        _draw_expectation(
-            row[2:], b, pictures[b], target_indices[b], expectation, tiles[0][b], tiles[1][b], patch_size
-        )
+        found = [(expectation.expected, tiles[0]), (expectation.nearest_to_truth, tiles[1])]
+        cosines = [float(matches.similarity[b].mean()) for matches, _ in found]
+        for axis, (_, shown) in zip(row[-2:], found, strict=True):
+            _draw_tiles(axis, pictures[b], target_indices[b], shown[b], patch_size)
+        truth = float(expectation.truth_similarity[b].mean())
+        _below(row[-2], [f"cosine {cosines[0]:.2f}", f"to the truth {truth:.2f}"])
+        _below(row[-1], [f"cosine {cosines[1]:.2f}"])
+    if errors is not None:
+        _draw_errors(figure, axes, pictures, target_indices, errors, patch_size)
     figure.savefig(path, dpi=DPI)
     return figure
 
@@ -212,9 +219,10 @@ def draw_retrieval_figure(
 
     Args:
         queries: `[q, height, width, 3]`, from 0 to 1.
-        query_names: What stands below each, such as its label; may be empty. Cut to 24 characters, which fit.
-        neighbours: `[q, k, height, width, 3]`, the most like first.
-        neighbour_names: Likewise, k for each.
+        query_names: A name for each, such as its label, written below it; may be empty. Longer ones are cut to 24
+            characters.
+        neighbours: `[q, k, height, width, 3]`, the most similar first.
+        neighbour_names: k names for each query, as `query_names`.
         similarity: `[q, k]`, cosines.
         path: PNG to write; its folder must exist.
 
@@ -222,7 +230,7 @@ def draw_retrieval_figure(
         The figure.
 
     Raises:
-        ValueError: Other numbers of images and names.
+        ValueError: The arguments are of different numbers of images.
         FileNotFoundError: The folder of `path` does not exist.
     """
     _check_same_length(
@@ -244,56 +252,8 @@ def draw_retrieval_figure(
     return figure
 
 
-# -- a batch of a run ------------------------------------------------------------------------------------------------
-
-
-def draw_predictions_figure(
-    pictures: np.ndarray,
-    context_indices: Tensor,
-    target_indices: Tensor,
-    errors: Tensor,
-    expectation: Expectation,
-    patch_size: tuple[int, int],
-    path: str | Path,
-) -> Figure:
-    """Draws errors and expectations of the first images of a batch, the others being the gallery.
-
-    Args:
-        pictures: `[n, height, width, 3]`, from 0 to 1: the gallery, whose first B images are drawn.
-        context_indices: int64 `[B, K]` or `[B, S, K]`.
-        target_indices: int64 `[B, M, P]`.
-        errors: `[B, M, P]`.
-        expectation: Of these B images.
-        patch_size: Height and width of a patch, in pixels.
-        path: PNG to write; its folder must exist.
-
-    Returns:
-        The figure: a row an image, with image, context, error, expectation and the nearest to the truth.
-
-    Raises:
-        FileNotFoundError: The folder of `path` does not exist.
-    """
-    foot = max(2, _lines_of_blocks(target_indices)) * _LINE + 0.06
-    figure, axes = panel_grid(len(errors), 5, _aspect(pictures), foot=foot, right=_BAR_ROOM)
-    _title(axes[0], ["image", "context", "error", "expected", "nearest to truth"])
-    maps = _error_maps(errors, target_indices, pictures, patch_size)
-    tiles = [
-        cut_patches(pictures, found, patch_size) for found in (expectation.expected, expectation.nearest_to_truth)
-    ]
-    heat: Any = None
-    for b, row in enumerate(axes):
-        _draw_image_and_context(row, pictures[b], context_indices[b], target_indices[b], patch_size)
-        heat = _draw_errors(row[2], maps, b, pictures[b], target_indices[b], errors[b], patch_size)
-        _draw_expectation(
-            row[3:], b, pictures[b], target_indices[b], expectation, tiles[0][b], tiles[1][b], patch_size
-        )
-    _color_bar(figure, axes, heat, "loss at the patch")
-    figure.savefig(path, dpi=DPI)
-    return figure
-
-
 def cut_patches(pictures: np.ndarray, matches: PatchMatches, patch_size: tuple[int, int]) -> np.ndarray:
-    """The pixels of patches.
+    """Cuts matched patches out of the pictures of a gallery.
 
     Args:
         pictures: `[n, height, width, channels]`, any dtype: the gallery.
@@ -328,58 +288,35 @@ def _draw_image_and_context(
     show_picture(row[1], keep_patches(picture, mark_patches(first_set, picture, patch_size), patch_size))
 
 
-def _error_maps(
-    errors: Tensor, target_indices: Tensor, pictures: np.ndarray, patch_size: tuple[int, int]
-) -> list[np.ndarray]:
-    grid = pictures.shape[1] // patch_size[0], pictures.shape[2] // patch_size[1]
-    return [error_map(own, targets, grid) for own, targets in zip(errors, target_indices, strict=True)]
-
-
 def _draw_errors(
-    axis: Axes,
-    maps: Sequence[np.ndarray],
-    number: int,
-    picture: np.ndarray,
-    targets: Tensor,
+    figure: Figure,
+    axes: np.ndarray,
+    pictures: np.ndarray,
+    target_indices: Tensor,
     errors: Tensor,
     patch_size: tuple[int, int],
-) -> Any:
-    """The map of one image on the scale of all; below it a coloured square and the mean error of each block."""
-    highest = max(float(np.nanmax(one)) for one in maps)
-    shown = _heat(axis, maps[number], picture, 0.0, highest)
-    _outline_blocks(axis, targets, picture, patch_size)
-    for block, (mean, color) in enumerate(zip(errors.mean(dim=-1).tolist(), cycle(BLOCK_COLORS), strict=False)):
-        line, place = divmod(block, 2)
-        y = -0.04 - line * _LINE / (PANEL_INCHES * picture.shape[0] / picture.shape[1])
-        x = 0.02 + 0.5 * place
-        axis.text(x, y, "\u25a0", transform=axis.transAxes, fontsize=9, va="top", color=color)
-        axis.text(x + 0.1, y, f"{mean:.3f}", transform=axis.transAxes, fontsize=9, va="top", color=TEXT_COLOR)
-    return shown
-
-
-def _draw_expectation(
-    axes: np.ndarray,
-    number: int,
-    picture: np.ndarray,
-    targets: Tensor,
-    expectation: Expectation,
-    expected_tiles: np.ndarray,
-    nearest_tiles: np.ndarray,
-    patch_size: tuple[int, int],
 ) -> None:
-    for axis, tiles in zip(axes, (expected_tiles, nearest_tiles), strict=True):
-        show_picture(axis, _tiled(picture, targets, tiles, patch_size))
-        edges = outline(mark_patches(targets.flatten(), picture, patch_size), patch_size)
-        axis.add_collection(LineCollection(edges, colors="#222222", linewidths=1.2, clip_on=False), autolim=False)
-    mine = float(expectation.expected.similarity[number].mean())
-    truth = float(expectation.truth_similarity[number].mean())
-    best = float(expectation.nearest_to_truth.similarity[number].mean())
-    _below(axes[0], [f"cosine {mine:.2f}", f"to the truth {truth:.2f}"])
-    _below(axes[1], [f"cosine {best:.2f}"])
+    """Fills the third panels with maps on one scale; below them a coloured square and the mean error of each block."""
+    grid = pictures.shape[1] // patch_size[0], pictures.shape[2] // patch_size[1]
+    maps = [error_map(own, targets, grid) for own, targets in zip(errors, target_indices, strict=True)]
+    highest = max(float(np.nanmax(one)) for one in maps)
+    shown: Any = None
+    for b, axis in enumerate(axes[:, 2]):
+        shown = _heat(axis, maps[b], pictures[b], 0.0, highest)
+        _outline_blocks(axis, target_indices[b], pictures[b], patch_size)
+        for block, (mean, color) in enumerate(zip(errors[b].mean(dim=-1).tolist(), cycle(BLOCK_COLORS), strict=False)):
+            line, place = divmod(block, 2)
+            y = -0.04 - line * _LINE / (PANEL_INCHES * _aspect(pictures))
+            x = 0.02 + 0.5 * place
+            axis.text(x, y, "\u25a0", transform=axis.transAxes, fontsize=9, va="top", color=color)
+            axis.text(x + 0.1, y, f"{mean:.3f}", transform=axis.transAxes, fontsize=9, va="top", color=TEXT_COLOR)
+    _color_bar(figure, axes, shown, "loss at the patch")
 
 
-def _tiled(picture: np.ndarray, targets: Tensor, tiles: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    """The picture, faded, with tiles `[M, P, height, width, 3]` in the place of its target patches."""
+def _draw_tiles(
+    axis: Axes, picture: np.ndarray, targets: Tensor, tiles: np.ndarray, patch_size: tuple[int, int]
+) -> None:
+    """Shows the picture, faded, with tiles `[M, P, height, width, 3]` in the place of its target patches."""
     height, width = patch_size
     columns = picture.shape[1] // width
     canvas = 0.35 * picture + 0.65 * HIDDEN
@@ -387,7 +324,9 @@ def _tiled(picture: np.ndarray, targets: Tensor, tiles: np.ndarray, patch_size: 
         for position, tile in zip(block, patches, strict=True):
             row, column = divmod(position, columns)
             canvas[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
-    return canvas
+    show_picture(axis, canvas)
+    edges = outline(mark_patches(targets.flatten(), picture, patch_size), patch_size)
+    axis.add_collection(LineCollection(edges, colors="#222222", linewidths=1.2, clip_on=False), autolim=False)
 
 
 def _heat(axis: Axes, values: np.ndarray, picture: np.ndarray, low: float, high: float) -> Any:

@@ -1,4 +1,4 @@
-"""Draws masks on images, and the audit of masks."""
+"""Draws masks on images, and the audit of masks. Each function writes a PNG and returns the matplotlib figure."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -10,13 +10,16 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ijepa_hf.figures.panels import (
     BLOCK_COLORS,
     DPI,
+    FAINT_COLOR,
     HIDDEN,
+    TEXT_COLOR,
     keep_patches,
     mark_patches,
     outline,
@@ -29,9 +32,7 @@ from ijepa_hf.figures.panels import (
 from ijepa_hf.model.mask_audit import MaskAudit
 
 _FADE = 0.80  # how far a panel of a target block fades what is not in the block
-
 _TINT = 0.25  # how much of the block's colour is laid over it
-
 _AUDIT_SIZES_SHOWN = 8  # block sizes with a bar of their own
 
 
@@ -42,9 +43,9 @@ def draw_masks_figure(
     patch_size: tuple[int, int],
     path: str | Path,
 ) -> Figure:
-    """Draw images beside what the context encoder sees of them and what the predictor must predict.
+    """Draws images beside what the context encoder sees of them and what the predictor must predict.
 
-    One row an image: the image; each context set, every other patch gray; each target block in its own colour, the
+    A row for each image: the image; each context set, every other patch gray; each target block in its own colour, the
     rest faded.
 
     Args:
@@ -67,39 +68,35 @@ def draw_masks_figure(
     context_indices = context_indices[:, None] if context_indices.ndim == 2 else context_indices
     _check_masks(images, context_indices, target_indices, patch_size)
     sets, blocks = context_indices.shape[1], target_indices.shape[1]
-    titles = ["image", *_block_titles(sets, blocks)]
+    contexts = ["context" if sets == 1 else f"context {s + 1}" for s in range(sets)]
+    titles = ["image", *contexts, *(f"target {m + 1}" for m in range(blocks))]
     figure, axes = panel_grid(len(images), len(titles), images.shape[-2] / images.shape[-1])
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9, color="#333333", pad=4)
+        axis.set_title(title, fontsize=9, color=TEXT_COLOR, pad=4)
     for row, image, contexts, targets in zip(axes, images, context_indices, target_indices, strict=True):
         _draw_masks_of_image(row, to_pictures(image[None])[0], contexts, targets, patch_size)
     figure.savefig(path, dpi=DPI)
     return figure
 
 
-def draw_audit_figure(
-    audits: MaskAudit | Sequence[MaskAudit], path: str | Path, titles: Sequence[str] | None = None
-) -> Figure:
-    """Draw what masks are like, a row an audit: how often a patch is context and target, context share, block sizes.
+def draw_audit_figure(audits: Sequence[MaskAudit], path: str | Path) -> Figure:
+    """Draws audits, a row each: how often a patch is context and target, context share, block sizes.
 
     The heat maps of a column share one colour scale and every column its axes, so that rows can be compared.
 
     Args:
-        audits: one or several, from `ijepa_hf.model.mask_audit.audit_masks`.
+        audits: at least one, from `ijepa_hf.model.mask_audit.audit_masks`.
         path: PNG to write; its folder must exist.
-        titles: of the rows; strategy and grid if not given.
 
     Returns:
         The figure, 4 panels a row, and two colour bars.
 
     Raises:
-        ValueError: no audits, or another number of titles.
+        ValueError: no audits.
         FileNotFoundError: the folder of `path` does not exist.
     """
-    audits = [audits] if isinstance(audits, MaskAudit) else list(audits)
-    titles = [_audit_title(audit) for audit in audits] if titles is None else list(titles)
-    if not audits or len(titles) != len(audits):
-        raise ValueError(f"{len(audits)} audits with {len(titles)} titles; give at least one audit, and each a title.")
+    if not audits:
+        raise ValueError("audits is empty; give at least one, from audit_masks.")
     figure = Figure(figsize=(12.6, 2.75 * len(audits) + 0.75), layout="constrained", facecolor="white")
     axes = figure.subplots(len(audits), 4, squeeze=False, width_ratios=[1, 1, 1.15, 1.15])
     for column, (maps, name) in enumerate(
@@ -112,9 +109,9 @@ def draw_audit_figure(
         bar = figure.colorbar(
             shown, ax=list(axes[:, column]), location="bottom", aspect=25, shrink=0.9, pad=0.04 / len(audits)
         )
-        bar.set_label(f"probability of being {name}", fontsize=8, color="#555555")
-        bar.ax.tick_params(labelsize=8, colors="#555555")
-        axes[0, column].set_title(f"How often a patch is {name}", fontsize=9, color="#333333")
+        bar.set_label(f"probability of being {name}", fontsize=8, color=FAINT_COLOR)
+        bar.ax.tick_params(labelsize=8, colors=FAINT_COLOR)
+        axes[0, column].set_title(f"How often a patch is {name}", fontsize=9, color=TEXT_COLOR)
     for axis, audit in zip(axes[:, 2], audits, strict=True):
         _draw_context_shares(axis, audit)
     for axis, audit in zip(axes[:, 3], audits, strict=True):
@@ -125,18 +122,15 @@ def draw_audit_figure(
     highest = max((max(_bars_of_sizes(audit).values(), default=0.0) for audit in audits), default=0.0)
     for axis in axes[:, 3]:
         axis.set_xlim(0, 1.08 * (highest or 1.0))
-    axes[0, 2].set_title("Context left, by batch size", fontsize=9, color="#333333")
-    axes[0, 3].set_title("Target size, height x width", fontsize=9, color="#333333")
-    for row, title in zip(axes, titles, strict=True):
+    axes[0, 2].set_title("Context left, by batch size", fontsize=9, color=TEXT_COLOR)
+    axes[0, 3].set_title("Target size, height x width", fontsize=9, color=TEXT_COLOR)
+    for row, audit in zip(axes, audits, strict=True):
+        grid = "{}x{}".format(*audit.settings.grid_size)
+        title = f"{audit.settings.masking_strategy}\n{grid}"
         row[0].set_ylabel(title, fontsize=10, fontweight="bold", color="#222222")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     figure.savefig(path, dpi=DPI)
     return figure
-
-
-def _block_titles(sets: int, blocks: int) -> list[str]:
-    contexts = ["context" if sets == 1 else f"context {s + 1}" for s in range(sets)]
-    return contexts + [f"target {m + 1}" for m in range(blocks)]
 
 
 def _check_masks(
@@ -174,25 +168,10 @@ def _draw_masks_of_image(
         show_picture(axis, keep_patches(picture, mark_patches(indices, picture, patch_size), patch_size))
     for axis, indices, color in zip(row[1 + len(contexts) :], targets, cycle(BLOCK_COLORS), strict=False):
         block = mark_patches(indices, picture, patch_size)
-        show_picture(axis, _target_picture(picture, block, patch_size, _rgb(color)))
+        tinted = (1 - _TINT) * picture + _TINT * np.array(to_rgb(color))
+        faded = (1 - _FADE) * picture.mean(axis=2, keepdims=True) + _FADE * HIDDEN
+        show_picture(axis, np.where(per_pixel(block, patch_size), tinted, faded))
         axis.add_collection(LineCollection(outline(block, patch_size), colors=color, linewidths=1.6, clip_on=False))
-
-
-def _target_picture(
-    picture: np.ndarray, block: np.ndarray, patch_size: tuple[int, int], color: np.ndarray
-) -> np.ndarray:
-    gray = picture.mean(axis=2, keepdims=True)
-    faded = (1 - _FADE) * gray + _FADE * HIDDEN
-    return np.where(per_pixel(block, patch_size), (1 - _TINT) * picture + _TINT * color, faded)
-
-
-def _rgb(color: str) -> np.ndarray:
-    return np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
-
-
-def _audit_title(audit: MaskAudit) -> str:
-    rows, columns = audit.settings.grid_size
-    return f"{audit.settings.masking_strategy}\n{rows}x{columns}"
 
 
 def _draw_probabilities(axis: Axes, probabilities: np.ndarray, highest: float) -> Any:
@@ -203,9 +182,9 @@ def _draw_probabilities(axis: Axes, probabilities: np.ndarray, highest: float) -
     shown = axis.imshow(np.ma.masked_equal(probabilities, 0.0), cmap=colors, vmin=0, vmax=highest, extent=extent)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.tick_params(labelsize=8, colors="#555555", length=2)
+    axis.tick_params(labelsize=8, colors=FAINT_COLOR, length=2)
     if (probabilities == 0).any():
-        axis.set_xlabel(f"gray: never ({(probabilities == 0).sum()} patches)", fontsize=8, color="#555555")
+        axis.set_xlabel(f"gray: never ({(probabilities == 0).sum()} patches)", fontsize=8, color=FAINT_COLOR)
     return shown
 
 
@@ -218,11 +197,11 @@ def _draw_context_shares(axis: Axes, audit: MaskAudit) -> None:
     axis.plot(places, means, color="#0072B2", marker="o", linewidth=1.4)
     for place, mean in zip(places, means, strict=True):
         label = f"{100 * mean:.1f} %"
-        axis.annotate(label, (place, mean), (7, 7), textcoords="offset points", fontsize=8, color="#333333")
+        axis.annotate(label, (place, mean), (7, 7), textcoords="offset points", fontsize=8, color=TEXT_COLOR)
     axis.set_xticks(places, [str(size) for size in audit.context_share])
     axis.set_xlim(-0.4, len(places) - 0.1)
-    axis.set_xlabel("images in a batch (bars: least to most)", fontsize=8, color="#555555")
-    axis.set_ylabel("share of the grid", fontsize=8, color="#555555")
+    axis.set_xlabel("images in a batch (bars: least to most)", fontsize=8, color=FAINT_COLOR)
+    axis.set_ylabel("share of the grid", fontsize=8, color=FAINT_COLOR)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     plain_frame(axis)
 
@@ -240,12 +219,12 @@ def _draw_block_sizes(axis: Axes, audit: MaskAudit) -> None:
     if not audit.block_sizes:
         axis.set_axis_off()
         patches = f"{audit.block_patches.mean:.0f}"
-        axis.text(0.5, 0.5, f"{patches} scattered patches", ha="center", va="center", fontsize=9, color="#333333")
+        axis.text(0.5, 0.5, f"{patches} scattered patches", ha="center", va="center", fontsize=9, color=TEXT_COLOR)
         return
     bars = _bars_of_sizes(audit)
     axis.barh(np.arange(len(bars)), list(bars.values()), color="#E69F00", height=0.7)
     axis.set_yticks(np.arange(len(bars)), list(bars))
     axis.set_ylim(max(len(bars), 4) - 0.4, -0.6)
-    axis.set_xlabel("share of the steps", fontsize=8, color="#555555")
+    axis.set_xlabel("share of the steps", fontsize=8, color=FAINT_COLOR)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     plain_frame(axis)

@@ -1,4 +1,4 @@
-"""What all pictures are made of: rows of panels, images and patches in them, outlines, frames, one set of colours.
+"""Draws the parts of all pictures: rows of panels, images and patches in them, outlines, frames, one set of colours.
 
 Figures are `Figure` objects, without pyplot: they need no display and leave nothing open.
 """
@@ -22,29 +22,25 @@ def panel_grid(
     columns: int,
     aspect: float,
     *,
-    row_titles: bool = False,
-    head: float = 0.28,
     foot: float = 0.0,
     edge: float = 0.08,
     right: float = 0.0,
 ) -> tuple[Figure, np.ndarray]:
-    """Axes without ticks or frames, each of the image's own shape, with thin gaps and room for titles.
+    """Makes a figure of panels without ticks or frames, each of the image's shape, with thin gaps and room for titles.
 
     Args:
-        rows: Of panels.
-        columns: Of panels.
+        rows: Rows of panels.
+        columns: Columns of panels.
         aspect: Height of a panel over its width.
-        row_titles: Room for titles above each row, not only above the first.
-        head: Height of the titles, in inches, as are all lengths here.
-        foot: Room below each row.
-        edge: Room on the left, on the right, and below all.
-        right: More room on the right, for a colour bar.
+        foot: Inches below each row, for text.
+        edge: Inches on the left, on the right, and below all rows.
+        right: More inches on the right, for a colour bar.
 
     Returns:
         The figure, and its axes `[rows, columns]`.
     """
-    gap = 0.06
-    row_gap = (head if row_titles else gap) + foot
+    gap, head = 0.06, 0.28  # inches between panels, and above the first row, for titles
+    row_gap = gap + foot
     panel_height = PANEL_INCHES * aspect
     width = 2 * edge + right + columns * PANEL_INCHES + (columns - 1) * gap
     height = head + foot + edge + rows * panel_height + (rows - 1) * row_gap
@@ -64,7 +60,7 @@ def panel_grid(
 
 
 def to_pictures(images: torch.Tensor, *, limits: tuple[float, float] | None = None) -> np.ndarray:
-    """Images of any kind as RGB.
+    """Turns images of any kind into RGB.
 
     Args:
         images: `[B, C, height, width]`. uint8 is taken as it is; floating point is stretched, so normalised pixels
@@ -87,10 +83,10 @@ def to_pictures(images: torch.Tensor, *, limits: tuple[float, float] | None = No
 
 
 def show_picture(axis: Axes, picture: np.ndarray) -> None:
-    """Shows a picture, one unit of the axes a pixel.
+    """Shows a picture; one unit of the axes is a pixel.
 
     Args:
-        axis: Where.
+        axis: The panel.
         picture: `[height, width, 3]`, from 0 to 1.
     """
     height, width = picture.shape[:2]
@@ -98,7 +94,7 @@ def show_picture(axis: Axes, picture: np.ndarray) -> None:
 
 
 def mark_patches(indices: torch.Tensor, picture: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    """Patch positions as a grid.
+    """Marks patch positions in a grid.
 
     Args:
         indices: int64, row-major patch positions.
@@ -114,7 +110,7 @@ def mark_patches(indices: torch.Tensor, picture: np.ndarray, patch_size: tuple[i
 
 
 def per_pixel(grid: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    """The value of each patch at each of its pixels.
+    """Repeats the value of each patch for each of its pixels.
 
     Args:
         grid: `[rows, columns]`.
@@ -127,7 +123,7 @@ def per_pixel(grid: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
 
 
 def keep_patches(picture: np.ndarray, visible: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    """A picture with every patch gray but some.
+    """Hides all patches of a picture but some in gray.
 
     Args:
         picture: `[height, width, 3]`, from 0 to 1.
@@ -141,7 +137,7 @@ def keep_patches(picture: np.ndarray, visible: np.ndarray, patch_size: tuple[int
 
 
 def outline(block: np.ndarray, patch_size: tuple[int, int]) -> list[list[tuple[float, float]]]:
-    """Edges between the patches of a block and all others: a rectangle, or several for scattered patches.
+    """Finds the edges between the patches of a block and all others: a rectangle, or several for scattered patches.
 
     Args:
         block: bool `[rows, columns]`.
@@ -159,11 +155,7 @@ def outline(block: np.ndarray, patch_size: tuple[int, int]) -> list[list[tuple[f
 
 
 def plain_frame(axis: Axes) -> None:
-    """Axes of numbers: a faint grid, no box, small gray labels.
-
-    Args:
-        axis: Which.
-    """
+    """Gives axes of numbers a faint grid, no box and small gray labels."""
     axis.grid(color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

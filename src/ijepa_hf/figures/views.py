@@ -1,11 +1,9 @@
-"""What the pictures of features and predictions show, worked out from a model; `feature_figures` draws it.
+"""Computes what the pictures of features and predictions show; `figures.features` draws it.
 
 There is no decoder anywhere: a prediction is shown by the real patches whose targets are most like it.
 
-Models run in eval mode and without gradients; the mode of each of their modules is then put back, and no random
-number is drawn.
-
-Letters as in `modeling_ijepa`; n counts images, q queries.
+Models run in eval mode and without gradients; the mode of each module is then put back, and no random number is drawn.
+Shape letters as in `modeling_ijepa`; n images, q queries.
 """
 
 import math
@@ -19,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
-from ijepa_hf.model.features import _predict
+from ijepa_hf.model.features import predict_targets
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 ROBUST_PERCENTILES = (1.0, 99.0)
@@ -30,7 +28,7 @@ _MOST_SIMILARITIES = 2**24  # in memory at a time: 64 MB
 
 
 class PatchColors(NamedTuple):
-    """Principal components of patch features as colours.
+    """Holds principal components of patch features as colours.
 
     Args:
         colors: float64 `[n, rows, columns, 3]`, from 0 to 1.
@@ -42,11 +40,11 @@ class PatchColors(NamedTuple):
 
 
 def patch_colors(features: Tensor) -> PatchColors:
-    """The first three principal components of patch features as red, green and blue.
+    """Computes the first three principal components of patch features as red, green and blue.
 
-    One basis for all images, so that equal colours mean like features in any of them. Each component is stretched from
-    its 1st to its 99th percentile over all patches, so that a few odd patches do not make the rest gray; its sign, and
-    so the colours themselves, mean nothing.
+    All images share one basis, so that equal colours mean similar features in any of them. Each component is stretched
+    from its 1st to its 99th percentile over all patches, so that a few odd patches do not make the rest gray. Its sign
+    is arbitrary, and so are the colours themselves.
 
     Args:
         features: `[n, rows, columns, D]`, with at least 3 patches and D at least 3.
@@ -74,12 +72,12 @@ def patch_colors(features: Tensor) -> PatchColors:
 
 
 def cosine_map(features: Tensor, row: int, column: int) -> np.ndarray:
-    """Cosine of one patch to all patches of its image.
+    """Computes the cosine of one patch to all patches of its image.
 
     Args:
         features: `[rows, columns, D]`.
-        row: Of the patch.
-        column: Of the patch.
+        row: The patch's row, from 0.
+        column: The patch's column, from 0.
 
     Returns:
         float64 `[rows, columns]`, from -1 to 1.
@@ -93,7 +91,7 @@ def cosine_map(features: Tensor, row: int, column: int) -> np.ndarray:
 
 
 def differing_patches(features: Tensor, count: int, first: int) -> list[tuple[int, int]]:
-    """Patches of an image that are unlike each other, so that a few of them show what there is.
+    """Chooses patches of an image that differ from each other, so that a few of them show what the image has.
 
     Args:
         features: `[rows, columns, D]`.
@@ -114,7 +112,7 @@ def differing_patches(features: Tensor, count: int, first: int) -> list[tuple[in
 
 
 def find_nearest_images(queries: np.ndarray, gallery: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a gallery whose pooled features are most like those of others.
+    """Finds the images of a gallery whose pooled features are most similar to those of query images.
 
     Args:
         queries: `[q, D]`.
@@ -122,7 +120,7 @@ def find_nearest_images(queries: np.ndarray, gallery: np.ndarray, k: int) -> tup
         k: Neighbours of each, at most n.
 
     Returns:
-        Their numbers in the gallery, int64 `[q, k]`, the most like first, and their cosines, float64 `[q, k]`.
+        Their numbers in the gallery, int64 `[q, k]`, the most similar first, and their cosines, float64 `[q, k]`.
 
     Raises:
         ValueError: If the gallery has fewer than k images, or features are not finite.
@@ -142,7 +140,7 @@ def find_nearest_images(queries: np.ndarray, gallery: np.ndarray, k: int) -> tup
 def box_to_patches(
     box: tuple[int, int, int, int], image_shape: tuple[int, int], grid_size: tuple[int, int]
 ) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """The patches that a box touches: it is snapped outward to whole patches.
+    """Finds the patches that a box touches: it is snapped outward to whole patches.
 
     Args:
         box: Left, top, width and height, in pixels of the image as it was given.
@@ -185,7 +183,7 @@ def box_to_patches(
 
 
 def error_map(errors: Tensor, target_indices: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
-    """Errors of an image's blocks in their places.
+    """Puts the errors of an image's blocks in their places.
 
     Args:
         errors: `[M, P]`.
@@ -203,7 +201,7 @@ def error_map(errors: Tensor, target_indices: Tensor, grid_size: tuple[int, int]
 
 
 class PatchMatches(NamedTuple):
-    """The patches of a gallery that are most like some features.
+    """Holds the patches of a gallery that are most similar to some features.
 
     Args:
         images: int64, numbers of the gallery's images.
@@ -223,9 +221,9 @@ class PatchMatches(NamedTuple):
 def find_nearest_patches(
     queries: Tensor, gallery: Iterable[Tensor], *, own_images: Tensor | None = None
 ) -> PatchMatches:
-    """For each query the patch of a gallery with the highest cosine, wherever in its image it lies.
+    """Finds for each query the patch of a gallery with the highest cosine, wherever in its image it lies.
 
-    The gallery comes in parts that are looked at one after the other and not kept. Of equals the first counts.
+    The gallery comes in parts, which are searched one after the other and not kept. Of equal patches the first counts.
 
     Args:
         queries: `[q, D]`.
@@ -268,7 +266,7 @@ def find_nearest_patches(
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a predictor expects at target patches, in terms of a gallery's patches.
+    """Holds what a predictor expects at target patches, as patches of a gallery.
 
     Args:
         expected: `[B, M, P]`: the gallery's patches whose targets are most like the predictions.
@@ -290,7 +288,7 @@ def expect_patches(
     *,
     own_images: Tensor | None = None,
 ) -> Expectation:
-    """Predicts target blocks, and finds the real patches that are most like the predictions.
+    """Predicts target blocks, and finds the real patches that are most similar to the predictions.
 
     Predictions, true targets and the gallery's patches are compared by cosine, targets layer-normalised as in the
     loss. A match may lie anywhere in its image: what is there decides, not where.
@@ -315,7 +313,7 @@ def expect_patches(
             "patches can be found that are like them; take a model that predicts representations."
         )
     first_sets = context_indices if context_indices.ndim == 2 else context_indices[:, 0]
-    predictions, targets = _predict(model, pixel_values, first_sets, target_indices)
+    predictions, targets = predict_targets(model, pixel_values, first_sets, target_indices)
     predictions = predictions[:, 0]
     shape = tuple(target_indices.shape)
     own = None

@@ -1,4 +1,4 @@
-"""Sizes of blocks on a grid of patches, and which settings can never give masks.
+"""Computes the sizes of blocks on a grid of patches, and refuses settings that can never give masks.
 
 `masking.py` draws sizes by these rules, and refuses settings by these checks before anything is drawn. The checks
 search all sizes that a rule can give, not only those of one draw.
@@ -42,22 +42,18 @@ class _SizeSettings(Protocol):
 # Sizes
 
 
-def target_block_size(grid: tuple[int, int], scale: float, aspect_ratio: float) -> tuple[int, int]:
-    """Height and width of a target block. One too long for the grid takes the whole side and keeps its area."""
-    rows, columns = grid
-    area = scale * rows * columns
-    height, width = round_half_up(math.sqrt(area * aspect_ratio)), round_half_up(math.sqrt(area / aspect_ratio))
-    if height > rows:
-        height, width = rows, round_half_up(area / rows)
-    elif width > columns:
-        height, width = round_half_up(area / columns), columns
-    return max(1, height), max(1, width)
+def target_block_sizes(grid: tuple[int, int], scale: float, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the sizes of target blocks of one scale.
 
+    A block too long for the grid takes the whole side and keeps its area.
 
-def _target_block_sizes(grid: tuple[int, int], scale: float, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same for n aspect ratios at once, for checks: heights and widths, int64 `[n]`.
+    Args:
+        grid: Rows and columns of patches.
+        scale: Area of a block as a share of the grid, above 0 and up to 1.
+        ratios: Float `[n]`, height / width of each block.
 
-    Arrays cost more than numbers where there is one ratio, as in each draw.
+    Returns:
+        Heights and widths in patches, int64 `[n]`, each at least 1.
     """
     rows, columns = grid
     area = scale * rows * columns
@@ -71,26 +67,25 @@ def _target_block_sizes(grid: tuple[int, int], scale: float, ratios: np.ndarray)
 
 
 def context_block_size(grid: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width of a context block of the grid's own shape; scale 1 is the whole grid."""
+    """Computes height and width of a context block of the grid's own shape; scale 1 is the whole grid."""
     side = math.sqrt(scale)
     return max(1, round_half_up(grid[0] * side)), max(1, round_half_up(grid[1] * side))
 
 
-def official_block_size(
-    grid: tuple[int, int], uniform: float, scale: tuple[float, float], aspect_ratio: tuple[float, float]
-) -> tuple[int, int]:
-    """Height and width as in the published code: one number drives both ranges, and no block fills a side."""
-    rows, columns = grid
-    area = int(rows * columns * (scale[0] + uniform * (scale[1] - scale[0])))
-    ratio = aspect_ratio[0] + uniform * (aspect_ratio[1] - aspect_ratio[0])
-    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-    return min(height, rows - 1), min(width, columns - 1)
-
-
-def _official_block_sizes(
+def official_block_sizes(
     grid: tuple[int, int], uniforms: np.ndarray, scale: tuple[float, float], aspect_ratio: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same for n numbers from 0 to 1 at once, for checks: heights and widths, int64 `[n]`."""
+    """Computes the sizes of blocks as the published code does: one number drives both ranges, no block fills a side.
+
+    Args:
+        grid: Rows and columns of patches.
+        uniforms: Float `[n]`, the drawn numbers, 0 to 1.
+        scale: Lowest and highest area as a share of the grid.
+        aspect_ratio: Lowest and highest height / width.
+
+    Returns:
+        Heights and widths in patches, int64 `[n]`.
+    """
     rows, columns = grid
     areas = np.floor(rows * columns * (scale[0] + uniforms * (scale[1] - scale[0])))
     ratios = aspect_ratio[0] + uniforms * (aspect_ratio[1] - aspect_ratio[0])
@@ -100,7 +95,7 @@ def _official_block_sizes(
 
 
 def round_half_up(value: float) -> int:
-    """To the nearest whole number, halves upwards (Python's `round` sends them to the even neighbour)."""
+    """Rounds to the nearest whole number, halves upwards (Python's `round` sends them to the even neighbour)."""
     return math.floor(value + 0.5)
 
 
@@ -108,7 +103,7 @@ def round_half_up(value: float) -> int:
 
 
 def check_context_fits(settings: _SizeSettings) -> None:
-    """Refuse `multi_block` sizes where all targets on one place could leave less context than is to be kept."""
+    """Refuses `multi_block` sizes where all targets on one place could leave less context than is to be kept."""
     keep, num_patches = settings.num_context_patches, settings.num_patches
     fewest = _fewest_context_patches(settings, settings.target_scale)
     if fewest >= keep:
@@ -145,7 +140,7 @@ def check_context_fits(settings: _SizeSettings) -> None:
 
 
 def check_block_fits(settings: _SizeSettings) -> None:
-    """Refuse a block that could cover the grid."""
+    """Refuses a block that could cover the grid."""
     if _largest_block(settings, settings.mask_ratio) < settings.num_patches:
         return
     ratio = settings.mask_ratio
@@ -166,12 +161,12 @@ def check_block_fits(settings: _SizeSettings) -> None:
 def _largest_block(settings: _SizeSettings, mask_ratio: float) -> int:
     low, high = settings.target_aspect_ratio
     ratios = _around(_ratios_that_round(mask_ratio * settings.num_patches, settings.grid_size, low, high), low, high)
-    heights, widths = _target_block_sizes(settings.grid_size, mask_ratio, ratios)
+    heights, widths = target_block_sizes(settings.grid_size, mask_ratio, ratios)
     return int((heights * widths).max())
 
 
 def check_quadrants(settings: _SizeSettings) -> None:
-    """Refuse a grid that cannot be cut into four equal quadrants."""
+    """Refuses a grid that cannot be cut into four equal quadrants."""
     rows, columns = settings.grid_size
     if rows % 2 or columns % 2:
         raise ValueError(
@@ -182,7 +177,7 @@ def check_quadrants(settings: _SizeSettings) -> None:
 
 
 def check_scatter(settings: _SizeSettings) -> None:
-    """Refuse a share of scattered patches that leaves none as target, or none to see."""
+    """Refuses a share of scattered patches that leaves none as target, or none to see."""
     num_patches = settings.num_patches
     num_targets = round_half_up(settings.mask_ratio * num_patches)
     if 0 < num_targets < num_patches:
@@ -211,12 +206,12 @@ def _fewest_context_patches(settings: _SizeSettings, target_scale: tuple[float, 
     area = target_scale[1] * settings.num_patches
     low, high = settings.target_aspect_ratio
     ratios = _around(_ratios_that_round(area, grid, low, high), low, high)
-    tall, wide = _target_block_sizes(grid, target_scale[1], ratios)
+    tall, wide = target_block_sizes(grid, target_scale[1], ratios)
     return height * width - int((np.minimum(height, tall) * np.minimum(width, wide)).max())
 
 
 def check_official_ends(settings: _SizeSettings) -> None:
-    """Refuse sizes for which the published rule would draw for ever."""
+    """Refuses sizes for which the published rule would draw for ever."""
     smallest = {
         "target_scale": _smallest_official_block(settings, settings.target_scale, settings.target_aspect_ratio),
         "context_scale": _smallest_official_block(settings, settings.context_scale, (1.0, 1.0)),
@@ -237,7 +232,7 @@ def check_official_ends(settings: _SizeSettings) -> None:
 def _smallest_official_block(
     settings: _SizeSettings, scale: tuple[float, float], aspect_ratio: tuple[float, float]
 ) -> int:
-    """The fewest patches of any block that `official_block_size` can give."""
+    """The fewest patches of any block that `official_block_sizes` can give."""
     cells = settings.num_patches
     areas = np.arange(int(cells * scale[0]), int(cells * scale[1]) + 1)
     ends = _shares(areas / cells, scale)  # of the numbers that give an area, which is one number to the next
@@ -247,7 +242,7 @@ def _smallest_official_block(
     for area, low, high in zip(areas.tolist(), ratios[:-1].tolist(), ratios[1:].tolist(), strict=True):
         if low < high:
             steps.append(_shares(_ratios_that_round(area, settings.grid_size, low, high), aspect_ratio))
-    heights, widths = _official_block_sizes(
+    heights, widths = official_block_sizes(
         settings.grid_size, _around(np.concatenate(steps), 0.0, 1.0), scale, aspect_ratio
     )
     return int((heights * widths).min())

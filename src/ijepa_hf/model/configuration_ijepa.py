@@ -19,7 +19,7 @@ from transformers import IJepaConfig as StockIJepaConfig
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .masking import MaskSettings  # relative: the file is shipped with models, see export.py
+from .masking import MaskSettings  # relative: the file is shipped with models, see runs/export.py
 
 MASK_FIELDS = tuple(name for name in MaskSettings.__dataclass_fields__ if name != "grid_size")
 LOSS_TYPES = ("smooth_l1", "mse")

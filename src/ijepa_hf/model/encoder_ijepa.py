@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.ijepa import modeling_ijepa as stock
 
-from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see export.py
+from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see runs/export.py
 
 # Files hold transformers' 4.x parameter names (which 5.x writes too, so that both read them). `from_pretrained`
 # renames them; `Trainer` resumes by putting the file straight into `load_state_dict(strict=False)`, which would skip

@@ -1,4 +1,4 @@
-"""Computes what the networks say of images: without gradients, in eval mode."""
+"""Computes features, predictions and errors of images with the networks: without gradients, in eval mode."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, distance
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while; then each module's own mode again.
+    """Puts a model in eval mode without gradients for a while, then each module back in its own mode.
 
     Args:
         model: The model; parts of it may be frozen in eval mode for good.
@@ -29,7 +29,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def encode_patches(encoder: IJepaModel, pixel_values: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Features of the last layer, patch by patch and in their places.
+    """Computes the features of the last layer, patch by patch and in their places.
 
     Args:
         encoder: An I-JEPA encoder; for other vision backbones there is `evaluation.backbones`.
@@ -51,7 +51,7 @@ def encode_patches(encoder: IJepaModel, pixel_values: Tensor, *, batch_size: int
 def prediction_errors(
     model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor
 ) -> Tensor:
-    """The model's loss at each target patch of each block: their mean is the loss of the batch.
+    """Computes the model's loss at each target patch of each block: their mean is the loss of the batch.
 
     Args:
         model: The model.
@@ -62,13 +62,13 @@ def prediction_errors(
     Returns:
         float32 `[B, M, P]` on the CPU.
     """
-    predictions, targets = _predict(model, pixel_values, context_indices, target_indices)
+    predictions, targets = predict_targets(model, pixel_values, context_indices, target_indices)
     errors = distance(predictions, targets[:, None].expand_as(predictions), model.config.loss_type, reduction="none")
     return errors.mean(dim=-1).mean(dim=1).cpu()
 
 
 def target_features(model: IJepaForPretraining, pixel_values: Tensor) -> Tensor:
-    """The target encoder's representations of every patch, as a loss of representations has them.
+    """Computes the target encoder's representations of every patch, normalised as the loss compares them.
 
     Args:
         model: The model.
@@ -82,10 +82,20 @@ def target_features(model: IJepaForPretraining, pixel_values: Tensor) -> Tensor:
         return model.represent(pixel_values.to(parameter.device, parameter.dtype))
 
 
-def _predict(
+def predict_targets(
     model: IJepaForPretraining, pixel_values: Tensor, context_indices: Tensor, target_indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Predictions `[B, S, M, P, D]` and targets `[B, M, P, D]` in float32."""
+    """Predicts target blocks.
+
+    Args:
+        model: The model.
+        pixel_values: float `[B, C, height, width]`, normalised.
+        context_indices: int64 `[B, K]` or `[B, S, K]`.
+        target_indices: int64 `[B, M, P]`.
+
+    Returns:
+        Predictions `[B, S, M, P, D]` and targets `[B, M, P, D]`, float32, on the model's device.
+    """
     parameter = next(model.parameters())
     sets = context_indices if context_indices.ndim == 3 else context_indices[:, None]
     with evaluating(model):
@@ -99,7 +109,7 @@ def _predict(
 
 
 def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> np.ndarray:
-    """Run a frozen vision backbone over images and average its last layer over the patches.
+    """Runs a frozen vision backbone over images and average its last layer over the patches.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype; the mode of each of its
     modules is then put back.
@@ -122,7 +132,7 @@ def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size
     if pixel_values.ndim != 4 or len(pixel_values) == 0 or not pixel_values.is_floating_point():
         raise ValueError(
             f"pixel_values of shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype} must be floating point "
-            "[n, C, height, width] with n at least 1: pass them through image_transforms.normalize first."
+            "[n, C, height, width] with n at least 1: pass them through ijepa_hf.data.transforms.normalize first."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")

@@ -1,4 +1,4 @@
-"""What the masks of a configuration are like, measured before anything is trained on them.
+"""Measures the masks of a configuration before anything is trained on them.
 
 `audit_masks` draws the masks of many steps and counts: how often each patch is seen and predicted, how much context is
 left at which batch size, what overlaps, what is never reached. `render_audit` prints it and says in words what is
@@ -8,25 +8,26 @@ Letters in shapes as in `masking`: B images, N patches, K context patches, M tar
 S context sets.
 """
 
-import numbers
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
-from ijepa_hf.model.masking import Masks, MaskSettings, draw_masks
+from ijepa_hf.escaping import text_table
+from ijepa_hf.model.masking import Masks, MaskSettings, draw_masks, is_whole
 from ijepa_hf.randomness import keyed_generator
 
-TRIALS = 16  # steps whose masks are drawn to tell what those of a run will be like
+TRIALS = 16  # steps of `trial_masks`
 
 # What is worth a note; sampling noise of the preset number of images stays well below.
 _NOTABLE_SHARE_CHANGE = 0.01  # of the grid, between batch sizes
 _NOTABLE_LEAN = 0.03  # of the context, above one half
 _NOTABLE_REDRAWS = 0.1  # of the images
 _NOTABLE_PIECES = 4.0  # of the context; multi_block has 1.6 at 14x14
-_IMAGES_PER_PATCH = 4  # from so many images for each patch of the grid, never is hardly by chance
+_IMAGES_PER_PATCH = 4  # with this many images for each patch of the grid, a patch is hardly missed by chance
 
 
 class Spread(NamedTuple):
@@ -39,7 +40,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MaskAudit:
-    """What `audit_masks` found. Shares and probabilities run from 0 to 1.
+    """Holds what `audit_masks` found. Shares and probabilities run from 0 to 1.
 
     Attributes:
         settings: the settings that were audited.
@@ -89,7 +90,7 @@ class MaskAudit:
 
 
 def trial_masks(settings: MaskSettings, batch_size: int) -> list[Masks]:
-    """Draw the masks of some steps, always the same ones, to tell before a run what its masks will be like.
+    """Draws the masks of some steps, always the same ones, from which a run is planned before it begins.
 
     Args:
         settings: of any strategy.
@@ -109,7 +110,7 @@ def audit_masks(
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 8, 64, 256),
 ) -> MaskAudit:
-    """Measure the masks that `draw_masks` gives with these settings.
+    """Measures the masks that `draw_masks` gives with these settings.
 
     Args:
         settings: of any strategy.
@@ -130,7 +131,7 @@ def audit_masks(
     num_twice = num_inside = 0
     sizes: Counter[tuple[int, int]] = Counter()
     for step in range(num_steps):
-        masks = draw_masks(settings, batch_size, _step_generator(seed, step))
+        masks = draw_masks(settings, batch_size, keyed_generator(seed, step))
         context, covered_by = _context_sets(masks, settings.num_patches), _times_targeted(masks, settings.num_patches)
         context_counts += context.mean(axis=1).sum(axis=0)
         target_counts += (covered_by > 0).sum(axis=0)
@@ -162,11 +163,15 @@ def audit_masks(
 
 def _check_arguments(batch_size: int, num_steps: int, seed: int, batch_sizes: Sequence[int]) -> None:
     for name, value, least in (("batch_size", batch_size, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
-        if not _is_whole(value, least):
+        if not is_whole(value) or value < least:
             raise ValueError(
                 f"{name}={value!r} must be a whole number of at least {least}, for example {name}={least}."
             )
-    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(_is_whole(size, 1) for size in batch_sizes):
+    if (
+        not isinstance(batch_sizes, Sequence)
+        or not batch_sizes
+        or not all(is_whole(size) and size >= 1 for size in batch_sizes)
+    ):
         raise ValueError(
             f"batch_sizes={batch_sizes!r} must be one or more whole numbers of at least 1, "
             "for example batch_sizes=(64,)."
@@ -174,7 +179,7 @@ def _check_arguments(batch_size: int, num_steps: int, seed: int, batch_sizes: Se
 
 
 def render_audit(audit: MaskAudit) -> str:
-    """Write an audit as a table of two columns, followed by notes on what is biased or unusual.
+    """Writes an audit as a table of two columns, followed by notes on what is biased or unusual.
 
     Args:
         audit: what `audit_masks` gave.
@@ -205,15 +210,14 @@ def render_audit(audit: MaskAudit) -> str:
         ),
         ("images redrawn", _percent(audit.redraw_rate)),
     ]
-    width = max(len(name) for name, _ in table)
-    lines += [f"  {name:<{width}}  {value}" for name, value in table]
+    lines += text_table(table, align="<", indent="  ")
     notes = audit_notes(audit)
     lines += ["", "Notes" if notes else "Notes: none; every patch is reached and no side is favoured."]
     return "\n".join(lines + [f"  - {note}" for note in notes])
 
 
 def audit_notes(audit: MaskAudit) -> list[str]:
-    """What is biased or unusual in an audit, a sentence each.
+    """Names what is biased or unusual in an audit, a sentence each.
 
     Args:
         audit: what `audit_masks` gave.
@@ -272,16 +276,8 @@ def audit_notes(audit: MaskAudit) -> list[str]:
     return notes
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= least
-
-
-def _step_generator(seed: int, step: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
-
-
 def _context_share(settings: MaskSettings, batch_size: int, num_steps: int, seed: int) -> Spread:
-    draws = (draw_masks(settings, batch_size, _step_generator(seed, step)) for step in range(num_steps))
+    draws = (draw_masks(settings, batch_size, keyed_generator(seed, step)) for step in range(num_steps))
     return _spread([masks.context_indices.shape[-1] / settings.num_patches for masks in draws])
 
 
@@ -315,20 +311,10 @@ def _block_size(masks: Masks, settings: MaskSettings) -> tuple[int, int] | None:
 
 
 def _count_pieces(visible: np.ndarray) -> int:
-    """Pieces of patches that share sides in bool `[images, rows, columns]`, counted over all images."""
-    # Each patch starts with a number of its own and takes the least of its neighbours' until nothing changes; a piece
-    # then has the number of one of its patches.
-    own = np.arange(visible.size).reshape(visible.shape)
-    outside = visible.size
-    label = np.where(visible, own, outside)
-    while True:
-        padded = np.pad(label, ((0, 0), (1, 1), (1, 1)), constant_values=outside)
-        sides = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
-        least = np.minimum(label, np.minimum.reduce(sides))
-        least[~visible] = outside
-        if np.array_equal(least, label):
-            return int((label == own).sum())
-        label = least
+    """Counts the pieces of patches that share sides in bool `[images, rows, columns]`, over all images."""
+    within_an_image = ndimage.generate_binary_structure(3, 1)
+    within_an_image[[0, 2]] = False
+    return int(ndimage.label(visible, within_an_image)[1])
 
 
 def _leaning(probabilities: np.ndarray) -> tuple[float, float]:
@@ -368,7 +354,7 @@ def _lines_and_patches(missing: np.ndarray) -> str:
 
 
 def _percent(share: float) -> str:
-    # Something is not to read as nothing.
+    # A small share must not read as none.
     return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""Which patches the context encoder sees and which the predictor must fill in.
+"""Draws which patches the context encoder sees and which the predictor must predict.
 
 `draw_masks` draws the masks of a whole optimiser step, all images at once, from the numpy generator that it is given
 and from nothing else: the caller keys that generator on (seed, step), so every rank and worker can draw the same step
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .block_sizes import (  # relative: these files are shipped with models, see export.py
+from .block_sizes import (  # relative: these files are shipped with models, see runs/export.py
     ASPECT_RATIO_LIMITS,
     check_block_fits,
     check_context_fits,
@@ -37,13 +37,13 @@ from .block_sizes import (  # relative: these files are shipped with models, see
     check_quadrants,
     check_scatter,
     context_block_size,
-    official_block_size,
+    official_block_sizes,
     round_half_up,
-    target_block_size,
+    target_block_sizes,
 )
 
-# Far above what a transformer attends to. Beyond, a number is a slip of the pen, and checks and draws would take many
-# minutes or more memory than there is.
+# Far above what a transformer attends to. A larger number is a typing mistake, with which checks and draws would take
+# many minutes or all memory.
 MAX_PATCHES = 2**16  # of an image: 256 x 256 patches, for example 4096 pixels a side in patches of 16
 MAX_BLOCKS = 256  # target blocks, and context sets, of an image
 MAX_PATCHES_TRIED = 2**22  # patches x context sets x target blocks; a draw that fails often then takes 2 s an image
@@ -57,7 +57,7 @@ NUM_SCANS = 8
 
 
 class Masks(NamedTuple):
-    """The masks of the images of one batch.
+    """Holds the masks of the images of one batch.
 
     Attributes:
         context_indices: int64 `[B, K]`, or `[B, S, K]` when more than one context set was asked for; ascending.
@@ -77,13 +77,13 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """What `draw_masks` needs to know, checked when it is made. `IJepaConfig` takes its mask fields from these.
+    """Holds and checks the settings of `draw_masks`. `IJepaConfig` takes its mask fields from these.
 
     Args:
         grid_size: rows and columns of patches, each at least 1, together at most `MAX_PATCHES` patches.
 
-    The others say in `metadata["help"]` what they are. Which of them a strategy uses is in `STRATEGIES`; the rest must
-    stay as they are preset. S x M x patches is at most `MAX_PATCHES_TRIED`.
+    `metadata["help"]` describes the other fields. `STRATEGIES` names those that a strategy uses; the rest must keep
+    their defaults. S x M x patches is at most `MAX_PATCHES_TRIED`.
 
     Raises:
         ValueError: a value is out of range, a field that the strategy does not use is set, or the sizes that can be
@@ -198,7 +198,7 @@ class MaskSettings:
         value = getattr(self, name)
         example = f"for example {name}=" + ("(14, 14)" if whole else repr(_default(name)))
         kind = "whole numbers" if whole else "numbers"
-        is_kind = _is_whole if whole else _is_number
+        is_kind = is_whole if whole else _is_number
         if not isinstance(value, tuple | list) or len(value) != 2 or not all(is_kind(part) for part in value):
             raise ValueError(f"{name}={value!r} must be two {kind}, {example}.")
         first, second = (int(part) if whole else float(part) for part in value)
@@ -211,7 +211,7 @@ class MaskSettings:
 
     def _check_count(self, name: str, lowest: int, highest: float = math.inf) -> None:
         value = getattr(self, name)
-        if not _is_whole(value) or not lowest <= value <= highest:
+        if not is_whole(value) or not lowest <= value <= highest:
             limit = "" if highest == math.inf else f" and at most {highest}"
             raise ValueError(
                 f"{name}={value!r} must be a whole number of at least {lowest}{limit}, for example "
@@ -230,7 +230,7 @@ class MaskSettings:
 def draw_masks(
     settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice | None = None
 ) -> Masks:
-    """Draw the masks of one optimiser step, or of some of its images.
+    """Draws the masks of one optimiser step, or of some of its images.
 
     `multi_block`: an image of which some context set keeps fewer than K patches outside the targets draws all its
     targets again and keeps its context blocks; after `MAX_TARGET_DRAWS` draws its targets are laid on top of the
@@ -261,7 +261,7 @@ def draw_masks(
     Source: section 3 and appendix A.1 of arXiv 2301.08243 (sizes and numbers of blocks), table 6 there (`block`,
     `rasterized`, `random`).
     """
-    if not _is_whole(batch_size) or batch_size < 1:
+    if not is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, for example batch_size=1.")
     slots = slice(0, batch_size) if slots is None else _check_slots(slots, batch_size)
     return STRATEGIES[settings.masking_strategy].draw(settings, batch_size, generator, slots)
@@ -270,9 +270,7 @@ def draw_masks(
 def _draw_multi_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
     grid, keep = settings.grid_size, settings.num_context_patches
     per_context, per_target = (batch_size, settings.num_context_sets), (batch_size, settings.num_target_blocks)
-    target_size = target_block_size(
-        grid, generator.uniform(*settings.target_scale), generator.uniform(*settings.target_aspect_ratio)
-    )
+    target_size = _target_size(settings, generator.uniform(*settings.target_scale), generator)
     context_size = context_block_size(grid, generator.uniform(*settings.context_scale))
     # Everything that is drawn once comes before the targets, whose number of draws depends on the slots.
     scans = generator.integers(NUM_SCANS, size=per_context)[slots]
@@ -310,8 +308,12 @@ def _draw_multi_block_official(
 ) -> Masks:
     grid, num_targets = settings.grid_size, settings.num_target_blocks
     per_context, per_target = (batch_size, settings.num_context_sets), (batch_size, num_targets)
-    target_size = official_block_size(grid, generator.random(), settings.target_scale, settings.target_aspect_ratio)
-    context_size = official_block_size(grid, generator.random(), settings.context_scale, (1.0, 1.0))
+    uniforms = generator.random(), generator.random()
+    ranges = (settings.target_scale, settings.target_aspect_ratio), (settings.context_scale, (1.0, 1.0))
+    target_size, context_size = (
+        _only(official_block_sizes(grid, np.array([uniform]), *own))
+        for uniform, own in zip(uniforms, ranges, strict=True)
+    )
     corners = _draw_corners(generator, grid, target_size, per_target, use_last=False)[slots]
     target_blocks = _block_indices(grid, target_size, corners)
     first_covering: np.ndarray | None = None
@@ -347,7 +349,7 @@ def _draw_multi_block_official(
 
 def _draw_block(settings: MaskSettings, batch_size: int, generator: np.random.Generator, slots: slice) -> Masks:
     grid = settings.grid_size
-    size = target_block_size(grid, settings.mask_ratio, generator.uniform(*settings.target_aspect_ratio))
+    size = _target_size(settings, settings.mask_ratio, generator)
     corners = _draw_corners(generator, grid, size, (batch_size, 1))[slots]
     inside = _patches_inside(grid, size, corners)[:, 0]
     num_visible = settings.num_patches - size[0] * size[1]
@@ -381,6 +383,15 @@ def _as_masks(
 
 
 # Blocks on the grid
+
+
+def _target_size(settings: MaskSettings, scale: float, generator: np.random.Generator) -> tuple[int, int]:
+    ratio = generator.uniform(*settings.target_aspect_ratio)
+    return _only(target_block_sizes(settings.grid_size, scale, np.array([ratio])))
+
+
+def _only(sizes: tuple[np.ndarray, np.ndarray]) -> tuple[int, int]:
+    return int(sizes[0][0]), int(sizes[1][0])
 
 
 def _draw_corners(
@@ -447,7 +458,7 @@ def _first_patches(visible: np.ndarray, keep: int) -> np.ndarray:
 
 
 def _keep_from_a_side(grid: tuple[int, int], visible: np.ndarray, keep: int, scans: np.ndarray) -> np.ndarray:
-    """Keep the first K patches met when the grid is scanned from one side, which leaves the context in one piece.
+    """Keeps the first K patches met when the grid is scanned from one side, which leaves the context in one piece.
 
     `scans` numbers the scan of each row of `visible`. There are eight: along rows or along columns, from either side,
     each line in either direction. All are equally likely, so that no side is favoured; with one direction per side
@@ -479,7 +490,8 @@ def _default(name: str) -> object:
     return MaskSettings.__dataclass_fields__[name].default
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Returns whether a value is a whole number, also one of numpy, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -493,7 +505,7 @@ def _is_number(value: object) -> bool:
 
 
 class Strategy(NamedTuple):
-    """All that tells one strategy from the others.
+    """Holds all in which one strategy differs from the others.
 
     Attributes:
         fields: the fields of `MaskSettings` that it uses, besides the grid.

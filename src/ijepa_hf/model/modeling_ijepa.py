@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see export.py
+from .configuration_ijepa import IJepaConfig  # relative: these files are shipped with models, see runs/export.py
 from .encoder_ijepa import (
     IJepaModel,
     IJepaPreTrainedModel,
