@@ -26,7 +26,7 @@ from side_by_side import Row, ratios, render_table, scaled, take_turns
 
 from ijepa_hf.data.memory_images import MemoryCrops, decode_all
 from ijepa_hf.data.order import SampleKey
-from ijepa_hf.data.prepare.prepare import prepare
+from ijepa_hf.data.prepare.prepare import PrepareSettings, prepare
 from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages, crop_numbers
 from ijepa_hf.data.sources.opening import ImageSource, find_image_column, load_split
 from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize, stack_images
@@ -91,7 +91,7 @@ def _opened(folder: Path) -> PretrainingImages:
 
 
 def _prepared(photographs: Path, folder: Path, image_format: str) -> PretrainingImages:
-    prepare(str(photographs), folder, shortest_side=PREPARED_SIDE, image_format=image_format)
+    prepare(str(photographs), folder, PrepareSettings(shortest_side=PREPARED_SIDE, image_format=image_format))
     return _opened(folder)
 
 

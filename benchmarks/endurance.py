@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from forked_runs import children_of, steps_logged  # noqa: E402
 from tiny import tiny_flags  # noqa: E402
 
-from ijepa_hf.data.prepare.prepare import prepare  # noqa: E402
+from ijepa_hf.data.prepare.prepare import PrepareSettings, prepare  # noqa: E402
 
 
 def held_by(pid: int) -> dict[str, float]:
@@ -82,7 +82,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.system()}"}
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
-        prepare("digits", str(shards), shard_size="100KB")
+        prepare("digits", str(shards), PrepareSettings(shard_size="100KB"))
         stream = {"dataset_name": shards, "streaming": True, "shuffle_buffer_size": 100}
         for name, changes in (("map-style", {"keep_images_in_memory": "no"}), ("stream", stream)):
             run = {

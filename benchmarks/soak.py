@@ -39,6 +39,7 @@ import torch  # noqa: E402
 from forked_runs import alive, children_of, exit_code, newest_checkpoint, start_run, wait_until  # noqa: E402
 from tiny import final_weights, tiny_flags  # noqa: E402
 
+from ijepa_hf.data.prepare.prepare import PrepareSettings  # noqa: E402
 from ijepa_hf.data.prepare.prepare import prepare as prepare_shards  # noqa: E402
 from ijepa_hf.runs.checkpoints import find_latest  # noqa: E402
 
@@ -428,7 +429,7 @@ def name_of(fault: Callable[[Campaign], None]) -> str:
 def campaign_flags(folder: Path) -> dict[str, dict[str, Any]]:
     """What the run of each kind of campaign is."""
     shards = folder / "shards"
-    prepare_shards("digits", str(shards), shard_size="40KB")
+    prepare_shards("digits", str(shards), PrepareSettings(shard_size="40KB"))
     common = {
         "max_train_steps": STEPS, "checkpointing_steps": EVERY, "hidden_dropout_prob": 0.1, "max_train_samples": 400,
         "logging_steps": 4,

@@ -46,7 +46,7 @@ PRIVATE_PARTS_OF_OTHERS: dict[str, set[str]] = {
 }
 
 TO_MEND: set[str] = {
-    "data.prepare.prepare", "estimation.cost", "estimation.estimate", "evaluation.probes.attentive",
+    "estimation.cost", "estimation.estimate", "evaluation.probes.attentive",
     "evaluation.probes.dense", "evaluation.probes.linear", "training.images", "weights.start",
 }  # fmt: skip
 

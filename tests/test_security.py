@@ -36,7 +36,7 @@ from transformers import AutoConfig, ViTConfig, ViTModel
 from ijepa_hf import escaping
 from ijepa_hf.commands.main import main
 from ijepa_hf.data.decoding import decode_image
-from ijepa_hf.data.prepare.prepare import prepare
+from ijepa_hf.data.prepare.prepare import PrepareSettings, prepare
 from ijepa_hf.data.sources.opening import ImageSource, load_split, open_stream
 from ijepa_hf.diagnosis.figures import draw_diagnostics_figure
 from ijepa_hf.evaluation.backbones import load_backbone
@@ -331,7 +331,7 @@ def test_a_picture_in_postscript_starts_no_program(tmp_path, canary, monkeypatch
     folder.mkdir()
     (folder / "a.png").write_bytes(picture)
     (folder / "b.png").write_bytes(png())
-    said = prepare(str(folder), tmp_path / "out", image_format="png", max_broken_share=1.0)
+    said = prepare(str(folder), tmp_path / "out", PrepareSettings(image_format="png", max_broken_share=1.0))
     assert "PostScript" in said
     assert not works(canary)
 
@@ -384,7 +384,9 @@ def test_of_a_file_that_a_table_names_nothing_but_pixels_is_taken(tmp_path, secr
     (tmp_path / "a.png").write_bytes(png())
     with (tmp_path / "table" / "images.csv").open("w") as file:
         csv.writer(file).writerows([["image"], [tmp_path / "a.png"], [secret], ["../secret.txt"], ["/etc/passwd"]])
-    said = prepare(str(tmp_path / "table"), tmp_path / "out", image_column_name="image", max_broken_share=1.0)
+    said = prepare(
+        str(tmp_path / "table"), tmp_path / "out", PrepareSettings(image_column_name="image", max_broken_share=1.0)
+    )
     assert "skipped: 3 of 4" in said
     written = bytes_below(tmp_path / "out") + said.encode()
     assert SECRET.encode() not in written
@@ -422,7 +424,7 @@ def test_a_pipe_that_a_table_names_keeps_nobody_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "table" / "images.csv").open("w") as file:
         csv.writer(file).writerows([["image"], [tmp_path / "a.png"], [tmp_path / "pipe.png"]])
-    said = prepare(str(tmp_path / "table"), tmp_path / "out", max_broken_share=1.0)
+    said = prepare(str(tmp_path / "table"), tmp_path / "out", PrepareSettings(max_broken_share=1.0))
     assert "skipped: 1 of 2" in said
     assert "pipe or device" in said
 
@@ -552,11 +554,11 @@ def test_names_do_not_reach_the_terminal_as_commands(tmp_path, capsys):
     assert all(harmless(line) and "\n" not in line for line in loading_lines(name))
     members = [(f"{number}{name}.png", b"broken") for number in range(3)] + [("good.png", png())]
     source = write_tar(tmp_path / "images.tar", [(n.replace(".", "", n.count(".") - 1), b) for n, b in members])
-    said = prepare(str(source), tmp_path / "out", max_broken_share=1.0)
+    said = prepare(str(source), tmp_path / "out", PrepareSettings(max_broken_share=1.0))
     assert "skipped: 3 of 4" in said
     assert harmless(said)
     with pytest.raises(ValueError, match="3 of the 4") as raised:
-        prepare(str(source), tmp_path / "other", max_broken_share=0.0)
+        prepare(str(source), tmp_path / "other", PrepareSettings(max_broken_share=0.0))
     assert harmless(str(raised.value))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ijepa_hf.data import memory_images
 from ijepa_hf.data.collator import BatchMaker, IJepaDataCollator
-from ijepa_hf.data.loader import build_loader
+from ijepa_hf.data.loader import PlainLoader
 from ijepa_hf.data.memory_images import CannotKeepError, MemoryCrops, decode_all, keep_in_memory, resize_parts
 from ijepa_hf.data.order import SampleKey, StepBatchSampler, StreamLayout
 from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages
@@ -150,7 +150,7 @@ def test_too_many_unreadable_images_in_a_row_are_listed():
 def loaded(dataset, *, workers=0, start=0, batch=6, rank=0, ranks=1):
     sampler = StepBatchSampler(40, batch, 9, 0, start_step=start, rank=rank, num_ranks=ranks)
     collator = IJepaDataCollator(tiny_config(), seed=0, global_batch_size=sampler.global_batch_size)
-    batches = build_loader(dataset, sampler, BatchMaker(collator), num_workers=workers, pin_memory=False)
+    batches = PlainLoader(dataset, BatchMaker(collator), batch_sampler=sampler, num_workers=workers)
     return [batch.inputs for batch in batches]
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ijepa_hf import IJepaDataCollator, draw_masks
 from ijepa_hf.data.collator import BatchMaker
-from ijepa_hf.data.loader import build_loader
+from ijepa_hf.data.loader import PlainLoader
 from ijepa_hf.data.order import SampleKey, StepBatchSampler
 from ijepa_hf.data.reading import CropReader, ImageRows, PretrainingImages, crop_numbers, resized_pixels
 from ijepa_hf.data.sources.builtin import load_digits
@@ -167,7 +167,7 @@ def loader(digits, workers=0, batch=6, accumulation=1, rank=0, ranks=1):
     rows = ImageRows(digits, "image", 3)
     images = PretrainingImages(rows, CropReader(rows.images, config.image_shape, 0.5, 0))
     make_batch = BatchMaker(IJepaDataCollator(config, seed=0, global_batch_size=sampler.global_batch_size))
-    batches = build_loader(images, sampler, make_batch, num_workers=workers, pin_memory=False)
+    batches = PlainLoader(images, make_batch, batch_sampler=sampler, num_workers=workers)
     return [batch.inputs for batch in batches]
 
 

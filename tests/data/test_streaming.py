@@ -27,12 +27,12 @@ from tiny import tiny_config
 
 from ijepa_hf.data import retrying, streaming
 from ijepa_hf.data.collator import IJepaDataCollator
+from ijepa_hf.data.loader import PlainLoader
 from ijepa_hf.data.order import SampleKey, StreamLayout, StreamOrder
 from ijepa_hf.data.reading import CropReader, ImageColumn
 from ijepa_hf.data.sources.opening import ImageSource, ImageStream, load_split, open_stream
 from ijepa_hf.data.streaming import (
     StreamedBatches,
-    build_stream_loader,
     check_readers,
     cut_lengths,
     shard_lengths,
@@ -41,6 +41,10 @@ from ijepa_hf.data.streaming import (
 
 # torch says that two workers on one core are many
 on_one_core = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def loader_of(batches, make_batch):
+    return PlainLoader(batches, make_batch, batch_size=None, num_workers=batches.order.layouts[-1].num_workers)
 
 
 # -- streams to read -------------------------------------------------------------------------------------------------
@@ -186,24 +190,6 @@ def test_each_rank_reads_what_a_simulation_row_by_row_says(run):
     found = keys_of_run(lengths, layouts, seed, size, num_steps)
     images = {place: [[key.image for key in batch] for batch in micro] for place, micro in found.items()}
     assert images == simulated_run(lengths, layouts, seed, size, num_steps)
-
-
-@given(runs())
-def test_no_image_comes_twice_in_an_epoch_and_less_than_a_global_batch_is_lost_however_layouts_change(run):
-    lengths, layouts, seed, size, num_steps = run
-    found = keys_of_run(lengths, layouts, seed, size, num_steps)
-    total, global_size = sum(lengths), layouts[0].global_batch_size
-    of_epoch = {}
-    for (step, _), micro in found.items():
-        for key in itertools.chain(*micro):
-            assert key.step == step
-            of_epoch.setdefault(key.epoch, []).append(key)
-    for epoch, keys in of_epoch.items():
-        images = [key.image for key in keys]
-        assert len(set(images)) == len(images)
-        assert set(images) <= set(range(total))
-        if (epoch + 1) * (total // global_size) <= num_steps:
-            assert total - global_size < len(images) <= total
 
 
 @given(runs())
@@ -566,7 +552,7 @@ def test_a_loader_gives_exactly_what_the_arithmetic_says(shards, num_workers, st
             start_step=start_step, rank=rank,
         )  # fmt: skip
         state = torch.random.get_rng_state()
-        found = list(build_stream_loader(batches, make_batch, pin_memory=False))
+        found = list(loader_of(batches, make_batch))
         batches.close()
         assert torch.equal(torch.random.get_rng_state(), state)
         keys = [
@@ -579,17 +565,6 @@ def test_a_loader_gives_exactly_what_the_arithmetic_says(shards, num_workers, st
         ]
         assert [keys_and_numbers for _, keys_and_numbers in found] == keys
         assert all(inputs["pixel_values"].shape == (2, 3, 32, 32) for inputs, _ in found)
-
-
-def test_ranks_read_different_images(shards):
-    stream, column = opened(shards)
-    order = StreamOrder([11, 0, 1, 21, 27], [StreamLayout(0, 2, 0, 4, 1)], 0, 7)
-    read = []
-    for rank in range(2):
-        batches = StreamedBatches(stream, order, crop_reader(stream, column), num_steps=7, rank=rank)
-        read.append({number_of(row) for batch in batches for row in batch})
-    assert [len(numbers) for numbers in read] == [28, 28]
-    assert not read[0] & read[1]
 
 
 def test_what_a_resumed_run_skips_is_not_decoded(shards, monkeypatch):
@@ -692,7 +667,7 @@ def test_tars_are_read_by_two_workers(tmp_path):
     stream, column = opened(tmp_path)
     layout = StreamLayout(0, 1, 2, 4, 1)
     batches = StreamedBatches(stream, StreamOrder([8, 8], [layout], 0, 3), crop_reader(stream, column), num_steps=4)
-    found = list(build_stream_loader(batches, key_and_number, pin_memory=False))
+    found = list(loader_of(batches, key_and_number))
     expected = simulated_run([8, 8], [layout], 0, 3, 4)
     assert [[number for _, number in batch] for batch in found] == [expected[step, 0][0] for step in range(4)]
 
@@ -761,7 +736,7 @@ def test_closing_ends_all_reading_even_while_an_error_holds_on_to_the_loop(shard
     batches = StreamedBatches(stream, order, crop_reader(stream, column), num_steps=15)
 
     def train():
-        iterators = [iter(build_stream_loader(batches, key_and_number, pin_memory=False)) for _ in range(2)]
+        iterators = [iter(loader_of(batches, key_and_number)) for _ in range(2)]
         for iterator in iterators:
             next(iterator)
         raise KeyError("loss")
@@ -787,6 +762,8 @@ def test_batches_can_be_sent_to_a_worker_that_is_started_afresh(shards):
 
 LEAVES_EARLY = """
 import sys
+from ijepa_hf.data.loader import PlainLoader
+from ijepa_hf.data.order import StreamLayout, StreamOrder
 from ijepa_hf.data.reading import CropReader, ImageColumn
 from ijepa_hf.data.sources.opening import ImageSource, open_stream
 from ijepa_hf.data.streaming import *
@@ -797,7 +774,7 @@ stream = stream._replace(rows=column.undecoded(stream.rows))
 layout = StreamLayout(0, 1, int(sys.argv[2]), 4, 1)
 order = StreamOrder(shard_lengths(stream, "image"), [layout], 0, 4)
 batches = StreamedBatches(stream, order, CropReader(column, (32, 32), 1.0, 0), num_steps=1000)
-loader = build_stream_loader(batches, len, pin_memory=False)
+loader = PlainLoader(batches, len, batch_size=None, num_workers=layout.num_workers)
 
 def train():
     iterator = iter(loader)

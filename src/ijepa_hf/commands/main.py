@@ -106,9 +106,10 @@ def _evaluate(argv: list[str]) -> int:
 
 def _prepare(argv: list[str]) -> int:
     from ijepa_hf.commands.prepare import build_prepare_parser
-    from ijepa_hf.data.prepare.prepare import prepare
+    from ijepa_hf.data.prepare.prepare import PrepareSettings, prepare
 
-    print(prepare(**vars(build_prepare_parser().parse_args(argv))))
+    options = vars(build_prepare_parser().parse_args(argv))
+    print(prepare(options.pop("source"), options.pop("out"), PrepareSettings(**options)))
     return 0
 
 

@@ -34,8 +34,8 @@ class IJepaDataCollator:
     Args:
         config: Says the image size, the grid and how masks are drawn.
         normalize: Give normalised floats (default), or pixels as they are, to be normalised on the device.
-        image_mean: Of each channel, of pixels in [0, 1]; ImageNet's if not given.
-        image_std: Likewise.
+        image_mean: Mean of each channel, of pixels in [0, 1]; ImageNet's if not given.
+        image_std: Standard deviation of each channel, above 0; ImageNet's if not given.
         min_crop_scale: For rows with images: least share of the image that a random crop covers; 1 means no cropping.
         image_column_name: For rows with images: their column; `image` or `img` if not given.
         seed: For rows with a `SampleKey`: the run's seed.
@@ -132,7 +132,7 @@ class IJepaDataCollator:
 
 
 class Batch(NamedTuple):
-    """What the loaders of a run give: the model's inputs, and the images that had to be skipped for them."""
+    """One batch of a run: the model's inputs, and the images that were skipped for them."""
 
     inputs: dict[str, Tensor]
     unreadable: list[UnreadableImage]

@@ -36,7 +36,7 @@ _PIXELS_COMPOSITED_AT_ONCE = 2**24
 
 
 def decode_image(value: Any, num_channels: int, *, channel_axis: int | None = None) -> Image.Image | np.ndarray:
-    """Decode one image and bring it to `num_channels` channels, without resizing or normalising it.
+    """Decodes one image and brings it to `num_channels` channels, without resizing or normalising it.
 
     Pictures (encoded or `PIL.Image`; the first frame of an animation) are turned upright by their EXIF orientation.
 

@@ -1,8 +1,6 @@
-"""Images with their labels, for whatever learns from labels or is scored on them: opened, encoded, chosen, read.
+"""Loads images with their classes, and chooses and reads them; numbers, boxes and maps of classes are in `targets`.
 
-Labels are classes; for numbers, boxes and maps of classes see `targets`.
-
-Every draw is a function of (seed, epoch, image), as in `data`. `LabelledImages` skips no image: one that
+Every draw is a function of (seed, epoch, image). `LabelledImages` skips no image: one that
 cannot be read stops the work and is named.
 """
 
@@ -72,7 +70,7 @@ class LabelledReading:
     Args:
         streaming: Read a part of a stream, as many rows of each shard, where `max_train_samples` and
             `max_eval_samples` say how many; the rows are kept in memory.
-        retries: How patiently images are read.
+        retries: How long failing reads are repeated.
         allow_new_classes: Take held-out images of classes that the training images do not have; a probe cannot name
             them. By default they are refused.
     """

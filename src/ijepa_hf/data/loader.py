@@ -1,9 +1,9 @@
-"""A `DataLoader` whose failures are plain: a worker's error with its own words, a dead worker named, none left behind.
+"""Loads batches in worker processes; raises a worker's own error, names a dead worker, leaves no worker behind.
 
-torch gives an error of a worker back as the text of its traceback, and of a worker that died its number; the latter
-out of a signal handler, which may strike in the middle of an optimiser step. Here errors travel as values, a death is
-found out when the next batch is asked for, so that the weights are those after a whole step, and workers end with the
-process that they work for, however that one ends.
+`DataLoader` raises a worker's error as the text of its traceback, and for a worker that died an error with its number;
+the latter in a signal handler, which may run in the middle of an optimiser step. Here errors are passed on as values,
+and a death is noticed when the next batch is asked for, so that the weights are those after a whole step. Workers end
+with the process that they work for, however it ends.
 """
 
 import copy
@@ -14,19 +14,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torch.utils.data import Dataset as TorchDataset
-
-from ijepa_hf.data.collator import Batch
-from ijepa_hf.data.order import StepBatchSampler
 
 _TORCH_HANDLERS = "torch.utils.data._utils.signal_handling"
-_DEATH_SECONDS = 1.0  # within which the end of a process that broke a connection is known
-_PATIENCE_SECONDS = 2.0  # for workers that were asked to end, before they are made to
-# ask the run to stop, and often reach its workers too; SIGTERM is not here, because it is what ends a worker
+_DEATH_SECONDS = 1.0  # from a broken connection until the exit code of its process is known
+_PATIENCE_SECONDS = 2.0  # workers that are asked to end have this long before they are killed
+# These ask the run to stop, and often reach its workers too; SIGTERM is missing because it ends a worker.
 _OF_THE_RUN = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _WHY = {
     "SIGKILL": ", most often because memory ran out",
@@ -45,15 +41,16 @@ class DataWorkerError(RuntimeError):
 
 
 class PlainLoader(DataLoader):
-    """A `DataLoader` that raises `ValueError`s and `OSError`s as they were raised, in whichever process.
+    """A `DataLoader` that raises the `ValueError`s and `OSError`s of its workers as they were raised there.
 
-    Its iterators raise `DataWorkerError`, saying what happened and what to do, where a worker died or memory ran out
-    in it; no worker is left after that. Any other exception comes as torch gives it, with its traceback: it is a bug.
+    Its iterators raise `DataWorkerError`, which says what to do, where a worker died or had no memory left; no worker
+    is left after that. Any other exception is a bug and comes as torch raises it, with its traceback. Do not pass the
+    loader to `accelerator.prepare`: it has the batches of one rank already.
 
     Args:
-        dataset: Gives samples: map-style with `__getitems__`, or iterable.
+        dataset: Samples: map-style with `__getitems__`, or iterable.
         collate_fn: Makes a batch of them.
-        **options: The other arguments of `DataLoader`, but no `worker_init_fn`.
+        **options: The other arguments of `DataLoader`, without `worker_init_fn` and `generator`.
     """
 
     def __init__(self, dataset: Dataset, collate_fn: Callable[..., Any], **options: Any) -> None:
@@ -64,16 +61,18 @@ class PlainLoader(DataLoader):
             _PassingIterable(dataset) if iterates else _PassingItems(dataset),
             collate_fn=_PassingCollate(collate_fn),
             worker_init_fn=_begin_worker,
+            # its own generator: otherwise making the iterator draws from torch's global one
+            generator=torch.Generator().manual_seed(0),
             **options,
         )
 
     def __iter__(self) -> "PlainIterator":  # type: ignore[override]
-        """Returns an iterator over the batches; its workers, where there are some, begin at once."""
+        """Returns an iterator over the batches; its workers start at once."""
         self.running.append(PlainIterator(self))
         return self.running[-1]
 
     def close(self) -> None:
-        """Ends all workers; iterators give nothing any more."""
+        """Ends all workers; iterators yield nothing more."""
         while self.running:
             self.running.pop().close()
 
@@ -87,17 +86,17 @@ class PlainIterator(Iterator[Any]):
 
     def __init__(self, loader: PlainLoader) -> None:
         before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", None) == _TORCH_HANDLERS:  # another loader's of this process, from before
+        if getattr(handler, "__module__", None) == _TORCH_HANDLERS:  # set by another loader of this process
             handler = signal.SIG_DFL
-        # workers begin with these blocked, so that none strikes before `_begin_worker` has them ignored
+        # workers start with these signals blocked, until `_begin_worker` ignores them
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
         try:
             self.batches: Any = DataLoader.__iter__(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere torch sets none, nor may we
+        in_main = threading.current_thread() is threading.main_thread()  # handlers can be set only there
         if in_main and signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
-            # torch's would raise in the middle of whatever goes on when a worker dies; `next` finds it out too
+            # torch's handler raises wherever the process is when a worker dies; `__next__` notices the death as well
             signal.signal(signal.SIGCHLD, handler)
         self.workers = [process for process in multiprocessing.active_children() if process not in before]
 
@@ -120,18 +119,18 @@ class PlainIterator(Iterator[Any]):
         return batch
 
     def _dead_workers(self, error: Exception) -> list[BaseProcess]:
-        """Those that died; one that had no more to read ended with exit code 0."""
+        """Returns the workers that died; one that had no more to read ended with exit code 0."""
         alive = [worker.sentinel for worker in self.workers if worker.exitcode is None]
         if alive and not any(worker.exitcode for worker in self.workers):
             ended = multiprocessing.connection.wait(alive, _DEATH_SECONDS)
             for worker in self.workers:
-                if worker.sentinel in ended:  # closed by a process that ends, a moment before it has ended
+                if worker.sentinel in ended:  # closed a moment before the process has ended
                     worker.join(_DEATH_SECONDS)
         gone = [worker for worker in self.workers if worker.exitcode is not None]
         return [worker for worker in gone if worker.exitcode or "exited unexpectedly" in str(error)]
 
     def close(self) -> None:
-        """Ends the workers: asks them first, as torch does, and does not wait for one that is stuck in a read."""
+        """Ends the workers: asks them first, as torch does; one that is stuck in a read is killed."""
         batches, self.batches = self.batches, None
         if not self.workers:
             return
@@ -139,7 +138,7 @@ class PlainIterator(Iterator[Any]):
         end.daemon = True
         end.start()
         try:
-            # an exception's traceback may keep the iterator, and its workers with it, for as long as it likes
+            # not left to the iterator's end: the traceback of an exception may keep it alive
             shut_down = getattr(batches, "_shutdown_workers", None)
             if shut_down is not None:
                 shut_down()
@@ -159,22 +158,22 @@ class PlainIterator(Iterator[Any]):
 
 
 def _describe_deaths(dead: Sequence[BaseProcess]) -> str:
-    told = []
+    deaths = []
     for worker in dead:
         code = worker.exitcode or 0
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-            told.append(f"a loading process (pid {worker.pid}) was killed by signal {name}{_WHY.get(name, '')}")
+            deaths.append(f"a loading process (pid {worker.pid}) was killed by signal {name}{_WHY.get(name, '')}")
         else:
-            told.append(f"a loading process (pid {worker.pid}) ended by itself, with exit code {code}")
-    return f"{'; '.join(told)}. {_GOES_ON[0].upper()}{_GOES_ON[1:-1]}; {_LESS_MEMORY}."
+            deaths.append(f"a loading process (pid {worker.pid}) ended by itself, with exit code {code}")
+    return f"{'; '.join(deaths)}. {_GOES_ON[0].upper()}{_GOES_ON[1:-1]}; {_LESS_MEMORY}."
 
 
 # -- in the worker ---------------------------------------------------------------------------------------------------
 
 
 def _begin_worker(_: int) -> None:
-    """Leaves signals that are meant for the run to the main process, and ends when that one does."""
+    """Ignores signals that are meant for the run, and ends when the main process does."""
     for number in _OF_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
@@ -182,7 +181,7 @@ def _begin_worker(_: int) -> None:
 
 
 def _end_with_parent() -> None:
-    # torch looks between two batches only, and a read may take long
+    # torch checks between two batches only, and a read may take long
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -190,15 +189,15 @@ def _end_with_parent() -> None:
 
 
 class _Failed:
-    """An exception in the place of a batch."""
+    """An exception in place of a batch."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            copy.copy(self.error)  # makes it anew as the main process will
-        except Exception:  # of a type with a constructor of its own
+            copy.copy(self.error)  # constructs it again, as unpickling in the main process does
+        except Exception:  # its type has another constructor
             return _Failed, (OSError(f"{type(self.error).__name__}: {self.error}"),)
         return _Failed, (self.error,)
 
@@ -243,34 +242,3 @@ class _PassingCollate:
 
     def __call__(self, samples: Any) -> Any:
         return samples if isinstance(samples, _Failed) else _passing(self.collate, samples)
-
-
-def build_loader(
-    dataset: TorchDataset[dict[str, Any]],
-    sampler: StepBatchSampler,
-    make_batch: Callable[..., Batch],
-    *,
-    num_workers: int,
-    pin_memory: bool,
-) -> PlainLoader:
-    """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
-
-    Args:
-        dataset: Crops.
-        sampler: The order.
-        make_batch: Makes a batch of the rows of a micro-batch.
-        num_workers: Loading processes; the batches do not depend on it.
-        pin_memory: Whether batches go to a GPU.
-
-    Returns:
-        What `make_batch` gives for each micro-batch.
-    """
-    return PlainLoader(
-        dataset,
-        batch_sampler=cast(Any, sampler),
-        collate_fn=make_batch,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        # its own generator: otherwise making the iterator draws from torch's global one
-        generator=torch.Generator().manual_seed(0),
-    )

@@ -1,12 +1,12 @@
 """Keeps images of one size decoded in memory, and crops a batch of them at a time.
 
-Decoding a small picture and calling the resizer cost ten times what its pixels do. Where all images of a set are 8-bit
-pictures of one size that fit in memory together, they are decoded once, and the crops of a batch are two products of
-matrices. Boxes and substitutes are those of images read one by one; a value of a pixel may be off by 2 of 255, because
-nothing is rounded between the two products.
+Decoding a small picture and calling the resizer take ten times as long as the work on its pixels. Where all images of
+a set are 8-bit pictures of one size that fit in memory together, they are decoded once, and the crops of a batch are
+two products of matrices. Boxes and substitutes are those of images read one by one; a value of a pixel may be off by 2
+of 255, because nothing is rounded between the two products.
 """
 
-import logging
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +29,10 @@ _DECODED_WITHOUT_A_BAR = 10_000
 _LARGEST_PRODUCT = 40  # pixels of a side; above it the resizer itself is faster
 _RESIZED_AT_ONCE = 64  # of 32 x 32 pixels these, and their weights, stay in a core's cache
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """All images of a set.
+    """The pixels of a set of images.
 
     Args:
         pixels: uint8 `[n, C, height, width]`; zeros for images that cannot be read.
@@ -54,7 +52,7 @@ def decode_all(images: ImageRows, size: tuple[int, int] | None, *, limit: int | 
 
     Args:
         images: The images.
-        size: Height and width to resize them to, as `image_transforms.resize` does; as they are if not given.
+        size: Height and width to resize them to, as `transforms.resize` does; as they are if not given.
         limit: Bytes of pixels at most; any number if not given.
 
     Returns:
@@ -125,18 +123,18 @@ class MemoryCrops(TorchDataset[dict[str, Any]]):
         return len(self.images.pixels)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Returns one of what `CropReader.read_all` gives."""
+        """Returns the sample of one key."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
-        """Returns what `CropReader.read_all` gives."""
+        """Returns a sample for each key, as `CropReader.read_all` does."""
         found = [
             first_readable(key, self.crops.seed, key.image, self._another, self._check)
             if key.image in self.images.unreadable
             else (key.image, key.image, None, [])
             for key in keys
         ]
-        pixels = self.images.pixels[[image for image, *_ in found]]
+        pixels = self.images.pixels.index_select(0, torch.tensor([image for image, *_ in found]))
         size, scale = self.crops.size, self.crops.min_crop_scale
         if scale != 1.0:
             height, width = pixels.shape[2:]
@@ -144,7 +142,7 @@ class MemoryCrops(TorchDataset[dict[str, Any]]):
             pixels = resize_parts(pixels, [crop_box(height, width, size, scale, row) for row in numbers], size)
         return [
             {"pixel_values": crop, "sample_key": key, "unreadable": unreadable}
-            for crop, key, (*_, unreadable) in zip(pixels, keys, found, strict=True)
+            for crop, key, (*_, unreadable) in zip(pixels.unbind(), keys, found, strict=True)
         ]
 
     def _another(self, draw: int) -> tuple[int, int]:
@@ -156,7 +154,7 @@ class MemoryCrops(TorchDataset[dict[str, Any]]):
 
 
 def resize_parts(images: Tensor, boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
-    """Cut one part out of each image and resize it, bilinear with antialias.
+    """Cuts one part out of each image and resizes it, bilinear with antialias.
 
     Args:
         images: uint8 `[B, C, height, width]`.
@@ -172,51 +170,62 @@ def resize_parts(images: Tensor, boxes: Sequence[tuple[int, int, int, int]], siz
             for image, (top, left, high, wide) in zip(images, boxes, strict=True)
         ]
         return torch.cat([functional.interpolate(part, size=size, mode="bilinear", antialias=True) for part in parts])
-    resized = torch.empty(*images.shape[:2], *size, dtype=torch.uint8)
-    together = (part.split(_RESIZED_AT_ONCE) for part in (images, torch.tensor(boxes), resized))
-    for pixels, places, result in zip(*together, strict=True):
-        top, left, high, wide = places.unbind(1)
-        across = pixels.flatten(1, 2).float() @ _weights(left, wide, images.shape[3], size[1]).mT
-        down = _weights(top, high, images.shape[2], size[0])[:, None] @ across.unflatten(1, pixels.shape[1:3])
-        result.copy_(down.add_(0.5))
+    (channels, height, width), (high, wide) = images.shape[1:], size
+    resized = torch.empty(len(images), channels, *size, dtype=torch.uint8)
+    top, left, heights, widths = torch.from_numpy(np.array(boxes)).unbind(1)
+    numbers = top * height + heights - 1, left * width + widths - 1
+    half = torch.full((), 0.5)
+    together = (part.split(_RESIZED_AT_ONCE) for part in (images, *numbers, resized))
+    for pixels, vertical, horizontal, result in zip(*together, strict=True):
+        across = pixels.flatten(1, 2).float() @ _weights(width, wide).index_select(0, horizontal).mT
+        columns = across.unflatten(1, (channels, height)).transpose(1, 2).flatten(2)  # one product for all channels
+        down = torch.baddbmm(half, _weights(height, high).index_select(0, vertical), columns)
+        # by way of int32, for which there are vector instructions
+        result.copy_(down.to(torch.int32).unflatten(2, (channels, wide)).transpose(1, 2))
     return resized
 
 
-def _weights(places: Tensor, lengths: Tensor, side: int, out: int) -> Tensor:
-    """float32 [B, out, side]: how much each pixel of a side counts in each of `out` pixels made of a part of it."""
-    first, last = places[:, None, None], (places + lengths)[:, None, None]
-    scale = (last - first) / out
+@functools.lru_cache(maxsize=8)
+def _weights(side: int, out: int) -> Tensor:
+    """float32 [side * side, out, side]: how much each pixel of a side counts in each of `out` pixels made of a part.
+
+    The part that begins at pixel p and has n pixels is number p * side + n - 1; numbers whose part would reach beyond
+    the side are never used.
+    """
+    number = torch.arange(side * side)[:, None, None]
+    first, length = number // side, number % side + 1
+    scale = length / out
     centres = first + scale * (torch.arange(out)[:, None] + 0.5)
     pixels = torch.arange(side)
     # a triangle around each centre, as wide as two pixels of the coarser of both
     weights = (1 - (pixels + 0.5 - centres).abs_() / scale.clamp(min=1)).clamp_(min=0)
-    weights *= (pixels >= first) & (pixels < last)
+    weights *= (pixels >= first) & (pixels < first + length)
     return weights / weights.sum(2, keepdim=True)
 
 
-def keep_in_memory(images: ImageRows, crops: CropReader, wish: str, *, num_reads: int) -> MemoryCrops | None:
+def keep_in_memory(images: ImageRows, crops: CropReader, choice: str, *, num_reads: int) -> MemoryCrops | None:
     """Decides whether the images of a run are kept decoded, and decodes them.
 
     Args:
         images: The images.
         crops: Says how they will be cropped.
-        wish: `yes`, `no`, or `auto`: where they are alike, take `AUTOMATIC_BYTES` at most, and are read at least once
-            each.
+        choice: `yes`, `no`, or `auto`: where they are alike, take `AUTOMATIC_BYTES` at most, and are read at least
+            once each.
         num_reads: Images that the run will read.
 
     Returns:
         The crops; `None` where images are to be read one by one.
 
     Raises:
-        ValueError: If `wish` is `yes` and they cannot be kept.
+        ValueError: If `choice` is `yes` and they cannot be kept.
     """
-    if wish == "no" or (wish == "auto" and num_reads < len(images)):
+    if choice == "no" or (choice == "auto" and num_reads < len(images)):
         return None
     try:
-        limit = AUTOMATIC_BYTES if wish == "auto" else None
+        limit = AUTOMATIC_BYTES if choice == "auto" else None
         decoded = decode_all(images, crops.size if crops.min_crop_scale == 1.0 else None, limit=limit)
     except CannotKeepError as error:
-        if wish == "yes":
+        if choice == "yes":
             raise ValueError(
                 f"keep_images_in_memory='yes', but {error}; only 8-bit pictures of one size can be kept decoded. Use "
                 "--keep_images_in_memory no, or bring them to one size."

@@ -1,4 +1,8 @@
-"""Decides which image stands at which place of which step."""
+"""Decides which image stands at which place of which step: the only source of order.
+
+Map-style sets are permuted as a whole (`StepBatchSampler`), streams by shards and blocks of rows (`StreamOrder`); the
+module `streaming` explains the latter. Both are arithmetic on numbers: nothing is opened here.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +24,7 @@ class SampleKey(NamedTuple):
 
 
 def global_batch_size(num_samples: int, batch_size: int, accumulation_steps: int = 1, num_ranks: int = 1) -> int:
-    """Images in one optimiser step.
+    """Computes the number of images in one optimiser step.
 
     Args:
         num_samples: Images in the data set.
@@ -46,7 +50,7 @@ def global_batch_size(num_samples: int, batch_size: int, accumulation_steps: int
 
 
 class StepBatchSampler(Sampler[list[SampleKey]]):
-    """The only source of order: yields the micro-batches of one rank, from a given optimiser step on.
+    """Yields the micro-batches of one rank, from a given optimiser step on.
 
     An epoch is a permutation of all images, a function of (seed, epoch); the last incomplete global batch is dropped.
     Slots of a global batch are laid out micro-batch by micro-batch, and in each of those rank by rank.
@@ -153,13 +157,13 @@ class Rows:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def at(self, first: int, last: int) -> np.ndarray:
-        """The rows at the positions first .. last (not including): int64 `[last - first]`."""
+        """Returns the rows at the positions first .. last (not including): int64 `[last - first]`."""
         positions = np.arange(first, last)
         segment = np.searchsorted(self.ends, positions, side="right")
         return self.starts[segment] + positions - self.begins[segment]
 
     def segments(self, first: int, last: int) -> np.ndarray:
-        """The same rows as segments."""
+        """Returns the same rows as segments."""
         within = slice(np.searchsorted(self.ends, first, side="right"), np.searchsorted(self.begins, last))
         begins, ends = np.maximum(self.begins[within], first), np.minimum(self.ends[within], last)
         starts = self.starts[within] + begins - self.begins[within]
@@ -174,13 +178,13 @@ class Stretch(NamedTuple):
     last: int
 
     def block(self, number: int, size: int) -> np.ndarray:
-        """The rows of one block of the stretch, ascending: int64, `size` of them or fewer at the end."""
+        """Returns the rows of one block of the stretch, ascending: int64, `size` of them or fewer at the end."""
         first = self.first + number * size
         return self.rows.at(first, max(first, min(first + size, self.last)))
 
 
 class StreamOrder:
-    """Which rows each reader reads, and when: arithmetic only, nothing is opened.
+    """Computes which rows each reader of a stream reads, and when.
 
     Args:
         lengths: Rows of each shard, in the stream's own order.
@@ -211,11 +215,11 @@ class StreamOrder:
         self._first_image = np.cumsum(self.lengths) - self.lengths  # of each shard, in the stream's own order
 
     def epoch_shards(self, epoch: int) -> np.ndarray:
-        """The shards of an epoch in the order of its line: int64, a permutation."""
+        """Returns the shards of an epoch in the order of its line: int64, a permutation."""
         return keyed_generator(self.seed, DRAW_ORDER, epoch).permutation(len(self.lengths))
 
     def locate(self, epoch_shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where rows of an epoch's line are.
+        """Finds the shards that rows of an epoch's line are in.
 
         Args:
             epoch_shards: Of the epoch.
@@ -232,7 +236,7 @@ class StreamOrder:
         return shards, inside, self._first_image[shards] + inside
 
     def stretch(self, epoch: int, rank: int, reader: int) -> Stretch:
-        """What a reader of the last layout reads in an epoch, from that layout's first step in the epoch on.
+        """Returns what a reader of the last layout reads in an epoch, from that layout's first step in the epoch on.
 
         Args:
             epoch: Counted from 0; the last layout holds at its end.
@@ -254,12 +258,12 @@ class StreamOrder:
         return Stretch(rest, int(bounds[number]), int(bounds[number + 1]))
 
     def _left_over(self, rest: Rows, layout: StreamLayout, epoch: int, first: int, last: int, end: int) -> Rows:
-        """What the steps first .. last under a layout leave of rows that were dealt out for the steps first .. end."""
+        """Returns the rows of the steps first .. end that the steps first .. last under a layout do not use."""
         bounds = _bounds(layout, first, end)
         left = [rest.segments(int(bounds[-1]), len(rest))]
         for number, (begin, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
             rank, reader = divmod(number, layout.readers_per_rank)
-            used = layout.batch_size * _micro_batches_of(reader, layout, first, last)
+            used = layout.batch_size * micro_batches_of(reader, layout, first, last)
             blocks, into_block = divmod(used, self.shuffle_buffer_size)
             if into_block:
                 block = Stretch(rest, begin, stop).block(blocks, self.shuffle_buffer_size)
@@ -275,13 +279,13 @@ class StreamOrder:
     def block_order(
         self, epoch: int, layout: StreamLayout, rank: int, reader: int, block: int, length: int
     ) -> np.ndarray:
-        """In which order a reader gives the rows of one block: int64 `[length]`."""
+        """Returns the order in which a reader yields the rows of one block: int64 `[length]`."""
         key = (epoch, layout.start_step, rank, reader, block)
         return keyed_generator(self.seed, DRAW_BLOCK, *key).permutation(length)
 
 
-def _micro_batches_of(reader: int, layout: StreamLayout, first_step: int, last_step: int) -> int:
-    """How many micro-batches of the steps first .. last (not including) fall to a reader: every so-many-th."""
+def micro_batches_of(reader: int, layout: StreamLayout, first_step: int, last_step: int) -> int:
+    """Counts the micro-batches of the steps first .. last (not including) that one reader of a rank makes."""
 
     def before(step: int) -> int:
         return (step * layout.accumulation_steps - reader + layout.readers_per_rank - 1) // layout.readers_per_rank
@@ -290,7 +294,7 @@ def _micro_batches_of(reader: int, layout: StreamLayout, first_step: int, last_s
 
 
 def _bounds(layout: StreamLayout, first_step: int, last_step: int) -> np.ndarray:
-    """The positions between which each reader, rank by rank, has what it needs for the steps first .. last."""
+    """Returns the positions between which each reader, rank by rank, has its rows for the steps first .. last."""
     readers = range(layout.readers_per_rank)
-    wanted = [layout.batch_size * _micro_batches_of(reader, layout, first_step, last_step) for reader in readers]
+    wanted = [layout.batch_size * micro_batches_of(reader, layout, first_step, last_step) for reader in readers]
     return np.concatenate([[0], np.cumsum(np.tile(wanted, layout.num_ranks))])

@@ -1,8 +1,8 @@
-"""Images for pretraining: one row to a crop, the order of map-style sets, and the collator that draws the masks.
+"""Reads a row of a data set as a crop; takes another image in place of one that cannot be read.
 
-Every draw is a function of numbers that say where it happens: the order of an epoch of (seed, epoch), a sample's crop
-and masks of (seed, optimiser step, slot), where slot is its place in the *global* batch. So a run is the same for any
-number of workers, and of ranks at a fixed global batch, and resuming at a step needs that step's number alone.
+A crop is a function of (seed, optimiser step, slot), where slot is its place in the *global* batch. So a run is the
+same for any number of workers, and of ranks at a fixed global batch, and resuming at a step needs that step's number
+alone.
 
 An image that cannot be read never stops a run by itself: another one, drawn from the same numbers, stands in for it,
 and the batch says so. Where not the image is broken but what it is read from has failed (`retrying`), it is read again
@@ -11,6 +11,7 @@ until the source is back: another image would make it another run.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 
 import datasets
@@ -34,12 +35,11 @@ from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.randomness import DRAW_CROP, DRAW_SUBSTITUTE, keyed_generator
 
 SUBSTITUTE_TRIES = 10
+IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little
+MOST_NAMED = 20  # images that an error lists
 
 _Row = TypeVar("_Row")
 _Read = TypeVar("_Read")
-
-
-# -- images ---------------------------------------------------------------------------------------------------------
 
 
 class UnreadableImage(NamedTuple):
@@ -49,15 +49,41 @@ class UnreadableImage(NamedTuple):
     reason: str
 
 
+def too_many_unreadable(
+    count: int, lines: Iterable[str], num_seen: int, num_images: int, max_share: float
+) -> str | None:
+    """Judges whether too many images cannot be read.
+
+    Args:
+        count: Images that could not be read.
+        lines: A line about each of them.
+        num_seen: Different images that were asked for.
+        num_images: Images in the data set.
+        max_share: Share of the images seen that may be unreadable, in [0, 1].
+
+    Returns:
+        The beginning of an error's message, which lists the first `MOST_NAMED`; `None` where there are few enough, or
+        fewer than `IMAGES_BEFORE_JUDGING` (and not all) were seen.
+    """
+    if num_seen < min(num_images, IMAGES_BEFORE_JUDGING) or count <= max_share * num_seen:
+        return None
+    listed = "".join(f"\n  {line}" for line in islice(lines, MOST_NAMED))
+    more = f"\n  and {count - MOST_NAMED:,} more" if count > MOST_NAMED else ""
+    return (
+        f"{count} of the {num_seen} images seen so far cannot be read, more than max_broken_share={max_share:g}:"
+        f"{listed}{more}"
+    )
+
+
 class ImageColumn:
-    """How to get an image out of a row of a data set.
+    """Decodes the image of a row of a data set.
 
     Args:
         dataset: A map-style data set or a stream, with known features.
         column: Its image column.
         num_channels: Channels of the model.
-        retries: How patiently files of pictures are read, where rows have paths; what is mapped into memory (an Arrow
-            or .npy file) is read by the operating system, which ends the process where it cannot.
+        retries: How long failing reads of picture files are repeated, where rows have paths; a file that is mapped
+            into memory (Arrow, .npy) is read by the operating system, which ends the process where it cannot.
     """
 
     def __init__(
@@ -76,7 +102,7 @@ class ImageColumn:
     def undecoded(
         self, dataset: datasets.Dataset | datasets.IterableDataset, *others: str
     ) -> datasets.Dataset | datasets.IterableDataset:
-        """The data set with this column (and `others`) only, images as bytes: decoding and its errors are ours."""
+        """Returns the data set with this column (and `others`) only, and images as bytes."""
         if self.dtype is None:
             dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
         elif isinstance(dataset, datasets.Dataset):
@@ -91,7 +117,7 @@ class ImageColumn:
 
         Raises:
             ValueError: If the image cannot be read; says why.
-            DataSourceError: If what its file lies on failed, and went on failing.
+            DataSourceError: If the file's disk or server fails for longer than `retries` allows.
         """
         value = row[self.column]
         path = value.get("path") if isinstance(value, Mapping) else None
@@ -153,22 +179,19 @@ class ImageRows:
 
 
 def resized_pixels(images: Iterable[Any], config: IJepaConfig, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Whole images, as the saved image processor gives them.
+    """Resizes and normalises whole images, as the saved image processor does.
 
     Args:
         images: n decoded images, as `ImageRows` gives them.
         config: Says the size.
-        mean: Of each channel.
-        std: Of each channel.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
 
     Returns:
         float32 `[n, num_channels, height, width]`.
     """
     pixels = stack_images([resize(image, config.image_shape) for image in images])
     return normalize(pixels, mean, std)
-
-
-# -- order -----------------------------------------------------------------------------------------------------------
 
 
 def first_readable(
@@ -209,7 +232,7 @@ def first_readable(
 
 
 def crop_numbers(seed: int, keys: Sequence[SampleKey]) -> list[list[float]]:
-    """Draw the numbers that say where the crops of some samples lie.
+    """Draws the numbers that say where the crops of some samples lie.
 
     A step has one generator, of which each slot of the global batch has its own stretch. So the numbers of a sample
     depend on no other, however many are asked for together.
@@ -240,7 +263,7 @@ class CropReader:
         seed: The run's seed.
 
     Raises:
-        ValueError: If size or scale are none to crop with.
+        ValueError: If `size` or `min_crop_scale` is out of range.
     """
 
     def __init__(
@@ -306,16 +329,13 @@ class PretrainingImages(TorchDataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Returns one of what `CropReader.read_all` gives."""
+        """Returns the sample of one key."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
-        """Returns what `CropReader.read_all` gives."""
+        """Returns a sample for each key, as `CropReader.read_all` does."""
         rows = self.images.raw_rows([key.image for key in keys])
         return self.crops.read_all(keys, rows, [self._another] * len(keys))
 
     def _another(self, draw: int) -> tuple[int, Mapping[str, Any]]:
         return draw % len(self), self.images.raw_rows([draw % len(self)])[0]
-
-
-# -- collator --------------------------------------------------------------------------------------------------------

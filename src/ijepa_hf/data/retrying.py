@@ -1,10 +1,8 @@
-"""Reads from where data lie: under a time limit, tried again while the source fails, then given up with a plain error.
+"""Reads files under a time limit, and repeats reads whose disk, network or server fails.
 
-A failure of the *source* (a disk, a network, a server) is not the same as a bad *file*: the first may be over in a
-minute, and to go on without the image would silently make another run; the second stays what it is. `RetryPolicy.call`
-tries the first again and lets the second through.
-
-Every wait is a function of how often a read has failed, so that nothing draws from a generator.
+A failure of the *source* (a disk, a network, a server) may be over in a minute, and a run that went on without the
+image would silently be another run. A bad *file* stays bad. `RetryPolicy.call` repeats reads after the first, and
+raises the second at once. The waits follow from the number of failures alone; nothing is drawn from a generator.
 """
 
 import errno
@@ -20,17 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0  # between two tries; each wait is twice the one before
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0  # between two tries; each is twice the last
 
-# what is wrong with a name, and not with the source: trying again gives the same
+# faults of a path, not of the source: another try gives the same
 _ABOUT_THE_NAME = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EINVAL, errno.ENXIO,
 )  # fmt: skip
 _NAME_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-# whose exceptions are not all OSErrors; told by name, because none of them has to be imported
+# libraries whose exceptions are not all OSErrors; compared by name, so that none has to be imported
 _TRANSPORTS = ("aiohttp", "httpx", "httpx2", "httpcore", "urllib3", "requests", "http", "botocore", "huggingface_hub")
-_TEMPORARY_STATUS = (408, 425, 429)  # of the answers 400 to 499: time-out, too early, too many requests
+_TEMPORARY_STATUS = (408, 425, 429)  # HTTP: time-out, too early, too many requests
 _QUERY_OF_ADDRESS = re.compile(r"(://[^\s'\"?]+)\?[^\s'\")]*")  # may hold a signature
 
 _Result = TypeVar("_Result")
@@ -39,23 +37,22 @@ logger = logging.getLogger(__name__)
 
 
 class DataSourceError(OSError):
-    """A source of data failed, and went on failing for as long as it was to be tried again."""
+    """A source of data failed for longer than its reads are repeated."""
 
 
 class StalledReadError(TimeoutError):
-    """A read took longer than its limit; what it read from is not to be touched any more."""
+    """A read took longer than its limit; do not use its file again."""
 
 
 def is_source_failure(error: BaseException) -> bool:
-    """Whether a read failed because of where the data lie, and may succeed when it is tried again.
+    """Judges whether a read failed because of its disk, network or server, and may succeed when repeated.
 
     Args:
         error: What a read raised.
 
     Returns:
-        True for I/O errors of disk and network, time-outs, cut connections and answers of servers that say "not now"
-        (500 and above, 408, 425, 429); False for names that lead nowhere or may not be read, other answers from 400 to
-        499, and for anything else.
+        True for I/O errors of disk and network, time-outs, cut connections and the HTTP answers 408, 425, 429 and from
+        500; False for files that do not exist or may not be read, other answers from 400 to 499, and all other errors.
     """
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and 400 <= status < 500:
@@ -63,26 +60,25 @@ def is_source_failure(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno not in _ABOUT_THE_NAME and not isinstance(error, _NAME_ERRORS)
     module = type(error).__module__.partition(".")[0]
-    return module in _TRANSPORTS or isinstance(error, EOFError | tarfile.ReadError)  # the last two: cut short
+    return module in _TRANSPORTS or isinstance(error, EOFError | tarfile.ReadError)
 
 
 def is_shard_failure(error: BaseException) -> bool:
-    """Whether reading on in a shard failed because of its source.
+    """Judges whether reading on in a shard failed because of its source.
 
     Args:
         error: What a read raised.
 
     Returns:
-        As `is_source_failure` says; True also for any other OSError and answer of a server: the shard was there when
-        the run began, so that a name that leads nowhere is a disk that was taken away, and a refusal an address that
-        has expired.
+        As `is_source_failure`; True also for any other OSError and answer of a server. The shard was there when the
+        run began: if its file is missing now, its disk is gone, and if a server refuses it, its address has expired.
     """
     module = type(error).__module__.partition(".")[0]
     return is_source_failure(error) or isinstance(error, OSError) or module in _TRANSPORTS
 
 
 def describe(error: BaseException) -> str:
-    """Says what an exception says, on one line.
+    """Writes an exception on one line.
 
     Args:
         error: The exception.
@@ -99,11 +95,11 @@ def describe(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patiently a source is read.
+    """How long reads of a source are repeated, and how long each may take.
 
     Args:
-        seconds: How long a read that fails is tried again, at least 0; 0 does not try again. Libraries below may have
-            waits of their own, which count: `datasets` asks a server that fails 20 times in 100 s before it says so.
+        seconds: Time for which a failing read is repeated, at least 0; 0 does not repeat it. It includes the waits of
+            libraries: `datasets` asks a failing server 20 times in 100 s before it raises an error.
         timeout: After how many seconds a read counts as failed, at least 0; 0 waits for ever.
     """
 
@@ -116,19 +112,19 @@ class RetryPolicy:
         read: Callable[[], _Result],
         is_failure: Callable[[BaseException], bool] = is_source_failure,
     ) -> _Result:
-        """Reads, and reads again while the source fails; each failure is a warning.
+        """Reads, and repeats the read while the source fails; each failure is logged as a warning.
 
         Args:
             what: Names the file, for messages.
-            read: Reads; called anew for each try, and leaves nothing behind when it fails.
-            is_failure: Whether an exception means that another try may succeed.
+            read: Reads; called for each try, and leaves nothing open when it fails.
+            is_failure: Judges whether another try may succeed after an exception.
 
         Returns:
             What `read` returns.
 
         Raises:
-            DataSourceError: If it went on failing for `seconds`; names the file, the reason, the tries and the time.
-            Exception: What `read` raises and is no failure, as it is.
+            DataSourceError: If it failed for `seconds`; names the file, the reason, the tries and the time.
+            Exception: As `read` raises it, where `is_failure` is false.
         """
         started, tries, wait = time.monotonic(), 0, FIRST_WAIT_SECONDS
         while True:
@@ -161,9 +157,9 @@ class RetryPolicy:
     def within(self, read: Callable[[], _Result]) -> _Result:
         """Reads under the time limit.
 
-        The read runs in a thread, which is left behind where it takes longer. No code of Arrow calls back from there:
-        a thread inside Arrow can kill the process at its end (https://github.com/apache/arrow/issues/45214), one that
-        waits for a disk or a server in Python cannot.
+        The read runs in a thread, which is abandoned when it takes longer. It must not run code of Arrow: a thread in
+        Arrow can kill the process at its end (https://github.com/apache/arrow/issues/45214), one that waits in Python
+        for a disk or a server cannot.
 
         Args:
             read: Reads.
@@ -184,7 +180,7 @@ class RetryPolicy:
         except queue.Empty:
             _own.thread = None
             raise StalledReadError(f"no answer within {self.timeout:g} s") from None
-        except BaseException:  # an interrupt: what it still gives is not for the next read
+        except BaseException:  # an interrupt: the result that is still to come does not belong to the next read
             _own.thread = None
             raise
         if error is not None:
@@ -211,7 +207,7 @@ DEFAULT_RETRIES = RetryPolicy()
 
 
 class LimitedFile:
-    """A binary file to read and to seek in, of which every read is under a time limit; what Arrow needs of one.
+    """A binary file whose reads are under a time limit; has the methods that Arrow needs.
 
     Args:
         file: The opened file.
@@ -234,15 +230,15 @@ class LimitedFile:
         try:
             return self.file.read(size)
         finally:
-            if self.is_stuck:  # nobody waits any more
+            if self.is_stuck:  # nobody waits for the result
                 self.file.close()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Goes to a place; arithmetic only."""
+        """Moves to a position, and returns it; nothing is read."""
         return self.file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Returns the place."""
+        """Returns the position."""
         return self.file.tell()
 
     @property
@@ -251,7 +247,7 @@ class LimitedFile:
         return self.is_stuck or self.file.closed
 
     def close(self) -> None:
-        """Closes the file, unless a read is still stuck in it: closing would wait for that."""
+        """Closes the file, unless a read is stuck in it: closing would wait for the read."""
         if not self.is_stuck:
             self.file.close()
 
@@ -307,7 +303,7 @@ def _own_thread() -> _ReadingThread:
 
 
 def end_reading_thread() -> None:
-    """Ends the thread that reads for this one, where there is one: before a fork there should be few threads."""
+    """Ends the thread that reads for this one, if there is one: a process that forks should have few threads."""
     thread: _ReadingThread | None = getattr(_own, "thread", None)
     _own.thread = None
     if thread is not None and thread.process == os.getpid():

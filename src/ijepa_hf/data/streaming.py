@@ -1,4 +1,4 @@
-"""Streaming: images read shard by shard, in an order that any restart can work out again without reading.
+"""Reads images shard by shard, in an order that any restart can work out again without reading.
 
 A stream is a row of shards whose lengths are known. An epoch permutes the shards and lays their rows out on a line;
 the line is cut into one stretch a *reader*, a reader being one worker of one rank. Stretches are cut by rows, not by
@@ -24,15 +24,13 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-import torch
 from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from ijepa_hf.data.loader import PlainLoader
-from ijepa_hf.data.order import SampleKey, StreamOrder, _micro_batches_of
+from ijepa_hf.data.order import SampleKey, StreamOrder, micro_batches_of
 from ijepa_hf.data.reading import CropReader
 from ijepa_hf.data.retrying import DEFAULT_RETRIES, DataSourceError, RetryPolicy, describe, is_shard_failure
 from ijepa_hf.data.sources.opening import ImageStream
@@ -50,22 +48,22 @@ logger = logging.getLogger(__name__)
 
 
 def shard_lengths(stream: ImageStream, column: str, retries: RetryPolicy = DEFAULT_RETRIES) -> list[int]:
-    """How many images each shard of a stream has.
+    """Counts the images of each shard of a stream.
 
-    Those of .parquet files are in their footers, a few kilobytes each. Other shards have to be read from end to end,
-    undecoded, which is said.
+    The footers of .parquet files have the numbers, a few kilobytes each. Other shards have to be read from end to end,
+    undecoded; a warning says so.
 
     Args:
         stream: The stream.
         column: Its image column.
-        retries: How patiently files are read.
+        retries: How long failing reads are repeated.
 
     Returns:
         Rows of each shard, in the order of the shards.
 
     Raises:
         ValueError: If the stream is empty, or a file is broken.
-        DataSourceError: If the source failed, and went on failing.
+        DataSourceError: If the source fails for longer than `retries` allows.
     """
     if _are_parquet(stream.files):
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
@@ -113,7 +111,7 @@ def _count(stream: ImageStream, column: str, retries: RetryPolicy) -> list[int]:
 
 
 def cut_lengths(lengths: Sequence[int], limit: int) -> list[int]:
-    """Leaves only the first images of a stream.
+    """Cuts the lengths of shards so that only the first images of a stream are left.
 
     Args:
         lengths: Rows of each shard.
@@ -156,7 +154,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def warn_of_one_shard(stream: ImageStream) -> None:
-    """Says so where a stream cannot be read in parallel.
+    """Warns where a stream cannot be read in parallel.
 
     Args:
         stream: The stream.
@@ -169,9 +167,6 @@ def warn_of_one_shard(stream: ImageStream) -> None:
         "are read in parallel.",
         what,
     )
-
-
-# -- order -----------------------------------------------------------------------------------------------------------
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -190,6 +185,9 @@ def _pick(images: list[int], rows: list[dict[str, Any]], draw: int) -> tuple[int
 class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
     """The micro-batches of one rank, from a step on; each worker of a `DataLoader` reads its own stretch.
 
+    Load it with `batch_size=None` and as many workers as the last layout of `order` has. Without workers, call `close`
+    when the loader is left, early or not.
+
     Args:
         stream: The images, undecoded; its shards have the lengths that `order` knows.
         order: Which rows are read when.
@@ -197,7 +195,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
         num_steps: Optimiser steps of the whole run.
         start_step: Optimiser steps already done; not before the last layout's.
         rank: This process.
-        retries: How patiently shards are read.
+        retries: How long failing reads are repeated.
 
     Raises:
         ValueError: If `order` knows other shards than the stream has, or `start_step` lies before the last layout.
@@ -236,7 +234,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
         return self._open[-1]
 
     def close(self) -> None:
-        """Ends what iterators over this set have open in this process; they give nothing any more.
+        """Closes the files of all iterators over this set in this process; the iterators yield nothing more.
 
         A file that is still being read when the process ends can kill it, and a generator that is left is closed only
         when nothing refers to it: after an error its traceback does.
@@ -265,7 +263,7 @@ class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
             while step < self.num_steps:
                 epoch = step // order.steps_per_epoch
                 dealt_from = max(epoch * order.steps_per_epoch, layout.start_step)
-                done = layout.batch_size * _micro_batches_of(reader, layout, dealt_from, step)
+                done = layout.batch_size * micro_batches_of(reader, layout, dealt_from, step)
                 rows = self._rows(cursor, epoch, reader, done)
                 until = min((epoch + 1) * order.steps_per_epoch, self.num_steps)
                 for number in range(step * accumulation, until * accumulation):
@@ -307,7 +305,7 @@ class _ShardCursor:
         self.batches: _Batches | None = None
 
     def row(self, shard: int, row: int) -> dict[str, Any]:
-        """Row `row` of a shard; costs least where rows asked of one shard ascend."""
+        """Returns row `row` of a shard; cheapest where the rows of one shard are asked for in ascending order."""
         if shard != self.shard or row < self.next_row:
             self.close()
             self.batches = _read_patiently(self.stream, shard, row, self.retries)
@@ -401,28 +399,3 @@ def _read_parquet(file: str, features: datasets.Features, first: int, retries: R
                 table = pa.Table.from_batches([batch.slice(first)])
                 yield table_cast(table, features.arrow_schema).to_pylist()
             first = max(0, first - len(batch))
-
-
-def build_stream_loader(batches: StreamedBatches, make_batch: Callable[..., Any], *, pin_memory: bool) -> PlainLoader:
-    """The loader of one rank; do not pass it to `accelerator.prepare`, it is already that rank's own.
-
-    Without workers, call `batches.close()` when the loader is left, early or not; workers end with the loader's
-    iterator.
-
-    Args:
-        batches: This rank's micro-batches; its last layout says how many workers there are.
-        make_batch: Makes a batch of a list of rows.
-        pin_memory: Whether batches go to a GPU.
-
-    Returns:
-        What `make_batch` gives for each micro-batch.
-    """
-    return PlainLoader(
-        batches,
-        batch_size=None,  # they are batches already
-        collate_fn=make_batch,
-        num_workers=batches.order.layouts[-1].num_workers,
-        pin_memory=pin_memory,
-        # its own generator: otherwise making the iterator draws from torch's global one
-        generator=torch.Generator().manual_seed(0),
-    )

@@ -1,4 +1,4 @@
-"""Images with targets that are no classes: numbers, boxes, and maps of the class of each pixel."""
+"""Loads images with targets other than classes: numbers, boxes, and maps of the class of each pixel."""
 
 import io
 import math

@@ -1,8 +1,8 @@
-"""From what a dataset row holds to the pixels that a model sees.
+"""Crops, resizes, stacks and normalises decoded images.
 
-Three steps, each a function without state: `decode_image` turns encoded bytes, a picture or an array into one of two
-well-defined things; `random_resized_crop` (training) or `resize` (evaluation) turns that into a tensor of fixed size
-in the loader's worker; `normalize` runs on the device, so that 8-bit pixels travel as bytes.
+Three steps, each a function without state: `decoding.decode_image` turns encoded bytes, a picture or an array into one
+of two well-defined things; `random_resized_crop` (training) or `resize` (evaluation) turns that into a tensor of fixed
+size in the loader's worker; `normalize` runs on the device, so that 8-bit pixels travel as bytes.
 
 The two things are an 8-bit `PIL.Image` of mode "L" or "RGB", and a float32 array [C, height, width] for everything
 that eight bits or three channels cannot hold (16-bit, float, multi-spectral), resized by torch with the same filter.
@@ -31,7 +31,7 @@ _NORMALIZED_AT_ONCE = 2**18  # values, so that they stay in a core's cache betwe
 def random_resized_crop(
     image: Image.Image | np.ndarray, size: tuple[int, int], min_crop_scale: float, numbers: Sequence[float]
 ) -> torch.Tensor:
-    """Cut a random part out of an image and resize it: the only augmentation of the published runs.
+    """Cuts a random part out of an image and resizes it: the only augmentation of the published runs.
 
     Args:
         image: what `decode_image` returns: a picture of mode "L" or "RGB", or a float32 array [C, height, width].
@@ -62,7 +62,7 @@ def random_resized_crop(
 def crop_box(
     height: int, width: int, size: tuple[int, int], min_crop_scale: float, numbers: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Work out the box that `random_resized_crop` cuts out.
+    """Computes the box that `random_resized_crop` cuts out.
 
     The area's share is uniform in [min_crop_scale, 1], the logarithm of width / height uniform within a factor 4/3
     of that of `size`, and the place uniform over all that fit. A box that does not fit is drawn again; after ten such
@@ -94,7 +94,7 @@ def crop_box(
 
 
 def check_crop(size: tuple[int, int], min_crop_scale: float) -> None:
-    """Refuses what no crop can be drawn with.
+    """Checks the size and the scale of crops.
 
     Args:
         size: (height, width) of the result in pixels.
@@ -109,7 +109,7 @@ def check_crop(size: tuple[int, int], min_crop_scale: float) -> None:
 
 
 def resize(image: Image.Image | np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """Resize a whole image, bilinear with antialias: what evaluation does, and the stock ViT image processor.
+    """Resizes a whole image, bilinear with antialias: what evaluation does, and the stock ViT image processor.
 
     Args:
         image: what `decode_image` returns: a picture of mode "L" or "RGB", or a float32 array [C, height, width].
@@ -132,7 +132,7 @@ def resize(image: Image.Image | np.ndarray, size: tuple[int, int]) -> torch.Tens
 
 
 def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor of images; where 8-bit ones and floats (from 16-bit files) meet, all become floats in [0, 1].
+    """Stacks images; where 8-bit ones and floats (from 16-bit files) meet, all become floats in [0, 1].
 
     Args:
         images: each [C, height, width] of one shape, uint8 or float32; at least one.
@@ -146,7 +146,7 @@ def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Scale pixels to the model's range: (pixel - mean) / std, channel by channel, on the tensor's own device.
+    """Scales pixels to the model's range: (pixel - mean) / std, channel by channel, on the tensor's own device.
 
     Args:
         pixel_values: [C, height, width] or [B, C, height, width]; uint8 is divided by 255 first, floating point is

@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_hf.data.collator import Batch
-from ijepa_hf.data.loader import PlainLoader, build_loader
+from ijepa_hf.data.loader import PlainLoader
 from ijepa_hf.data.memory_images import keep_in_memory
 from ijepa_hf.data.order import StepBatchSampler, StreamLayout, StreamOrder
-from ijepa_hf.data.reading import CropReader, ImageColumn, ImageRows, PretrainingImages, UnreadableImage
+from ijepa_hf.data.reading import (
+    CropReader,
+    ImageColumn,
+    ImageRows,
+    PretrainingImages,
+    UnreadableImage,
+    too_many_unreadable,
+)
 from ijepa_hf.data.retrying import RetryPolicy, end_reading_thread
 from ijepa_hf.data.sources.opening import ImageStream, find_image_column, load_split, open_stream
 from ijepa_hf.data.streaming import (
     StreamedBatches,
-    build_stream_loader,
     check_readers,
     cut_lengths,
     shard_lengths,
@@ -31,9 +37,6 @@ from ijepa_hf.data.streaming import (
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.recipes.arguments import DataArguments
 from ijepa_hf.runs.rows import RowFile, read_rows
-
-IMAGES_BEFORE_JUDGING = 1000  # a share of fewer images says little
-_NAMED_AT_A_STOP = 20
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +149,9 @@ class TrainingImages:
                 self.stream, order, crops, num_steps=num_steps, start_step=start_step, rank=rank,
                 retries=self.column.retries,
             )  # fmt: skip
-            return build_stream_loader(batches, make_batch, pin_memory=pin_memory)
+            return PlainLoader(
+                batches, make_batch, batch_size=None, num_workers=layout.num_workers, pin_memory=pin_memory
+            )
         assert self.rows is not None
         sampler = StepBatchSampler(
             self.num_images,
@@ -163,10 +168,10 @@ class TrainingImages:
         if kept is not None and rank == 0:
             megabytes = kept.images.pixels.numel() / 1e6
             print(f"  images in memory        {len(kept)}, decoded: {megabytes:,.0f} MB", flush=True)
-        return build_loader(
+        return PlainLoader(
             PretrainingImages(self.rows, crops) if kept is None else kept,
-            sampler,
             make_batch,
+            batch_sampler=sampler,
             num_workers=layout.num_workers,
             pin_memory=pin_memory,
         )
@@ -300,21 +305,11 @@ class UnreadableLog:
         Raises:
             TooManyUnreadableError: On every rank, if there are too many.
         """
+        lines = (f"image {image}: {reason}" for image, reason in self.known.items())
         num_different = min(self.num_images, num_seen)
-        if num_different < min(self.num_images, IMAGES_BEFORE_JUDGING):
-            return
-        if len(self.known) > self.max_share * num_different:
-            raise TooManyUnreadableError(self._too_many(num_different))
-
-    def _too_many(self, num_different: int) -> str:
-        listed = "".join(
-            f"\n  image {image}: {reason}" for image, reason in list(self.known.items())[:_NAMED_AT_A_STOP]
-        )
-        more = len(self.known) - _NAMED_AT_A_STOP
-        return (
-            f"{len(self.known)} of the {num_different} images seen so far cannot be read, more than "
-            f"max_broken_share={self.max_share:g}:{listed}"
-            + (f"\n  and {more} more" if more > 0 else "")
-            + f"\nAll are listed in {self.path}. Mend or remove them, or allow more with --max_broken_share; the same "
-            "command with --resume_from_checkpoint latest then goes on."
-        )
+        words = too_many_unreadable(len(self.known), lines, num_different, self.num_images, self.max_share)
+        if words is not None:
+            raise TooManyUnreadableError(
+                f"{words}\nAll are listed in {self.path}. Mend or remove them, or allow more with --max_broken_share; "
+                "the same command with --resume_from_checkpoint latest then goes on."
+            )

@@ -23,7 +23,9 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,50 +33,30 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ijepa_hf.data.prepare.rewriting import PictureFormat, _check_numbers
-from ijepa_hf.data.prepare.rows import _ROWS_AT_ONCE, PreparedImage, SourceRows
+from ijepa_hf.data.prepare.rewriting import PictureFormat, check_numbers
+from ijepa_hf.data.prepare.rows import ROWS_AT_ONCE, PreparedImage, SourceRows
 from ijepa_hf.data.prepare.shards import (
     MANIFEST_FILE,
     Manifest,
-    _failures_named,
-    _make_ready,
-    _ManifestFile,
-    _ShardWriter,
-    _take_up,
+    ManifestFile,
+    ShardWriter,
+    failures_named,
+    make_ready,
+    take_up,
 )
+from ijepa_hf.data.reading import MOST_NAMED, too_many_unreadable
 from ijepa_hf.data.sources.opening import ImageSource, load_split
 from ijepa_hf.escaping import on_one_line
 
-_ROWS_BEFORE_JUDGING = 1000  # as in training: a share of fewer images says little
-_NAMED_IN_SUMMARY, _NAMED_AT_A_STOP = 3, 20
+_NAMED_IN_SUMMARY = 3
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-def prepare(
-    source: str,
-    out: str | Path,
-    *,
-    dataset_config_name: str | None = None,
-    split_name: str = "train",
-    image_column_name: str | None = None,
-    shortest_side: int | None = None,
-    image_format: str = "keep",
-    quality: int | None = None,
-    channel_axis: int | None = None,
-    shard_size: int | str = "100MB",
-    num_workers: int = 0,
-    max_samples: int | None = None,
-    max_broken_share: float = 0.05,
-    overwrite: bool = False,
-) -> str:
-    """Writes one split of any source as parquet shards; goes on where an earlier call was stopped.
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """The options of `ijepa-hf prepare`.
 
     Args:
-        source: What `sources.load_split` opens.
-        out: Folder to write; missing, empty, or written by this function.
         dataset_config_name: Configuration of a Hub data set.
         split_name: Split to read and write.
         image_column_name: Column of the images; found by itself if there is only one.
@@ -88,9 +70,47 @@ def prepare(
         shard_size: Bytes of a shard at most, before compression; a row that is larger has a shard to itself. A number,
             or text with KB, MB or GB.
         num_workers: Processes that read, shrink and encode; 0 does it in this one.
-        max_samples: Take only the first so many rows.
+        max_samples: Take only the first `max_samples` rows.
         max_broken_share: Stop when more than this share of the images cannot be read, judged from 1,000 images on.
-        overwrite: Delete what `out` holds of this split first.
+        overwrite: Delete what the folder holds of this split first.
+    """
+
+    dataset_config_name: str | None = None
+    split_name: str = "train"
+    image_column_name: str | None = None
+    shortest_side: int | None = None
+    image_format: str = "keep"
+    quality: int | None = None
+    channel_axis: int | None = None
+    shard_size: int | str = "100MB"
+    num_workers: int = 0
+    max_samples: int | None = None
+    max_broken_share: float = 0.05
+    overwrite: bool = False
+
+    @property
+    def picture_format(self) -> PictureFormat:
+        """How each image is written."""
+        return PictureFormat(self.shortest_side, self.image_format, self.quality, self.channel_axis)
+
+    def check(self) -> None:
+        """Raises `ValueError` if a value is bad."""
+        self.picture_format.check()
+        parse_size(self.shard_size)
+        check_numbers(num_workers=(self.num_workers, 0), max_samples=(self.max_samples, 1))
+        if not 0.0 <= self.max_broken_share <= 1.0:
+            raise ValueError(
+                f"max_broken_share={self.max_broken_share} must be from 0 to 1; 0 stops at the first one."
+            )
+
+
+def prepare(source: str, out: str | Path, settings: PrepareSettings = PrepareSettings()) -> str:
+    """Writes one split of any source as parquet shards; goes on where an earlier call was stopped.
+
+    Args:
+        source: Name, path or Hub id, as `load_split` opens it.
+        out: Folder to write; missing, empty, or written by this function.
+        settings: How images are read and written.
 
     Returns:
         A few lines for the user: what was written, what was skipped, and the next command.
@@ -101,36 +121,37 @@ def prepare(
             (other settings, another source, files of another kind), or too many images cannot be read.
         OSError: If `out` cannot be written; what is complete stays, and the same call goes on.
     """
-    format_settings = PictureFormat(shortest_side, image_format, quality, channel_axis)
-    format_settings.check()
-    limit = parse_size(shard_size)
-    _check_numbers(num_workers=(num_workers, 0), max_samples=(max_samples, 1))
-    if not 0.0 <= max_broken_share <= 1.0:
-        raise ValueError(f"max_broken_share={max_broken_share} must be from 0 to 1; 0 stops at the first one.")
-    folder = Path(out).expanduser()
-    _check_place(source, folder, split_name)
-    images = ImageSource(str(source), dataset_config_name, image_column_name)
-    rows = SourceRows(load_split(images, split_name), image_column_name, format_settings, max_samples)
+    settings.check()
+    folder, split, picture_format = Path(out).expanduser(), settings.split_name, settings.picture_format
+    _check_place(source, folder, split)
+    images = ImageSource(str(source), settings.dataset_config_name, settings.image_column_name)
+    rows = SourceRows(load_split(images, split), settings.image_column_name, picture_format, settings.max_samples)
     manifest = Manifest(
         settings={
-            **format_settings.resolved(),
-            "shard_size": limit,
-            "max_samples": max_samples,
+            **picture_format.resolved(),
+            "shard_size": parse_size(settings.shard_size),
+            "max_samples": settings.max_samples,
             "image_column": rows.column,
         },
-        source={"fingerprint": rows.fingerprint, "num_rows": len(rows), "dataset_config_name": dataset_config_name},
+        source={
+            "fingerprint": rows.fingerprint,
+            "num_rows": len(rows),
+            "dataset_config_name": settings.dataset_config_name,
+        },
         features=json.loads(json.dumps(rows.features.to_dict())),  # as they will be read back: lists, no tuples
         source_name=str(source),
     )
-    others, manifest = _take_up(folder, split_name, manifest, overwrite=overwrite)
+    others, manifest = take_up(folder, split, manifest, overwrite=settings.overwrite)
     finished = manifest.finished
     if not finished:
-        _write_shards(rows, _ManifestFile(folder, split_name, others, manifest), num_workers, max_broken_share)
-    return ("already finished; " if finished else "") + _summary(folder, split_name, manifest, rows, image_column_name)
+        file = ManifestFile(folder, split, others, manifest)
+        _write_shards(rows, file, settings.num_workers, settings.max_broken_share)
+    summary = _summary(folder, split, manifest, rows, settings.image_column_name)
+    return f"already finished; {summary}" if finished else summary
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a size such as `100MB`.
+    """Converts a size such as `100MB` to bytes.
 
     Args:
         size: A number of bytes, or a number with KB, MB or GB (powers of 1,000).
@@ -139,7 +160,7 @@ def parse_size(size: int | str) -> int:
         Bytes, at least 1.
 
     Raises:
-        ValueError: If it is no such size.
+        ValueError: If the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", str(size).strip().upper())
     count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
@@ -168,11 +189,9 @@ def _check_place(source: str, folder: Path, split: str) -> None:
         )
 
 
-def _summary(folder: Path, split: str, manifest: "Manifest", rows: "SourceRows", column_name: str | None) -> str:
-    written, shards = (
-        sum(shard["bytes"] for shard in manifest.shards),
-        "shard" if len(manifest.shards) == 1 else "shards",
-    )
+def _summary(folder: Path, split: str, manifest: Manifest, rows: SourceRows, column_name: str | None) -> str:
+    written = sum(shard["bytes"] for shard in manifest.shards)
+    shards = "shard" if len(manifest.shards) == 1 else "shards"
     lines = [
         f"{folder}: {manifest.num_images:,} images of split {split!r} in {len(manifest.shards):,} {shards}, "
         f"{_in_words(written)} (the images were {_in_words(manifest.bytes_in)}); {manifest.num_shrunk:,} shrunk"
@@ -181,7 +200,9 @@ def _summary(folder: Path, split: str, manifest: "Manifest", rows: "SourceRows",
         lines.append(
             f"skipped: {len(manifest.skipped):,} of {len(rows):,} that cannot be read, all in {folder / MANIFEST_FILE}"
         )
-        lines += _listed(manifest.skipped, _NAMED_IN_SUMMARY)
+        lines += [f"  {line}" for line in islice(_lines(manifest.skipped), _NAMED_IN_SUMMARY)]
+        if len(manifest.skipped) > _NAMED_IN_SUMMARY:
+            lines.append(f"  and {len(manifest.skipped) - _NAMED_IN_SUMMARY:,} more")
     in_pixels = rows.columns_of_many_values()
     if manifest.num_shrunk and in_pixels:
         lines.append(
@@ -201,28 +222,17 @@ def _in_words(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _listed(skipped: Sequence[Mapping[str, Any]], most: int) -> list[str]:
-    lines = []
-    for row in skipped[:most]:
+def _lines(skipped: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for row in skipped:
         named = row["path"] is None or row["path"] in row["reason"]
         words = row["reason"] if named else f"{row['path']}: {row['reason']}"
-        lines.append(f"  row {row['row']}: {on_one_line(words)}")
-    return lines + ([f"  and {len(skipped) - most:,} more"] if len(skipped) > most else [])
+        yield f"row {row['row']}: {on_one_line(words)}"
 
 
-# -- one image -------------------------------------------------------------------------------------------------------
-
-
-# -- rows of the source ----------------------------------------------------------------------------------------------
-
-
-# -- shards ----------------------------------------------------------------------------------------------------------
-
-
-def _write_shards(rows: SourceRows, file: _ManifestFile, num_workers: int, max_broken_share: float) -> None:
+def _write_shards(rows: SourceRows, file: ManifestFile, num_workers: int, max_broken_share: float) -> None:
     manifest = file.manifest
-    first_piece = manifest.next_row // _ROWS_AT_ONCE
-    num_pieces = math.ceil(len(rows) / _ROWS_AT_ONCE)
+    first_piece = manifest.next_row // ROWS_AT_ONCE
+    num_pieces = math.ceil(len(rows) / ROWS_AT_ONCE)
     loader = DataLoader(
         rows,
         sampler=cast(Any, range(first_piece, num_pieces)),
@@ -232,9 +242,9 @@ def _write_shards(rows: SourceRows, file: _ManifestFile, num_workers: int, max_b
         generator=torch.Generator().manual_seed(0),  # its own: otherwise it draws from torch's global one
     )
     progress = tqdm(total=len(rows), initial=manifest.next_row, unit="image", desc="prepare", mininterval=1.0)
-    with _failures_named(file.folder):
-        _make_ready(file)
-    with contextlib.closing(progress), contextlib.closing(_ShardWriter(rows, file)) as writer:
+    with failures_named(file.folder):
+        make_ready(file)
+    with contextlib.closing(progress), contextlib.closing(ShardWriter(rows, file)) as writer:
         for number, images in zip(range(first_piece, num_pieces), loader, strict=True):
             others = rows.other_columns(number) if any(image.reason is None for image in images) else None
             for place, (row, image) in enumerate(zip(rows.piece(number), images, strict=True)):
@@ -254,17 +264,20 @@ def _as_it_is(images: list[PreparedImage]) -> list[PreparedImage]:
     return images
 
 
-def _judge(file: _ManifestFile, num_seen: int, num_rows: int, max_share: float) -> None:
+def _judge(file: ManifestFile, num_seen: int, num_rows: int, max_share: float) -> None:
+    """Stops where too many images cannot be read, or none can."""
     skipped = file.manifest.skipped
-    none_left = num_seen == num_rows == len(skipped)
-    if not none_left and (num_seen < min(num_rows, _ROWS_BEFORE_JUDGING) or len(skipped) <= max_share * num_seen):
-        return
-    with _failures_named(file.folder):
+    if num_seen == num_rows == len(skipped):
+        lines = "".join(f"\n  {line}" for line in islice(_lines(skipped), MOST_NAMED))
+        words = f"none of the {num_rows} images can be read, so that there is nothing to write:{lines}"
+    else:
+        found = too_many_unreadable(len(skipped), _lines(skipped), num_seen, num_rows, max_share)
+        if found is None:
+            return
+        words = found
+    with failures_named(file.folder):
         file.write()
     raise ValueError(
-        f"{len(skipped)} of the {num_seen} images seen so far cannot be read, "
-        + ("so that there is nothing to write:\n" if none_left else f"more than max_broken_share={max_share:g}:\n")
-        + "\n".join(_listed(skipped, _NAMED_AT_A_STOP))
-        + f"\nAll are listed in {file.folder / MANIFEST_FILE}. Allow more with --max_broken_share, and the command "
-        "goes on; or mend or remove them, and start again with --overwrite."
+        f"{words}\nAll are listed in {file.folder / MANIFEST_FILE}. Allow more with --max_broken_share, and the "
+        "command goes on; or mend or remove them, and start again with --overwrite."
     )

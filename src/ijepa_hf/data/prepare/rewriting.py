@@ -12,19 +12,15 @@ from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.transforms import resize
 
 IMAGE_FORMATS = ("keep", "jpeg", "png", "webp", "bmp")
-
 DEFAULT_QUALITY = 95
-
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
-
 _KEPT_LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}  # what `keep` shrinks to; all else becomes PNG
-
 _LOSSLESS = ("png", "bmp")
-
 _GRAY_MODES = ("1", "L", "LA", "La", "F")  # beside I and I;16...
 
 
-def _check_numbers(**values: tuple[int | None, int]) -> None:
+def check_numbers(**values: tuple[int | None, int]) -> None:
+    """Raises `ValueError` where a number, given with the least that it may be, is less; `None` is allowed."""
     for name, (value, least) in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
@@ -48,7 +44,7 @@ class PictureFormat:
 
     def check(self) -> None:
         """Raises `ValueError` if a value is bad."""
-        _check_numbers(shortest_side=(self.shortest_side, 1))
+        check_numbers(shortest_side=(self.shortest_side, 1))
         if self.image_format not in IMAGE_FORMATS:
             raise ValueError(f"image_format={self.image_format!r} must be one of {', '.join(IMAGE_FORMATS)}.")
         if self.quality is not None and not 1 <= self.quality <= 100:
@@ -145,7 +141,7 @@ def shrink_array(array: np.ndarray, settings: PictureFormat) -> np.ndarray:
         return shrink_array(array[None], PictureFormat(settings.shortest_side, channel_axis=0))[0]
     if array.shape == shape_after(array.shape, settings):
         return array
-    axis = _channel_axis(array.shape, settings)
+    axis = _shortest_axis(array.shape, settings)
     planes = np.moveaxis(array, axis, 0)
     shrunk = resize(planes.astype(np.float32), settings.size_after(*planes.shape[1:])).numpy()
     shrunk = np.moveaxis(np.rint(shrunk) if array.dtype.kind == "u" else shrunk, 0, axis)
@@ -165,7 +161,7 @@ def shape_after(shape: tuple[int | None, ...], settings: PictureFormat) -> tuple
     Raises:
         ValueError: If the channel axis cannot be told, or the height varies.
     """
-    axis = None if len(shape) == 2 else _channel_axis(shape, settings) if settings.shortest_side is not None else 0
+    axis = None if len(shape) == 2 else _shortest_axis(shape, settings) if settings.shortest_side is not None else 0
     sides = list(shape) if axis is None else [side for number, side in enumerate(shape) if number != axis % 3]
     if settings.shortest_side is None:
         return tuple(shape)
@@ -180,7 +176,8 @@ def shape_after(shape: tuple[int | None, ...], settings: PictureFormat) -> tuple
     return tuple(after)
 
 
-def _channel_axis(shape: tuple[int | None, ...], settings: PictureFormat) -> int:
+def _shortest_axis(shape: tuple[int | None, ...], settings: PictureFormat) -> int:
+    """Returns the channel axis: as given, else the first or the last where that is the shortest of the three."""
     if settings.channel_axis is not None:
         return settings.channel_axis
     lengths = [math.inf if length is None else length for length in shape]

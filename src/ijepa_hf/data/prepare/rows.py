@@ -17,7 +17,7 @@ from ijepa_hf.data.decoding import read_image_file
 from ijepa_hf.data.prepare.rewriting import PictureFormat, rewrite_picture, shape_after, shrink_array
 from ijepa_hf.data.sources.opening import find_image_column
 
-_ROWS_AT_ONCE = 16  # read by a worker and handed over together
+ROWS_AT_ONCE = 16  # read by a worker and handed over together
 
 
 class PreparedImage(NamedTuple):
@@ -41,7 +41,7 @@ class PreparedImage(NamedTuple):
 
 
 class SourceRows(TorchDataset[list[PreparedImage]]):
-    """The rows of a data set in pieces of `_ROWS_AT_ONCE`, at multiples of it; asked with a piece's number.
+    """The rows of a data set in pieces of `ROWS_AT_ONCE`, at multiples of it; asked with a piece's number.
 
     Args:
         dataset: A map-style data set.
@@ -75,7 +75,7 @@ class SourceRows(TorchDataset[list[PreparedImage]]):
 
     def piece(self, number: int) -> range:
         """Returns the rows of piece `number`."""
-        return range(number * _ROWS_AT_ONCE, min(self.num_rows, (number + 1) * _ROWS_AT_ONCE))
+        return range(number * ROWS_AT_ONCE, min(self.num_rows, (number + 1) * ROWS_AT_ONCE))
 
     def __getitem__(self, number: int) -> list[PreparedImage]:
         """Returns the images of piece `number`."""

@@ -18,17 +18,14 @@ from ijepa_hf.data.prepare.rows import PreparedImage, SourceRows
 from ijepa_hf.files import flush_to_disk, write_json_atomically
 
 MANIFEST_FILE = "manifest.json"
-
 _MANIFEST_VERSION = 1
-
 _SHARD_FOLDER = "data"
-
 _GROUP_ROWS, _GROUP_BYTES = 100, 16_000_000  # of a row group, which a reader of a stream holds in memory
 
 
 @contextlib.contextmanager
-def _failures_named(folder: Path) -> Iterator[None]:
-    """One sentence for a full disk or a folder that may not be written."""
+def failures_named(folder: Path) -> Iterator[None]:
+    """Raises one plain sentence for a full disk or a folder that may not be written."""
     try:
         yield
     except OSError as error:
@@ -44,7 +41,7 @@ class Manifest:
     """What `manifest.json` says of one split.
 
     Args:
-        settings: What the rows depend on beside the source.
+        settings: Options of the command that change the rows.
         source: What tells the source from another one.
         features: Of the shards.
         source_name: As the user gave it; for readers only.
@@ -71,7 +68,7 @@ class Manifest:
 
 
 @dataclass
-class _ManifestFile:
+class ManifestFile:
     """`manifest.json`: the split that is being written, and the others, which stay as they are."""
 
     folder: Path
@@ -80,11 +77,12 @@ class _ManifestFile:
     manifest: Manifest
 
     def write(self) -> None:
+        """Writes the file anew."""
         splits = dict(sorted({**self.others, self.split: asdict(self.manifest)}.items()))
         write_json_atomically(self.folder / MANIFEST_FILE, {"version": _MANIFEST_VERSION, "splits": splits})
 
 
-def _take_up(folder: Path, split: str, new: Manifest, *, overwrite: bool) -> tuple[dict[str, Any], Manifest]:
+def take_up(folder: Path, split: str, new: Manifest, *, overwrite: bool) -> tuple[dict[str, Any], Manifest]:
     """Finds how far an earlier call came, and refuses to go on with something else; changes nothing.
 
     Returns:
@@ -109,7 +107,7 @@ def _take_up(folder: Path, split: str, new: Manifest, *, overwrite: bool) -> tup
     return others, old
 
 
-def _make_ready(file: _ManifestFile) -> None:
+def make_ready(file: ManifestFile) -> None:
     """Writes the manifest as it is, and then removes shards that it does not list: half done ones, or overwritten."""
     folder, split = file.folder, file.split
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,10 +178,10 @@ def _find_shard(folder: Path, split: str, number: int, manifest: Manifest) -> Pa
     )
 
 
-class _ShardWriter:
+class ShardWriter:
     """Puts rows into row groups and row groups into shards; notes in the manifest what is complete."""
 
-    def __init__(self, rows: SourceRows, file: _ManifestFile) -> None:
+    def __init__(self, rows: SourceRows, file: ManifestFile) -> None:
         self.file, self.manifest, self.column = file, file.manifest, rows.column
         self.features, self.limit = rows.features, file.manifest.settings["shard_size"]
         self.schema = rows.features.arrow_schema
@@ -198,10 +196,12 @@ class _ShardWriter:
 
     @property
     def path(self) -> Path:
+        """The shard that is being filled, as it will be called until all are written."""
         return self.file.folder / _SHARD_FOLDER / _shard_name(self.file.split, len(self.manifest.shards))
 
     @property
     def partial(self) -> Path:
+        """The file that it is written to."""
         return self.path.with_name(self.path.name + ".partial")
 
     def add(self, row: int, image: PreparedImage, others: pa.Table | None) -> None:
@@ -228,7 +228,7 @@ class _ShardWriter:
         if self.shard_rows:
             self._close_shard(next_row=manifest.source["num_rows"])
         count = len(manifest.shards)
-        with _failures_named(folder):
+        with failures_named(folder):
             for number, shard in enumerate(manifest.shards):
                 shard["name"] = f"{_SHARD_FOLDER}/{_shard_name(self.file.split, number, count)}"
                 os.replace(_find_shard(folder, self.file.split, number, manifest), folder / shard["name"])
@@ -251,7 +251,7 @@ class _ShardWriter:
             columns |= {name: joined.column(name) for name in joined.column_names}
         # in one piece, so that the pages of the file depend on the rows alone
         table = pa.table([columns[name] for name in self.schema.names], schema=self.schema).combine_chunks()
-        with _failures_named(self.file.folder):
+        with failures_named(self.file.folder):
             if self.writer is None:
                 # dictionaries and statistics would only repeat pictures, zstd leaves alone what is compressed, and
                 # who asks for uncompressed pictures wants to read them fast
@@ -275,7 +275,7 @@ class _ShardWriter:
         self._write_group()
         assert self.writer is not None
         manifest = self.manifest
-        with _failures_named(self.file.folder):
+        with failures_named(self.file.folder):
             self.writer.close()
             flush_to_disk(self.partial)
             os.replace(self.partial, self.path)

@@ -9,21 +9,21 @@ import numpy as np
 import pyarrow as pa
 from datasets.fingerprint import Hasher
 
-from ijepa_hf.data.sources.local_files import _LocalFiles
+from ijepa_hf.data.sources.local_files import LocalFiles
 
 _ARRAY_TYPES = ("uint8", "uint16", "float16", "float32", "float64")
-
 _VALUES_PER_CHUNK = 2**31 - 1  # Arrow counts the values of a list in 32 bits
 
 
-def _unreadable(path: Path, error: BaseException) -> ValueError:
+def cannot_be_read(path: Path, error: BaseException) -> ValueError:
+    """Returns an error that names the data set, with the words of the innermost cause."""
     while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
         error = error.__cause__
     return ValueError(f"dataset_name={str(path)!r} cannot be read: {error or type(error).__name__}")
 
 
-def _map_array_file(path: Path) -> datasets.Dataset:
-    """A data set whose Arrow table is the very file, mapped into memory."""
+def map_array_file(path: Path) -> datasets.Dataset:
+    """Returns a data set whose Arrow table is the very file, mapped into memory."""
     array = _map_array(path)
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
@@ -52,7 +52,7 @@ def _map_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise _unreadable(path, error) from error
+        raise cannot_be_read(path, error) from error
     if array.dtype.name not in _ARRAY_TYPES or not array.dtype.isnative:
         raise ValueError(
             f"{str(path)!r} has dtype {array.dtype.str!r}, which is no image's: write it again as uint8 (0 to 255), "
@@ -75,7 +75,7 @@ def _as_arrow(array: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.ExtensionArray.from_storage(kind, values)
 
 
-def _read_array_files(files: _LocalFiles, split: str) -> datasets.Dataset:
+def read_array_files(files: LocalFiles, split: str) -> datasets.Dataset:
     """Copies .npy files of one image each into the cache of `datasets`, which knows them again by size and time."""
     first = _map_array(files.splits[split][0])
     if first.ndim not in (2, 3) or 0 in first.shape:
@@ -93,7 +93,7 @@ def _read_array_files(files: _LocalFiles, split: str) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_generator(_array_rows, features=datasets.Features(features), gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise _unreadable(files.path, error) from error
+        raise cannot_be_read(files.path, error) from error
 
 
 def _array_rows(rows: tuple[tuple[str, int, int], ...], has_classes: bool) -> Iterator[dict[str, Any]]:

@@ -110,4 +110,4 @@ def _to_png(image: PIL.Image.Image) -> bytes:
     return stream.getvalue()
 
 
-_BUILT_IN: dict[str, Callable[[str], datasets.Dataset]] = {"digits": load_digits, "shapes": load_shapes}
+BUILT_IN: dict[str, Callable[[str], datasets.Dataset]] = {"digits": load_digits, "shapes": load_shapes}

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-_KIND_OF_SUFFIX = {
-    **dict.fromkeys(_IMAGE_SUFFIXES, "images"),
+KIND_OF_SUFFIX = {
+    **dict.fromkeys(IMAGE_SUFFIXES, "images"),
     ".parquet": "parquet",
     ".tar": "tar",
     ".csv": "table",
     ".tsv": "table",
     ".npy": "arrays",
 }
-
-_KINDS_IN_WORDS = {
+KINDS_IN_WORDS = {
     "images": "pictures", "parquet": ".parquet files", "tar": ".tar files", "table": ".csv or .tsv files",
     "arrays": ".npy files", "saved": "a data set saved by save_to_disk",
 }  # fmt: skip
@@ -34,12 +33,13 @@ _SPLIT_OF_WORD = {
 _SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
-def _is_shard(file: str) -> bool:
-    return _KIND_OF_SUFFIX.get(os.path.splitext(file)[1].lower()) in ("parquet", "tar")
+def is_shard(file: str) -> bool:
+    """Whether a file can be a shard of a stream: .parquet or .tar."""
+    return KIND_OF_SUFFIX.get(os.path.splitext(file)[1].lower()) in ("parquet", "tar")
 
 
-class _LocalFiles(NamedTuple):
-    """What a path holds: files of one kind, by split; whether the folder that each lies in is its class."""
+class LocalFiles(NamedTuple):
+    """The files of a path, all of one kind, by split; whether the folder that each lies in is its class."""
 
     path: Path
     kind: str
@@ -48,10 +48,10 @@ class _LocalFiles(NamedTuple):
     has_classes: bool = False
 
 
-def _find_files(path: Path) -> _LocalFiles:
+def find_files(path: Path) -> LocalFiles:
     """Finds the files of a path: the only place that decides what kind they are and which split they belong to."""
     if path.is_file():
-        kind = _KIND_OF_SUFFIX.get(path.suffix.lower())
+        kind = KIND_OF_SUFFIX.get(path.suffix.lower())
         if kind == "images":
             raise ValueError(f"dataset_name={str(path)!r} is one picture; give the folder that it lies in.")
         if kind is None:
@@ -59,13 +59,13 @@ def _find_files(path: Path) -> _LocalFiles:
                 f"dataset_name={str(path)!r} is a file of no kind that is read: give a .parquet, .tar, .csv, .tsv or "
                 ".npy file, or a folder (an archive has to be unpacked first)."
             )
-        return _LocalFiles(path, kind, {"train": [path]}, {})
+        return LocalFiles(path, kind, {"train": [path]}, {})
     if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
-        return _LocalFiles(path, "saved", {}, {})
+        return LocalFiles(path, "saved", {}, {})
     kind, files = _files_of_one_kind(path)
     below = [file.relative_to(path).parts for file in files]
     if {parts[0] for parts in below} == {"data"}:
-        return _find_files(path / "data")._replace(path=path)
+        return find_files(path / "data")._replace(path=path)
     named = _split_folders(path, below)
     if named:
         files_of: dict[str, list[Path]] = defaultdict(list)
@@ -80,7 +80,7 @@ def _find_files(path: Path) -> _LocalFiles:
     else:
         files_of, folders_of = _splits_by_file_name(path, files), {}
     has_classes = len({parts[0] for parts in below}) > 1 and all(len(parts) == 2 for parts in below)
-    return _LocalFiles(path, kind, dict(files_of), dict(folders_of), has_classes)
+    return LocalFiles(path, kind, dict(files_of), dict(folders_of), has_classes)
 
 
 def _split_folders(folder: Path, below: Sequence[tuple[str, ...]]) -> list[str]:
@@ -103,19 +103,19 @@ def _files_of_one_kind(folder: Path) -> tuple[str, list[Path]]:
             name for name in folders if not name.startswith((".", "__")) and not _leads_back(Path(here, name))
         )
         for name in sorted(names):
-            kind = _KIND_OF_SUFFIX.get(os.path.splitext(name)[1].lower())
+            kind = KIND_OF_SUFFIX.get(os.path.splitext(name)[1].lower())
             if kind is not None and not name.startswith((".", "__")) and name not in _METADATA:
                 found[kind].append(Path(here, name))
     if len(found) > 1:
         found.pop("table", None)
     if len(found) > 1:
-        kinds = ", ".join(f"{len(files)} {_KINDS_IN_WORDS[kind]}" for kind, files in sorted(found.items()))
+        kinds = ", ".join(f"{len(files)} {KINDS_IN_WORDS[kind]}" for kind, files in sorted(found.items()))
         raise ValueError(
             f"dataset_name={str(folder)!r} holds {kinds}; give a folder of one kind, or the path of one file."
         )
     if not found:
         raise FileNotFoundError(
-            f"dataset_name={str(folder)!r}: the folder holds no image ({', '.join(_IMAGE_SUFFIXES)}) and no "
+            f"dataset_name={str(folder)!r}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)}) and no "
             ".parquet, .tar, .csv, .tsv or .npy file."
         )
     return next(iter(found.items()))

@@ -1,7 +1,7 @@
-"""Where images come from: opens a data set by name and finds the columns that matter.
+"""Opens a data set of images by name or path, and finds its columns of images and labels.
 
 Everything becomes a `datasets` data set with an image column, whatever it was on disk, by a builder of `datasets`
-wherever there is one; decoding is left to `data`. What a path holds, and which split each file belongs to, is decided
+wherever there is one; nothing is decoded here. What a path holds, and which split each file belongs to, is decided
 in one place, by the files' names, for data sets read at random and for streams alike.
 """
 
@@ -19,15 +19,15 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from ijepa_hf.data.sources.arrays import _map_array_file, _read_array_files, _unreadable
-from ijepa_hf.data.sources.builtin import _BUILT_IN
+from ijepa_hf.data.sources.arrays import cannot_be_read, map_array_file, read_array_files
+from ijepa_hf.data.sources.builtin import BUILT_IN
 from ijepa_hf.data.sources.local_files import (
-    _IMAGE_SUFFIXES,
-    _KIND_OF_SUFFIX,
-    _KINDS_IN_WORDS,
-    _find_files,
-    _is_shard,
-    _LocalFiles,
+    IMAGE_SUFFIXES,
+    KIND_OF_SUFFIX,
+    KINDS_IN_WORDS,
+    LocalFiles,
+    find_files,
+    is_shard,
 )
 
 _STREAMED = ("images", "parquet", "tar")
@@ -130,7 +130,7 @@ def open_stream(source: ImageSource, split: str) -> ImageStream:
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
     # a folder of pictures has many files in one shard
-    is_shard_a_file = len(opened.files) == rows.num_shards and all(map(_is_shard, opened.files))
+    is_shard_a_file = len(opened.files) == rows.num_shards and all(map(is_shard, opened.files))
     return ImageStream(rows, list(opened.files) if is_shard_a_file else [])
 
 
@@ -143,23 +143,23 @@ class _Opened(NamedTuple):
 
 def _open(source: ImageSource, split: str, *, streaming: bool) -> _Opened:
     name, config = source.name, source.config
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         _refuse_stream(name, "built in", streaming)
-        return _Opened(_BUILT_IN[name](split))
+        return _Opened(BUILT_IN[name](split))
     path = Path(name).expanduser()
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in _KIND_OF_SUFFIX:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in KIND_OF_SUFFIX:
             raise FileNotFoundError(f"dataset_name={name!r}: there is no such file or folder.")
         opened = _load(name, config, name, split, streaming=streaming)
     elif path.is_dir() and (config is not None or _lists_configurations(path)):
         opened = _load(str(path), config, name, split, streaming=streaming)
     else:
-        return _open_local(_find_files(path), split, source.image_column, streaming=streaming)
+        return _open_local(find_files(path), split, source.image_column, streaming=streaming)
     return opened._replace(rows=_with_known_features(opened.rows, source.image_column))
 
 
 def _load(path: str, config: str | None, name: str, split: str, *, streaming: bool, **options: Any) -> _Opened:
-    """Has `datasets` open a split; `name` is what errors call the data set."""
+    """Opens a split by `datasets`; `name` is the data set's name in errors."""
     if not streaming:
         return _Opened(_pick(name, datasets.load_dataset(path, config, **options), split))
     builder = datasets.load_dataset_builder(path, config, **options)
@@ -190,16 +190,16 @@ def _lists_configurations(folder: Path) -> bool:
     return bool(metadata) and "configs" in cast(dict[str, Any], metadata)
 
 
-def _open_local(files: _LocalFiles, split: str, column: str | None, *, streaming: bool) -> _Opened:
+def _open_local(files: LocalFiles, split: str, column: str | None, *, streaming: bool) -> _Opened:
     name = str(files.path)
     if files.kind not in _STREAMED:
-        _refuse_stream(name, _KINDS_IN_WORDS[files.kind], streaming)
+        _refuse_stream(name, KINDS_IN_WORDS[files.kind], streaming)
     if files.kind == "saved":
         saved = datasets.load_from_disk(name)
         return _Opened(_pick(name, saved if isinstance(saved, dict) else {"train": saved}, split))
     of_split = _pick(name, files.splits, split)
     if files.kind == "arrays":
-        return _Opened(_map_array_file(files.path) if files.path.is_file() else _read_array_files(files, split))
+        return _Opened(map_array_file(files.path) if files.path.is_file() else read_array_files(files, split))
     if files.kind == "images":
         patterns = {part: [f"{name}/**" for name in _escaped(folders)] for part, folders in files.folders.items()}
         return _build("imagefolder", files, patterns, split, streaming, drop_labels=not files.has_classes)
@@ -223,7 +223,7 @@ def _escaped(files: list[Path]) -> list[str]:
 
 
 def _build(
-    builder: str, files: _LocalFiles, patterns: dict[str, list[str]], split: str, streaming: bool, **options: Any
+    builder: str, files: LocalFiles, patterns: dict[str, list[str]], split: str, streaming: bool, **options: Any
 ) -> _Opened:
     """Opens files with a builder of `datasets`; one that cannot be read is a `ValueError` naming the data set."""
     try:
@@ -234,14 +234,14 @@ def _build(
             "never run; leave those files out."
         ) from error
     except (datasets.exceptions.DatasetsError, pa.ArrowException, tarfile.TarError, ValueError) as error:
-        raise _unreadable(files.path, error) from error
+        raise cannot_be_read(files.path, error) from error
 
 
 # -- columns that a builder leaves raw -------------------------------------------------------------------------------
 
 
 def _with_known_features(dataset: Any, column: str | None) -> Any:
-    """Calls pictures what they are: pairs of `bytes` and `path`, or bytes under an image's name, are Image columns."""
+    """Makes Image columns of pairs of `bytes` and `path`, and of bytes in a column named as images are."""
     if dataset.features is None:
         dataset = dataset._resolve_features()  # reads the first row; has no public name
     for name, feature in dataset.features.items():
@@ -297,7 +297,7 @@ def _find_path_column(dataset: datasets.Dataset, name: str, column: str | None) 
                 f"image_column_name={column!r} is no column of paths of the table {name!r}; it has {columns}."
             )
         return column
-    paths = [key for key, value in texts.items() if Path(value).suffix.lower() in _IMAGE_SUFFIXES]
+    paths = [key for key, value in texts.items() if Path(value).suffix.lower() in IMAGE_SUFFIXES]
     preferred = [key for key in _IMAGE_NAMES if key in paths]
     if preferred or len(paths) == 1:
         return (preferred or paths)[0]
@@ -305,14 +305,8 @@ def _find_path_column(dataset: datasets.Dataset, name: str, column: str | None) 
     raise ValueError(f"dataset_name={name!r} has {found}; its columns are {columns}; choose with --image_column_name.")
 
 
-# -- arrays ----------------------------------------------------------------------------------------------------------
-
-
-# -- built in --------------------------------------------------------------------------------------------------------
-
-
 def at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """A part of a data set, spread evenly over it (sets are often sorted by class).
+    """Selects rows that are spread evenly over a data set (sets are often sorted by class).
 
     Args:
         dataset: A map-style data set.
@@ -330,7 +324,7 @@ def at_most(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
 
 
 def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
-    """The column that holds the images.
+    """Finds the column of the images.
 
     Args:
         dataset: Any data set or stream, with known features.
@@ -368,7 +362,7 @@ def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
 
 
 def find_label_column(dataset: AnyDataset, name: str | None = None) -> str | None:
-    """The column of class labels, if there is one.
+    """Finds the column of class labels, if there is one.
 
     It is `name`; else `label`, `labels` or `cls`, where they hold classes or whole numbers; else the only column of
     classes.

@@ -1,4 +1,4 @@
-"""Drawn scenes of a few coloured shapes, with everything that is in them known: made on the spot, nothing to download.
+"""Draws scenes of a few coloured shapes, and says everything that is in them; nothing is downloaded.
 
 A scene is a function of (seed, index) alone. Its labels ask for more than a class: how many objects there are, how
 near each other, where, and which of them is seen at each pixel; so features can be scored on what they know of it.
