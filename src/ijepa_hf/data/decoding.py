@@ -178,7 +178,7 @@ def _to_eight_bits(image: Image.Image, num_channels: int) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """A picture with transparency on white; a large one is done in parts, because each step makes a copy."""
+    """Composites a picture onto white; a large one in parts, because each step makes a copy."""
     rows = max(1, _PIXELS_COMPOSITED_AT_ONCE // image.width)
     if rows >= image.height:
         image = image.convert("RGBA")

@@ -35,7 +35,7 @@ _STRINGS = ("string", "large_string")
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSource:
-    """Which labelled images are loaded; names as in `ijepa-hf pretrain`.
+    """Names a data set of labelled images, its splits and columns; fields as in `ijepa-hf pretrain`.
 
     Args:
         dataset_name: As for `ImageSource`.
@@ -65,11 +65,11 @@ class LabelledSource:
 
 @dataclass(frozen=True)
 class LabelledReading:
-    """How labelled images are read, where that is no flag of the command.
+    """How labelled images are read.
 
     Args:
-        streaming: Read a part of a stream, as many rows of each shard, where `max_train_samples` and
-            `max_eval_samples` say how many; the rows are kept in memory.
+        streaming: Read `max_train_samples` and `max_eval_samples` rows of a stream, equally many of each shard, and
+            keep them in memory.
         retries: How long failing reads are repeated.
         allow_new_classes: Take held-out images of classes that the training images do not have; a probe cannot name
             them. By default they are refused.
@@ -87,9 +87,9 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
         images: n images.
         labels: int64 `[n]`.
         settings: What the model's images are like.
-        min_crop_scale: Of the random crop.
+        min_crop_scale: Least share of the image that a random crop covers, in (0, 1].
         horizontal_flip: Whether to mirror half of the images.
-        seed: Of crops and flips.
+        seed: Seed of crops and flips, at least 0.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LabelledImages(TorchDataset[dict[str, Tensor]]):
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
-    """A permutation of all images for each epoch, a function of (seed, epoch); yields what `LabelledImages` is asked.
+    """Yields the keys of `LabelledImages` in the order of an epoch, a permutation that follows from (seed, epoch).
 
     Args:
         num_images: Images in the data set.
@@ -176,8 +176,8 @@ class LabelledSplits(NamedTuple):
         train_labels: int64 `[n]`.
         test: Held-out images.
         test_labels: int64 `[m]`.
-        names: Of the classes 0 .. C-1.
-        label_column: Where the labels are from.
+        names: Names of the classes 0 .. C-1.
+        label_column: Column of the labels.
     """
 
     train: ImageRows
@@ -257,8 +257,8 @@ def choose_labelled(
         labels: int64 `[n]`, those of all training images.
         samples_per_class: Images of each class.
         label_fraction: Instead: share of each class, in (0, 1], rounded up to whole images.
-        seed: Of the draw. A larger number of images holds the smaller one's.
-        names: Of the classes, for errors.
+        seed: Seed of the draw, at least 0. With the same seed a larger number of images contains the smaller one's.
+        names: Names of the classes, for errors.
 
     Returns:
         int64 indices in ascending order; of all images where neither number is given.
@@ -300,7 +300,7 @@ def _take(source: ImageSource, split: str, limit: int | None, reading: LabelledR
 
 
 def _label_column(dataset: datasets.Dataset, split: str, name: str | None) -> str:
-    """As `find_label_column`, which knows no words."""
+    """Finds the column of labels; unlike `find_label_column` it takes texts as well."""
     wanted = "label" if name is None else name
     feature = dataset.features.get(wanted)
     if isinstance(feature, datasets.Value) and feature.dtype in _STRINGS:

@@ -53,7 +53,7 @@ def decode_all(images: ImageRows, size: tuple[int, int] | None, *, limit: int | 
     Args:
         images: The images.
         size: Height and width to resize them to, as `transforms.resize` does; as they are if not given.
-        limit: Bytes of pixels at most; any number if not given.
+        limit: Largest number of bytes of pixels; without limit if not given.
 
     Returns:
         The images.
@@ -158,7 +158,7 @@ def resize_parts(images: Tensor, boxes: Sequence[tuple[int, int, int, int]], siz
 
     Args:
         images: uint8 `[B, C, height, width]`.
-        boxes: Of each part top, left, height and width, in pixels, inside the image.
+        boxes: Top, left, height and width of each part, in pixels, inside the image.
         size: (height, width) of the results.
 
     Returns:

@@ -135,7 +135,7 @@ class StreamLayout:
         return self.num_ranks * self.batch_size * self.accumulation_steps
 
     def same_readers(self, other: "StreamLayout") -> bool:
-        """Whether both deal the rows out alike, so that one can go on where the other stopped."""
+        """Whether both give each reader the same rows, so that one can go on where the other stopped."""
         mine, theirs = asdict(self), asdict(other)
         return {**mine, "start_step": 0} == {**theirs, "start_step": 0}
 
@@ -222,7 +222,7 @@ class StreamOrder:
         """Finds the shards that rows of an epoch's line are in.
 
         Args:
-            epoch_shards: Of the epoch.
+            epoch_shards: Shards of the epoch, from `epoch_shards`.
             rows: Rows of its line, int64 `[n]`.
 
         Returns:

@@ -5,8 +5,8 @@ same for any number of workers, and of ranks at a fixed global batch, and resumi
 alone.
 
 An image that cannot be read never stops a run by itself: another one, drawn from the same numbers, stands in for it,
-and the batch says so. Where not the image is broken but what it is read from has failed (`retrying`), it is read again
-until the source is back: another image would make it another run.
+and the batch names it. Where the image is sound but its disk or server fails (`retrying`), it is read again until that
+works: with another image it would be another run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -128,7 +128,7 @@ def check_readers(num_shards: int, num_ranks: int, num_workers: int) -> None:
     """Refuses more readers than shards.
 
     Args:
-        num_shards: Of the stream; those without rows do not count.
+        num_shards: Shards of the stream that have rows.
         num_ranks: Processes.
         num_workers: Loading processes of each.
 

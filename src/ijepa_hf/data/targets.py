@@ -20,7 +20,7 @@ _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombEr
 
 
 class SplitPart(NamedTuple):
-    """The rows of a split that are used, and how errors call them.
+    """The rows of a split that are used, and their names in errors.
 
     Args:
         rows: The rows.
@@ -117,7 +117,7 @@ def load_target_splits(
     Args:
         labelled: Which images; `label_column_name` does not count.
         num_channels: Channels of the model.
-        columns: Of the targets: one or several of numbers, else one.
+        columns: Columns of the targets: one or several of numbers, else one.
         kind: `number`: columns of numbers; the target is float64 `[n, len(columns)]`. `mask`: a column of pictures
             whose pixels are numbers of classes; the target is `SegmentationMaps`. `boxes`: a column of lists of boxes
             [left, top, right, bottom] in pixels of the upright image; the target is the box of the largest area (the

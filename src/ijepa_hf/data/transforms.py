@@ -190,7 +190,7 @@ def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[f
 
 
 def _resized_part(picture: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
-    """A part (top, left, height, width) of a picture, resized by torch: uint8 [C, height, width]."""
+    """Resizes a part (top, left, height, width) of a picture by torch: uint8 [C, height, width]."""
     top, left, height, width = box
     if min(size) < 2:  # torch without vector instructions returns wrong numbers there
         return resize(picture.crop((left, top, left + width, top + height)), size)

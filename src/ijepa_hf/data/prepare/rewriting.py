@@ -127,13 +127,13 @@ def shrink_array(array: np.ndarray, settings: PictureFormat) -> np.ndarray:
 
     Args:
         array: [height, width], or with a channel axis; uint8, uint16 or floating point.
-        settings: Say the size and, where it cannot be told, the channel axis.
+        settings: The size and, where it does not follow from the shape, the channel axis.
 
     Returns:
         The same dtype; whole numbers are rounded.
 
     Raises:
-        ValueError: If values are not finite, or the channel axis cannot be told.
+        ValueError: If values are not finite, or the channel axis does not follow from the shape.
     """
     if not np.isfinite(array).all():
         raise ValueError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are NaN or infinite.")
@@ -149,7 +149,7 @@ def shrink_array(array: np.ndarray, settings: PictureFormat) -> np.ndarray:
 
 
 def shape_after(shape: tuple[int | None, ...], settings: PictureFormat) -> tuple[int | None, ...]:
-    """The shape that `shrink_array` gives.
+    """Computes the shape of the array that `shrink_array` returns.
 
     Args:
         shape: Two or three numbers; the first may be `None`, if it is that of the channels: it then varies.
@@ -159,7 +159,7 @@ def shape_after(shape: tuple[int | None, ...], settings: PictureFormat) -> tuple
         As many numbers.
 
     Raises:
-        ValueError: If the channel axis cannot be told, or the height varies.
+        ValueError: If the channel axis does not follow from the shape, or the height varies.
     """
     axis = None if len(shape) == 2 else _shortest_axis(shape, settings) if settings.shortest_side is not None else 0
     sides = list(shape) if axis is None else [side for number, side in enumerate(shape) if number != axis % 3]

@@ -47,7 +47,7 @@ class SourceRows(TorchDataset[list[PreparedImage]]):
         dataset: A map-style data set.
         column_name: Its image column, where the user named one.
         settings: How images are written.
-        max_samples: Only the first so many rows, if given.
+        max_samples: Rows to take from the start; all if not given.
 
     Raises:
         ValueError: If there is no image column, or its arrays are of no dtype or shape that can be written.
@@ -138,7 +138,7 @@ def _check_named_files(column: pa.ChunkedArray, kind: Any) -> None:
     would be read, and its bytes would become part of a data set that may be published.
 
     Args:
-        column: Of the source.
+        column: A column of the source.
         kind: Its feature.
 
     Raises:
@@ -151,7 +151,7 @@ def _check_named_files(column: pa.ChunkedArray, kind: Any) -> None:
 
 
 def _named_files(value: Any) -> Iterator[str]:
-    """The paths of pairs of `bytes` and `path` that have no bytes, at any depth."""
+    """Yields the paths of pairs of `bytes` and `path` that have no bytes, at any depth."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         if value["bytes"] is None and value["path"] is not None:
             yield value["path"]
@@ -161,7 +161,7 @@ def _named_files(value: Any) -> Iterator[str]:
 
 
 def _features_after(features: datasets.Features, column: str, settings: PictureFormat) -> datasets.Features:
-    """What the columns of the shards are: pictures decoded when read, arrays of their shape after shrinking."""
+    """Returns the features of the shards: pictures decoded when read, arrays of their shape after shrinking."""
     after = {
         name: datasets.Image(mode=kind.mode) if isinstance(kind, datasets.Image) else kind
         for name, kind in features.items()

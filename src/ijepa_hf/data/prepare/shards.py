@@ -38,12 +38,12 @@ def failures_named(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` says of one split.
+    """The record of one split in `manifest.json`.
 
     Args:
         settings: Options of the command that change the rows.
-        source: What tells the source from another one.
-        features: Of the shards.
+        source: Fingerprint, rows and configuration of the source.
+        features: Features of the shards.
         source_name: As the user gave it; for readers only.
         next_row: Rows of the source before this one are done.
         num_images: Rows written.
@@ -162,12 +162,12 @@ def _check_same(folder: Path, split: str, old: Manifest, new: Manifest) -> None:
 
 
 def _shard_name(split: str, number: int, count: int | None = None) -> str:
-    """A shard's name; a hidden one as long as it is not known how many there will be."""
+    """Returns the name of a shard's file; a hidden one while the number of shards is unknown."""
     return f".{split}-{number:05d}.parquet" if count is None else f"{split}-{number:05d}-of-{count:05d}.parquet"
 
 
 def _find_shard(folder: Path, split: str, number: int, manifest: Manifest) -> Path:
-    """The file of a shard that the manifest lists, whatever its name is by now; checked by its size."""
+    """Finds the file of a shard that the manifest lists, under either name; checks its size."""
     names = _shard_name(split, number), _shard_name(split, number, len(manifest.shards))
     for path in (folder / _SHARD_FOLDER / name for name in names):
         if path.is_file() and path.stat().st_size == manifest.shards[number]["bytes"]:
@@ -196,12 +196,12 @@ class ShardWriter:
 
     @property
     def path(self) -> Path:
-        """The shard that is being filled, as it will be called until all are written."""
+        """The shard that is being filled, under its hidden name."""
         return self.file.folder / _SHARD_FOLDER / _shard_name(self.file.split, len(self.manifest.shards))
 
     @property
     def partial(self) -> Path:
-        """The file that it is written to."""
+        """The file that is written before it gets the name `path`."""
         return self.path.with_name(self.path.name + ".partial")
 
     def add(self, row: int, image: PreparedImage, others: pa.Table | None) -> None:

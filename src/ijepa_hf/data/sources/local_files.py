@@ -84,7 +84,7 @@ def find_files(path: Path) -> LocalFiles:
 
 
 def _split_folders(folder: Path, below: Sequence[tuple[str, ...]]) -> list[str]:
-    """The folders at the top that stand for splits: all, or none; a single one among others may well be a class."""
+    """Returns the top folders that are splits: all or none; a single one among others may be a class."""
     tops = {parts[0] if len(parts) > 1 else "" for parts in below}
     named = sorted(top for top in tops if top.lower() in _SPLIT_OF_WORD)
     others = sorted(top for top in tops if top not in named)

@@ -78,7 +78,7 @@ def load_split(source: ImageSource, split: str) -> datasets.Dataset:
     - a .tar file or a folder of them, named as WebDataset does; a whole number in `.cls`, or one called `label` in
       `.json`, is the label;
     - a .csv or .tsv file, or a folder of them, with a column of paths, absolute or relative to the table's folder.
-      Only the first path is checked: a run skips pictures that cannot be read, and says so. Paths are kept in memory;
+      Only the first path is checked: a run skips and lists pictures that cannot be read. Paths are kept in memory;
     - a .npy file, `[n, height, width]`, `[n, channels, height, width]` or `[n, height, width, channels]`: read in
       place through a memory map, so that neither memory nor a cache holds a copy;
     - a folder of .npy files, an image each, all of one shape and dtype, labelled as pictures are. They are copied once
@@ -135,7 +135,7 @@ def open_stream(source: ImageSource, split: str) -> ImageStream:
 
 
 class _Opened(NamedTuple):
-    """A split as it was opened; for a stream that `datasets` builds also the files that it is built from."""
+    """An opened split; for a stream that `datasets` builds also its files."""
 
     rows: AnyDataset
     files: Sequence[str] = ()
