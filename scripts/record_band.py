@@ -8,7 +8,6 @@ shipped. Each run is then compared with the band of the other runs; it should be
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_hf.files import read_json
 from ijepa_hf.recipes.arguments import argument_defaults, argument_values, differing_arguments
 from ijepa_hf.recipes.expected_band import (
     KEYS,
@@ -54,9 +54,9 @@ def read_finished_run(folder: Path, recipe: str) -> tuple[RunRows, dict[str, Any
     Raises:
         ValueError: If the run is not finished, has collapsed, or has followed another recipe.
     """
-    if not (folder / REPORT_FILE).is_file():
+    report = read_json(folder / REPORT_FILE)
+    if report is None:
         raise ValueError(f"{folder} holds no finished run: there is no {REPORT_FILE}.")
-    report = json.loads((folder / REPORT_FILE).read_text("utf-8"))
     found = report["collapse_verdict"]
     if found is not None and found["is_failure"]:
         raise ValueError(f"{folder}: {found['name']}; a band is made of healthy runs.")

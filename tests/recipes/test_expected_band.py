@@ -379,11 +379,13 @@ def test_digits_ships_a_band_of_three_curves_and_a_recipe_that_was_not_measured_
     assert {path.stem for path in BANDS.glob("*.json")} <= set(recipe_names())
 
 
-def test_bands_are_packed_into_the_wheel():
+def test_bands_and_templates_of_cards_are_packed_into_the_wheel():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["ijepa_hf"]
-    for name in {"digits.json", *(path.name for path in BANDS.glob("*.json"))}:
-        path = f"recipes/bands/{name}"
+    package = BANDS.parents[1]
+    found = [*package.rglob("*.json"), *package.rglob("*.md")]
+    assert {"digits.json", "run_card.md", "classifier_card.md"} <= {path.name for path in found}
+    for path in (path.relative_to(package).as_posix() for path in found):
         # a pattern's star does not cross a folder
         assert any(fnmatch.fnmatch(path, each) and path.count("/") == each.count("/") for each in patterns), path
 
