@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.weights.published_code import check_checkout
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -100,7 +99,7 @@ class PublishedStep:
 def _networks_module(checkout: Path | None) -> Any:
     if checkout is None:
         return _plain_module()
-    with _importing_from(check_checkout(checkout)):
+    with _importing_from(checkout.resolve()):
         import src.models.vision_transformer as networks  # type: ignore[import-not-found]
     return networks
 

@@ -168,27 +168,6 @@ def test_what_the_disk_gives_back_is_compared_and_nothing_is_left_if_it_differs(
     assert list(tmp_path.iterdir()) == []
 
 
-# -- beside the published code ---------------------------------------------------------------------------------------
-
-
-def test_what_the_published_code_computes_is_in_the_report(tmp_path):
-    path, checkout = write_checkpoint(tmp_path / "small.pth.tar"), plain_ijepa.write_checkout(tmp_path / "code")
-    message = convert(path, tmp_path / "out", num_attention_heads=HEADS, published_code=checkout)
-    assert "published code computes the same" in message
-    compared = json.loads((tmp_path / "out" / "conversion.json").read_text())["published_code"]
-    assert all(0 <= output["largest_difference"] < 1e-5 for output in compared["outputs"].values())
-    assert len(compared["outputs"]) == 4
-
-
-def test_nothing_is_written_where_the_published_code_computes_other_values_or_is_not_there(tmp_path):
-    path = write_checkpoint(tmp_path / "small.pth.tar")
-    checkout = plain_ijepa.write_checkout(tmp_path / "code", ("functional.gelu(", "functional.relu("))
-    refused(path, tmp_path, "other values than ours: encoder by", published_code=checkout)
-    with pytest.raises(FileNotFoundError, match=r"no src/models/vision_transformer\.py"):
-        convert(path, tmp_path / "out", num_attention_heads=HEADS, published_code=tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
 # -- the optimiser ---------------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,8 @@ def _convert(argv: list[str]) -> int:
 
     named = build_convert_parser().parse_args(argv)
     if named.to == "official":
-        for name in ("num_attention_heads", "published_code"):
-            if getattr(named, name) is not None:
-                raise ValueError(f"{name} is about reading a published checkpoint; leave it out with --to official.")
+        if named.num_attention_heads is not None:
+            raise ValueError("num_attention_heads is for reading a published checkpoint; omit it with --to official.")
         print(convert_to_official(named.source, named.target, with_optimizer=named.with_optimizer))
         return 0
     print(
@@ -22,7 +21,6 @@ def _convert(argv: list[str]) -> int:
             named.target,
             num_attention_heads=named.num_attention_heads,
             with_optimizer=named.with_optimizer,
-            published_code=named.published_code,
         )
     )
     return 0
@@ -53,9 +51,5 @@ def build_convert_parser() -> argparse.ArgumentParser:
         "--num_attention_heads",
         type=int,
         help="Heads of both networks; only needed for an encoder that is not a published size.",
-    )
-    parser.add_argument(
-        "--published_code",
-        help="Folder of the published code: it is run in a process of its own, and both outputs compared.",
     )
     return parser

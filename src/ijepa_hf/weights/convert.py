@@ -52,7 +52,6 @@ from ijepa_hf.weights.official_names import (
     our_names,
 )
 from ijepa_hf.weights.official_optimizer import OptimizerState, read_optimizer_state
-from ijepa_hf.weights.published_code import check_checkout, compare_with_published_code
 
 # -- published -> ours -----------------------------------------------------------------------------------------------
 
@@ -63,7 +62,6 @@ def convert(
     *,
     num_attention_heads: int | None = None,
     with_optimizer: bool = False,
-    published_code: str | Path | None = None,
 ) -> str:
     """Converts a published checkpoint into a model folder that stock transformers loads.
 
@@ -76,23 +74,18 @@ def convert(
         num_attention_heads: Heads of both networks; needed only where the encoder is no published size.
         with_optimizer: Also write `checkpoint-<step>/` with the optimiser's state, from which
             `ijepa-hf pretrain RECIPE --resume_from_checkpoint` goes on.
-        published_code: Folder of a checkout of the published code. Its networks then compute the same images as ours,
-            in a process of its own, and the values are compared. The code in that folder is run: name only one that
-            you trust.
 
     Returns:
         A few lines for the user: what was found and how to load it.
 
     Raises:
-        FileNotFoundError: If there is no such file, or the checkout lacks the networks.
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is not such a checkpoint; a tensor is missing, unexpected, of the wrong shape or type,
-            or not finite; the optimiser's state does not fit; the values differ from the published code's; or the
-            folder is not empty. Nothing is written then.
+            or not finite; the optimiser's state does not fit; or the folder is not empty. Nothing is written then.
     """
     source, target = Path(checkpoint), Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output_dir={str(target)!r} is not an empty folder; choose another.")
-    checkout = None if published_code is None else check_checkout(Path(published_code))
     contents = read_contents(source)
     if not with_optimizer:
         contents.pop("opt", None)  # of a file that could not be mapped, this frees the memory
@@ -100,8 +93,6 @@ def convert(
     model = model_from_official(networks, num_attention_heads=num_attention_heads)
     state = read_optimizer_state(contents, networks, model.config, source) if with_optimizer else None
     report = _describe(source, contents, networks, model, state)
-    if checkout is not None:
-        report["published_code"] = compare_with_published_code(checkout, source, model)
     with _hidden_folder(target) as hidden:
         _write_folder(hidden, model, state, report, target.resolve().name)
     return _converted_message(model.config, source, target, report)
@@ -237,7 +228,6 @@ def _describe(
             "parameters": sum(tensor.numel() for part in PARTS for tensor in networks[part].values()),
         },
         "ours": {"tensors": len(shapes), "parameters": sum(map(math.prod, shapes.values()))},
-        "published_code": None,
         "tensors": pairs,
     }
     if state is not None:
@@ -271,16 +261,4 @@ def _converted_message(config: IJepaConfig, source: Path, target: Path, report: 
                 f"note: step {step} is no multiple of the {report['entries']['epoch']} epochs in the file; published "
                 "training skips steps whose scaled gradient overflows, and does not count them"
             )
-    if report["published_code"] is not None:
-        largest = max(value["largest_difference"] for value in report["published_code"]["outputs"].values())
-        lines.append(f"published code computes the same: largest difference {largest:.2g}")
     return "\n".join([*lines, "licence: weights of published checkpoints stay CC BY-NC 4.0"])
-
-
-# -- ours -> published -----------------------------------------------------------------------------------------------
-
-
-# -- reading our folder ----------------------------------------------------------------------------------------------
-
-
-# -- the optimiser, ours -> published --------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
-"""A model is compared with the code in a checkout, and what differs, or cannot be run, is an error."""
+"""`scripts/compare_with_published_code.py`: what differs from a checkout of the published code is an error."""
+
+import json
+import sys
+from pathlib import Path
 
 import plain_ijepa
 import pytest
 from plain_ijepa import write_checkout, write_checkpoint
 
-from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
-from ijepa_hf.weights.published_code import check_checkout, compare_with_published_code
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import compare_with_published_code as script
 
 HEADS = plain_ijepa.SMALL["heads"]
 
@@ -15,22 +19,19 @@ def source(tmp_path):
     return write_checkpoint(tmp_path / "small.pth.tar")
 
 
-def compare(checkout, source, heads=HEADS):
-    model = model_from_official(read_official_checkpoint(source), num_attention_heads=heads)
-    return compare_with_published_code(check_checkout(checkout), source, model)
-
-
 def test_values_are_compared_with_the_code_in_a_checkout_in_another_process(source, tmp_path, capsys, monkeypatch):
     added = "import os\nprint('imported')\nassert 'MY_TOKEN' not in os.environ\n"
     checkout = write_checkout(tmp_path / "code", ("import copy\n", f"import copy\n{added}"))
     monkeypatch.setenv("MY_TOKEN", "secret")
-    compared = compare(checkout, source)
+    script.main([str(source), str(checkout), "--num_attention_heads", str(HEADS)])
+    printed = capsys.readouterr().out
+    assert "imported" not in printed  # not by this process
+    compared = json.loads(printed)
     assert (compared["images"], compared["dtype"]) == ([2, 3, 32, 32], "float32")
     assert set(compared["outputs"]) == {"encoder", "encoder_of_context", "target_encoder", "predictor"}
     for output in compared["outputs"].values():
         assert 0 <= output["largest_difference"] < 1e-5 < output["largest_value"]
         assert output["tolerance"] == pytest.approx(1e-4 * max(1.0, output["largest_value"]))
-    assert "imported" not in capsys.readouterr().out  # not by this process
 
 
 @pytest.mark.parametrize(
@@ -43,16 +44,15 @@ def test_values_are_compared_with_the_code_in_a_checkout_in_another_process(sour
 def test_other_values_or_code_that_fails_are_errors(source, tmp_path, change, match):
     checkout = write_checkout(tmp_path / "code", change)
     with pytest.raises(ValueError, match=match):
-        compare(checkout, source)
+        script.compare(source, checkout, num_attention_heads=HEADS)
 
 
 def test_wrong_heads_are_found_by_the_published_code(source, tmp_path):
     checkout = write_checkout(tmp_path / "code", ("self.heads = heads", "self.heads = 2"))
     with pytest.raises(ValueError, match="Are num_attention_heads=4 those"):
-        compare(checkout, source, heads=4)
+        script.compare(source, checkout, num_attention_heads=4)
 
 
-def test_a_folder_without_the_networks_is_no_checkout(tmp_path):
+def test_a_folder_without_the_networks_is_no_checkout(source, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no src/models/vision_transformer\.py"):
-        check_checkout(tmp_path)
-    assert check_checkout(write_checkout(tmp_path / "code")).is_absolute()
+        script.compare(source, tmp_path)

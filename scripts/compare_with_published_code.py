@@ -1,11 +1,13 @@
-"""Compares a model with a checkout of the published I-JEPA code, which computes the same images in another process.
+"""Compares a published checkpoint, as this package reads it, with a checkout of the published I-JEPA code.
 
-The published code is not part of this package, and is never imported by it: the user names a folder that has it. A
-child process gets images, masks and sizes as files, loads the checkpoint into the published networks, and leaves their
-outputs as a file. The code in that folder is run there, so it has to be trusted; no environment variable with a token
-is handed on to it.
+    python scripts/compare_with_published_code.py IN1K-vit.h.14-300e.pth.tar path/to/ijepa
+
+Both sides compute the same two random images and masks in float32. The published code is not part of this project. It
+runs in a process of its own, with your rights and without environment variables that hold a token: name only a
+checkout that you trust. Prints the comparison as JSON; ends with an error where values differ.
 """
 
+import argparse
 import inspect
 import json
 import os
@@ -24,40 +26,19 @@ from torch import Tensor
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.masking import draw_masks
-from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
+from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
 
 PARITY_TOLERANCE = 1e-4  # of the largest value: float32 sums in another order; a wrong head or layer is off by tenths
 _PARITY_IMAGES = 2
 
 
-def check_checkout(folder: Path) -> Path:
-    """Looks whether a folder is a checkout of the published code; nothing in it is run.
+def compare(source: Path, checkout: Path, *, num_attention_heads: int | None = None) -> dict[str, Any]:
+    """Runs both networks of a checkpoint, ours and the published ones, on two random images.
 
     Args:
-        folder: The root of the checkout.
-
-    Returns:
-        Its absolute path.
-
-    Raises:
-        FileNotFoundError: If it lacks the file with the networks.
-    """
-    module = folder / "src" / "models" / "vision_transformer.py"
-    if not module.is_file():
-        raise FileNotFoundError(
-            f"published_code={str(folder)!r} has no src/models/vision_transformer.py; name the folder of a checkout "
-            "of facebookresearch/ijepa."
-        )
-    return folder.resolve()
-
-
-def compare_with_published_code(checkout: Path, source: Path, model: IJepaForPretraining) -> dict[str, Any]:
-    """Has both sides compute the same two random images in float32, the published code in a process of its own.
-
-    Args:
-        checkout: As `check_checkout` returns it. Its code is run.
         source: The `.pth.tar` file.
-        model: The model made of that file, in eval mode.
+        checkout: Folder of the published code. Its code is run.
+        num_attention_heads: Heads of both networks; needed only where the encoder is no published size.
 
     Returns:
         `images` (their shape), `dtype`, and `outputs`: for the context encoder, of whole images and of the context
@@ -65,8 +46,15 @@ def compare_with_published_code(checkout: Path, source: Path, model: IJepaForPre
         largest value, or of 1 if that is smaller) and `largest_value`.
 
     Raises:
+        FileNotFoundError: If there is no such file, or the checkout lacks the networks.
         ValueError: If the code cannot be run with this file, or an output has another shape or differs by more.
     """
+    if not (checkout / "src" / "models" / "vision_transformer.py").is_file():
+        raise FileNotFoundError(
+            f"checkout={str(checkout)!r} has no src/models/vision_transformer.py; name the folder of a checkout of "
+            "facebookresearch/ijepa."
+        )
+    model = model_from_official(read_official_checkpoint(source), num_attention_heads=num_attention_heads)
     config = model.config
     masks = draw_masks(config.mask_settings(), _PARITY_IMAGES, np.random.Generator(np.random.Philox(0)))
     shape = (_PARITY_IMAGES, config.num_channels, *config.image_shape)
@@ -76,7 +64,7 @@ def compare_with_published_code(checkout: Path, source: Path, model: IJepaForPre
         "target_indices": masks.target_indices,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        theirs = _run_published_code(checkout, source, config, inputs, Path(scratch))
+        theirs = _run_published_code(checkout.resolve(), source, config, inputs, Path(scratch))
     with torch.no_grad():
         context = model.context_encoder(inputs["pixel_values"], context_indices=inputs["context_indices"])
         ours = {
@@ -88,7 +76,7 @@ def compare_with_published_code(checkout: Path, source: Path, model: IJepaForPre
     outputs = {}
     for name, value in ours.items():
         if theirs[name].shape != value.shape:
-            raise ValueError(f"published_code: {name} gives {list(theirs[name].shape)}, ours {list(value.shape)}.")
+            raise ValueError(f"{name}: the published code gives {list(theirs[name].shape)}, ours {list(value.shape)}.")
         largest = float(theirs[name].abs().max())
         difference = float((theirs[name] - value).abs().max())
         tolerance = PARITY_TOLERANCE * max(1.0, largest)
@@ -96,9 +84,9 @@ def compare_with_published_code(checkout: Path, source: Path, model: IJepaForPre
     wrong = [f"{name} by {it['largest_difference']:.3g}" for name, it in outputs.items() if not _within(it)]
     if wrong:
         raise ValueError(
-            f"published_code={str(checkout)!r} computes other values than ours: {', '.join(wrong)}, where "
+            f"checkout={str(checkout)!r} computes other values than ours: {', '.join(wrong)}, where "
             f"{PARITY_TOLERANCE:g} of the largest value is allowed. Are num_attention_heads="
-            f"{config.num_attention_heads} those of the model? Nothing was written."
+            f"{config.num_attention_heads} those of the model?"
         )
     return {"images": list(shape), "dtype": "float32", "outputs": outputs}
 
@@ -146,17 +134,16 @@ def _run_published_code(
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ValueError(
-            f"published_code={str(checkout)!r} could not be run with this checkpoint (exit status "
+            f"checkout={str(checkout)!r} could not be run with this checkpoint (exit status "
             f"{child.returncode}): {last}"
         )
     return {name: tensor.clone() for name, tensor in load_file(scratch / "outputs.safetensors").items()}
 
 
 def _published_side(scratch: str) -> None:
-    """What the process beside us runs: the published networks on given images.
+    """Runs the published networks on given images, in a process of its own that gets this function as source.
 
-    It is handed over as source, imports nothing of this package (seconds), and is the only place where the code in a
-    checkout is imported.
+    Imports nothing of this package, which would take seconds. The only place where code of the checkout is imported.
 
     Args:
         scratch: Folder with `request.json` (which checkout, file and sizes) and `inputs.safetensors`; gets
@@ -200,3 +187,18 @@ def _published_side(scratch: str) -> None:
         load(encoder, "target_encoder")
         outputs["target_encoder"] = encoder(images)
     save_file({name: value.contiguous() for name, value in outputs.items()}, folder / "outputs.safetensors")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compares, and prints the differences as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="The published .pth.tar file.")
+    parser.add_argument("checkout", type=Path, help="Folder of a checkout of facebookresearch/ijepa; it is run.")
+    parser.add_argument("--num_attention_heads", type=int, help="Only for an encoder that is no published size.")
+    named = parser.parse_args(argv)
+    outcome = compare(named.checkpoint, named.checkout, num_attention_heads=named.num_attention_heads)
+    print(json.dumps(outcome, indent=2))
+
+
+if __name__ == "__main__":
+    main()
