@@ -22,6 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.commands.main import main
 from ijepa_hf.hub import client
+from ijepa_hf.hub import process as hub_process
 from ijepa_hf.hub import uploader as hub
 from ijepa_hf.hub.push import fetch_checkpoint, push_folder
 from ijepa_hf.hub.uploader import HubUploader, UploadIncompleteError
@@ -131,7 +132,7 @@ def wait_until(condition, seconds=20.0):
 def processes_left():
     """The commands of the processes that this one has started and that still run."""
     listed = subprocess.run(["ps", "-o", "stat=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return [line for line in listed.stdout.splitlines() if "hub_process" in line and not line.startswith("Z")]
+    return [line for line in listed.stdout.splitlines() if hub_process.__file__ in line and not line.startswith("Z")]
 
 
 def is_alive(pid):
@@ -171,14 +172,14 @@ def test_a_runs_folder_is_pushed_byte_for_byte_in_one_commit_and_nothing_else_of
 
 
 def test_pushing_the_same_again_changes_nothing_and_a_change_is_one_commit(fake, run_folder):
-    push_folder(run_folder, REPO, commit_message="mine")
+    push_folder(run_folder, REPO)
     fake.requests.clear()
     push_folder(run_folder, REPO)
     assert fake.count("POST", "/preupload/") == 1  # which asks for the permission; nothing is offered again
-    assert [commit.message for commit in fake.history(REPO)] == ["mine"]
+    assert [commit.message for commit in fake.history(REPO)] == ["Step 2"]
     write_state(run_folder, 4)
     push_folder(run_folder, REPO)
-    assert [commit.message for commit in fake.history(REPO)] == ["Step 4", "mine"]
+    assert [commit.message for commit in fake.history(REPO)] == ["Step 4", "Step 2"]
     assert fake.files(REPO)["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
 
 
@@ -671,7 +672,7 @@ def test_interrupting_the_wait_at_the_end_gives_the_command(fake, run_folder, st
         if fake.count("POST", "/commit/"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(client, "_show_progress", interrupt)
+    monkeypatch.setattr(client, "show_progress", interrupt)
     with pytest.raises(UploadIncompleteError, match=r"\(interrupted\)"):
         uploader.finish(2)
 

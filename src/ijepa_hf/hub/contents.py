@@ -76,11 +76,6 @@ class RepositoryContents:
     files: Sequence[str] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, event: Mapping[str, Any]) -> "RepositoryContents":
-        """Makes it of the last event of a `prepare` job, see `hub_process.py`."""
-        return cls(event["repo_id"], event["files"], event["texts"])
-
     def other_than(self, arguments: Mapping[str, Any]) -> str | None:
         """Says what it holds that is not this run.
 

@@ -1,9 +1,9 @@
 """Talks to the Hub in a process of its own, so that nothing there can slow, hang or end a run.
 
-`hub.py` starts this file as a script, gives it jobs and reads what happens, both as lines of JSON:
+`hub/client.py` starts this file as a script, gives it jobs and reads events, both as lines of JSON:
 
     {"job": "prepare", ...}   makes the repository and the branch where they are missing, checks the licence and the
-                              permission to write, and says what they hold
+                              permission to write, and returns what they hold
     {"job": "push", ...}      makes a prepared repository hold what a folder holds, in one commit
     {"job": "fetch", ...}     downloads a part of the repository into the cache
 
@@ -317,7 +317,7 @@ def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
         if job["missing_ok"] and not isinstance(error, GatedRepoError):
             return {"path": None}
         raise
-    if not any(_matches(name, job["needed"]) for name in _list_files(api, repo_id, commit)):
+    if not any(_matches(name, job["patterns"][:1]) for name in _list_files(api, repo_id, commit)):
         return {"path": None}
     path = snapshot_download(repo_id, revision=commit, allow_patterns=list(job["patterns"]), token=api.token)
     return {"path": path, "commit": commit}

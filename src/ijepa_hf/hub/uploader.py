@@ -1,10 +1,9 @@
-"""Uploads beside the training, pushes folders, and fetches a run's last checkpoint.
+"""Uploads a run's states while it trains; whatever happens to an upload, the run goes on.
 
 A push makes the repository hold what the folder holds, in one commit, so that no revision is half of one state and
 half of another, and a push that is cut short changes nothing. The repository is looked at first: it may hold another
-run, a later step of this one, or another kind of model (`hub_contents.py`).
-
-A process of its own makes the requests, see `hub_process.py`.
+run, a later step of this one, or another kind of model (`hub/contents.py`). A process of its own makes the requests
+(`hub/process.py`).
 """
 
 import json
@@ -13,38 +12,23 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ijepa_hf.hub.client import (
-    RETRY_WAITS,
-    START_WAITS,
-    _HubProcess,
-    _prepare_job,
-    _progress_bar,
-    _push_job,
-    _show_progress,
-)
+from ijepa_hf.hub import client
 from ijepa_hf.hub.contents import RepositoryContents, StagedFolder
 from ijepa_hf.recipes.arguments import HUB_STRATEGIES
 from ijepa_hf.runs.folder import REPORT_FILE
 
 NO_NEWS_LIMIT = 7200.0  # seconds without a file that arrived or a request that failed, after which `finish` gives up
 
-
 logger = logging.getLogger(__name__)
 
 
 class UploadIncompleteError(OSError):
-    """The training is finished and on disk, but not all of it arrived on the Hub; says what finishes it."""
-
-
-# -- commands --------------------------------------------------------------------------------------------------------
-
-
-# -- beside the training ---------------------------------------------------------------------------------------------
+    """The training is finished and on disk, but not all of it arrived on the Hub; names the command that helps."""
 
 
 @dataclass
@@ -53,9 +37,7 @@ class _Upload:
 
     step: int
     staged: StagedFolder
-    sent: dict[str, Any] = field(
-        default_factory=lambda: {"event": "sent", "bytes": 0, "total": 0}
-    )  # the last such event
+    sent: dict[str, Any] = field(default_factory=lambda: {"event": "sent", "bytes": 0, "total": 0})  # the last event
     url: str | None = None
     failure: str | None = None
 
@@ -88,7 +70,7 @@ class HubUploader:
         self._with_checkpoint = strategy == "checkpoint"
         self._thread = threading.Thread(target=self._work, name="ijepa-hf-hub", daemon=True)
         self._changed = threading.Condition()  # guards all below
-        self._process: _HubProcess | None = None
+        self._process: client.HubProcess | None = None
         self._running: _Upload | None = None
         self._waiting: _Upload | None = None
         self._has_ended = False
@@ -118,9 +100,9 @@ class HubUploader:
             shutil.rmtree(left_over, ignore_errors=True)
         self._arguments = json.loads(json.dumps(arguments))  # as the repository's are read
         self._start_step, self._replace = start_step, replace
-        self._process = _HubProcess(quiet=True)
+        self._process = client.HubProcess(quiet=True)
         try:
-            self._look_into_repository(self._process, START_WAITS, start_step)
+            self._look_into_repository(self._process, start_step, waits=client.START_WAITS)
         except ConnectionError as error:
             logger.warning("%s. The run starts all the same, and uploads are tried as it goes.", error)
         except BaseException:
@@ -223,11 +205,11 @@ class HubUploader:
 
     def _wait_for(self, upload: _Upload) -> None:
         self._last_news = time.monotonic()
-        with _progress_bar() as bar:
+        with client.progress_bar() as bar:
             while not upload.has_ended:
                 with self._changed:
                     self._changed.wait_for(lambda: upload.has_ended, 0.5)
-                _show_progress(bar, upload.sent)
+                client.show_progress(bar, upload.sent)
                 if time.monotonic() - self._last_news > NO_NEWS_LIMIT and not upload.has_ended:
                     raise TimeoutError(f"nothing arrived for {NO_NEWS_LIMIT:g} s")
 
@@ -277,7 +259,7 @@ class HubUploader:
             if self._process is None or not self._process.is_alive():
                 if self._process is not None:
                     self._process.close()
-                self._process = _HubProcess(quiet=True)
+                self._process = client.HubProcess(quiet=True)
             process = self._process
 
         def watch(event: dict[str, Any]) -> None:
@@ -290,9 +272,9 @@ class HubUploader:
                 )
 
         if self._held is None:  # it could not be looked at before
-            self._look_into_repository(process, RETRY_WAITS, max(upload.step, self._start_step), watch)
+            self._look_into_repository(process, max(upload.step, self._start_step), watch=watch)
         assert self._held is not None
-        return process.run(_push_job(upload.staged, self._held, revision=self._revision), watch)["url"]
+        return process.push(upload.staged, self._held, revision=self._revision, watch=watch)["url"]
 
     def _record(self, upload: _Upload, url: str | None, failure: str | None) -> None:
         has_report = (upload.staged.path / REPORT_FILE).is_file()
@@ -312,21 +294,16 @@ class HubUploader:
 
     def _look_into_repository(
         self,
-        process: "_HubProcess",
-        waits: Sequence[float],
+        process: client.HubProcess,
         step: int,
-        watch: Callable[[dict[str, Any]], None] = lambda event: None,
+        *,
+        waits: Sequence[float] | None = None,
+        watch: client.Watch = lambda event: None,
     ) -> None:
         """Makes sure that the repository may be written to, and holds nothing else and no later step than `step`."""
-        job = _prepare_job(
-            self._repo_id,
-            private=self._private,
-            revision=self._revision,
-            waits=waits,
-            license=self._arguments.get("license"),
-        )
+        options = {"private": self._private, "revision": self._revision, "license": self._arguments.get("license")}
         try:
-            held = RepositoryContents.of(process.run(job, watch))
+            held = process.prepare(self._repo_id, **options, waits=waits, watch=watch)
         except ValueError as error:
             raise ValueError(f"hub_model_id={self._repo_id!r} cannot be pushed to: {error}") from None
         if not self._replace:
@@ -370,6 +347,3 @@ def _further(held: RepositoryContents, step: int) -> str:
         "It has no checkpoint to go on from: choose another --hub_model_id or --hub_revision, or add "
         "--overwrite_output_dir to replace it."
     )
-
-
-# -- the process -----------------------------------------------------------------------------------------------------
