@@ -47,7 +47,7 @@ PRIVATE_PARTS_OF_OTHERS: dict[str, set[str]] = {
 
 TO_MEND: set[str] = {
     "estimation.cost", "estimation.estimate", "evaluation.probes.attentive",
-    "evaluation.probes.dense", "evaluation.probes.linear", "training.images", "weights.start",
+    "evaluation.probes.dense", "evaluation.probes.linear", "training.images",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}

@@ -48,7 +48,7 @@ from ijepa_hf.runs.cards import loading_lines, render_classifier_card, render_co
 from ijepa_hf.runs.checkpoints import find_latest
 from ijepa_hf.runs.export import export_model, exported_step, image_processor_fields
 from ijepa_hf.weights.official_checkpoint import read_official_checkpoint
-from ijepa_hf.weights.start import open_starting_weights
+from ijepa_hf.weights.starting_weights import open_starting_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "words-of-a-secret-file"

@@ -16,7 +16,7 @@ from ijepa_hf.recipes.parsing import parse_arguments
 from ijepa_hf.runs.checkpoints import config_fields, read_checkpoint
 from ijepa_hf.training import start as run_start
 from ijepa_hf.training.start import find_start, load_starting_encoder
-from ijepa_hf.weights.start import open_starting_weights
+from ijepa_hf.weights.starting_weights import open_starting_weights
 
 # neither recipe nor flags say what the model is
 FREE = dict.fromkeys([*TINY, "predictor_num_attention_heads"])

@@ -22,7 +22,8 @@ from ijepa_hf.model.encoder_ijepa import sincos_position_table
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, save_checkpoint
 from ijepa_hf.runs.export import export_model
 from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
-from ijepa_hf.weights.start import adapt_channels, check_fits, open_starting_weights, start_model
+from ijepa_hf.weights.start import adapt_channels, check_fits, start_model
+from ijepa_hf.weights.starting_weights import open_starting_weights
 
 # every field that changes what the same weights compute is away from its default
 SIZES = {
@@ -420,8 +421,8 @@ DAMAGE = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights beside it"),
     "config of another width": (lambda f: with_config(f, hidden_size=64), r"expected \[64"),
     "config that is wrong": (lambda f: with_config(f, hidden_size="32"), r"config\.json cannot be used"),
-    "config that is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is no JSON"),
-    "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "not a table of fields"),
+    "config that is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is damaged"),
+    "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no object"),
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json.*Usable are"),
     "no model_type": (lambda f: with_config(f, model_type=...), "names no model_type.*Usable are"),
     "quantized": (lambda f: with_config(f, quantization_config={"bits": 8}), "is quantized"),

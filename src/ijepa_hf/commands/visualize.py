@@ -55,7 +55,8 @@ from ijepa_hf.recipes.parsing import CommandParser, as_flags, command_parser, fl
 from ijepa_hf.recipes.recipe_files import load_recipe, recipe_names
 from ijepa_hf.training.html_report import write_html_report
 from ijepa_hf.training.images import open_training_images
-from ijepa_hf.weights.start import StartingWeights, open_starting_weights, start_model
+from ijepa_hf.weights.start import start_model
+from ijepa_hf.weights.starting_weights import StartingWeights, open_starting_weights
 
 FIGURES = {
     "pca": "the first three principal components of the patches as colours",

@@ -38,7 +38,7 @@ from ijepa_hf.recipes.parsing import CommandParser, build_parser, parse_argument
 from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.training.plan import make_plan
 from ijepa_hf.training.step import eager_is_faster
-from ijepa_hf.weights.start import open_starting_weights
+from ijepa_hf.weights.starting_weights import open_starting_weights
 
 DEFAULT_UTILIZATION = 0.35  # of the peak; docs/performance.md says what is known of it
 MEASURING_SECONDS = 4.0  # at least, on the machine at hand

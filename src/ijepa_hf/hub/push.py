@@ -77,7 +77,8 @@ def fetch_checkpoint(repo_id: str, *, revision: str | None = None, missing_ok: b
         missing_ok: A repository or branch that does not exist is no error; it has no checkpoint.
 
     Returns:
-        The checkpoint's folder, for `read_checkpoint`, which checks it; the logs lie in the folder above. `None` where the repository has no checkpoint.
+        The checkpoint's folder, for `read_checkpoint`, which checks it; the logs lie in the folder above. `None`
+        where the repository has no checkpoint.
 
     Raises:
         ValueError: If there is no such repository or revision, or the user may not read it, or offline mode is on.

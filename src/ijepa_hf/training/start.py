@@ -19,7 +19,8 @@ from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, Pretrainin
 from ijepa_hf.runs.checkpoints import Checkpoint, find_latest, read_checkpoint
 from ijepa_hf.runs.folder import check_begun, is_finished, read_run
 from ijepa_hf.training.plan import Plan
-from ijepa_hf.weights.start import StartingWeights, check_fits, open_starting_weights, start_model
+from ijepa_hf.weights.start import check_fits, start_model
+from ijepa_hf.weights.starting_weights import StartingWeights, open_starting_weights
 
 logger = logging.getLogger(__name__)
 

@@ -1,80 +1,24 @@
 """Starts a model from weights that exist, to continue pretraining on images of one's own.
 
-One name says where they are: a Hub repo, a folder, or a published `.pth.tar` file. What can be used:
-
-    our two-part folder          both encoders and the predictor are taken
-    stock `IJepaModel`           the encoder becomes both encoders; the predictor is new
-    `ViTModel`, `ViTMAEModel`    likewise, and with heads or a decoder, without their class token and position table
-    published `.pth.tar`         both encoders and the predictor are taken
-
-`open_starting_weights` reads configuration, names and shapes, and refuses what cannot be used before any work is done;
-`start_model` makes the model and says in sentences what was changed, dropped, or is new. Nothing is loaded in part:
-each tensor of the source is taken bit for bit (in float32), or is one of those stated changes, or is an error.
+Each tensor of the weights is taken bit for bit (in float32), or is one of the changes that the notes of `start_model`
+name, or is an error.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import errors as hub
-from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import (
-    CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
-)
 
-from ijepa_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
-from ijepa_hf.model.encoder_ijepa import IJepaModel, from_file_name, sincos_position_table
-from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining, IJepaPredictor
-from ijepa_hf.runs.cards import read_license
-from ijepa_hf.runs.checkpoints import config_fields
-from ijepa_hf.weights.locate import (
-    _CLASS_TOKEN,
-    _ENCODER_KINDS,
-    _SAFETENSORS_DTYPES,
-    _TABLE,
-    USABLE,
-    _header,
-    _load_torch,
-    _named,
-    _Place,
-    _read_json,
-    _root_fields,
-    _Stored,
-    _weight_files,
-)
-from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
-from ijepa_hf.weights.official_names import PUBLISHED_LICENSE
+from ijepa_hf.model.encoder_ijepa import sincos_position_table
+from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, IJepaPredictor
+from ijepa_hf.weights.locate import StoredTensor, load_torch, named
+from ijepa_hf.weights.official_names import PUBLISHED_LAYER_NORM_EPS
+from ijepa_hf.weights.starting_weights import StartingWeights, unknown_license_note
 
-PUBLISHED_SUFFIXES = (".pth.tar", ".pth")
-
-logger = logging.getLogger(__name__)
-
-_WHOLE, _PUBLISHED = "I-JEPA encoders and predictor", "published I-JEPA checkpoint"
 _KERNELS = "embeddings.patch_embeddings.projection.weight"
-_ENCODERS = ("ijepa.", "context_encoder.")
-# The fields of a plain ViT, all with the same names in the three stock classes.
-_ENCODER_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-)
 _FIXED_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -89,94 +33,6 @@ _PREDICTOR_FIELDS = {  # field -> the same in the predictor's own configuration,
     "predictor_num_hidden_layers": "num_hidden_layers",
     "predictor_num_attention_heads": "num_attention_heads",
 }
-_PUBLISHED_EPS = 1e-6
-_MOST_PROBLEMS = 10  # listed in one error
-
-
-@dataclass(frozen=True)
-class StartingWeights:
-    """Weights that a model can be started from, checked by name and shape, and not loaded yet.
-
-    Args:
-        source: Where they are, as the user wrote it.
-        kind: What they are, in words: "I-JEPA encoders and predictor", "I-JEPA encoder", "ViT encoder",
-            "ViT-MAE encoder" or "published I-JEPA checkpoint".
-        config: Their architecture. The configuration of the new model is `config.replace(...)` of it, so that what
-            cannot change (see `check_fits`) is carried over. Fields that the source does not have, such as the
-            predictor's, have their defaults.
-        has_predictor: Whether there is a trained predictor.
-        commit: The commit of the Hub repo, for the record; `None` for what is local.
-        dtypes: Of the tensors on disk, e.g. `("bfloat16",)`.
-        license: What their card says, such as "cc-by-nc-4.0"; `None` where it names none or cannot be read.
-        image_mean: Of each channel, of pixels in [0, 1], as they are used to; `None` where they come without an image
-            processor that says so.
-        image_std: Likewise.
-        license_is_known: Whether it is known what their card says; not where the cache, offline, does not hold it.
-    """
-
-    source: str
-    kind: str
-    config: IJepaConfig
-    has_predictor: bool
-    commit: str | None = None
-    dtypes: tuple[str, ...] = ("float32",)
-    license: str | None = None
-    image_mean: tuple[float, ...] | None = None
-    image_std: tuple[float, ...] | None = None
-    license_is_known: bool = True
-    _stored: tuple[_Stored, ...] = field(default=(), repr=False)
-    _dropped: Mapping[str, int] = field(default_factory=dict, repr=False)  # what -> number of tensors
-    # of a published file: its tensors, mapped from it where its format allows that
-    _published: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
-
-
-def open_starting_weights(
-    name_or_path: str, *, revision: str | None = None, num_attention_heads: int | None = None
-) -> StartingWeights:
-    """Finds weights and checks all of them that can be checked without reading them: configuration, names, shapes.
-
-    Files of a Hub repo are downloaded into the cache of `huggingface_hub`, all of one commit.
-
-    Args:
-        name_or_path: A folder, a `.pth.tar` or `.pth` file, or a Hub repo's id.
-        revision: Branch, tag or commit of the Hub repo.
-        num_attention_heads: Heads of both networks; needed only for a published file whose encoder is no published
-            size, since such a file does not say.
-
-    Returns:
-        The weights, for `check_fits` and `start_model`.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, file, repo or revision, or a file of the weights is missing; or,
-            offline, if the cache holds no image processor and it is not known that there is none.
-        PermissionError: If the repo is gated.
-        ConnectionError: If the Hub cannot be reached and the cache lacks a file.
-        ValueError: If it is of a kind that cannot be used, is damaged, or its tensors are not exactly those that its
-            configuration says.
-    """
-    path = Path(name_or_path).expanduser()
-    is_published = name_or_path.lower().endswith(PUBLISHED_SUFFIXES)
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or is_published
-    if not path.exists() and looks_local:
-        raise FileNotFoundError(f"{_named(name_or_path)}: there is no such folder or file.")
-    if revision is not None and path.exists():
-        raise ValueError(
-            f"model_revision={revision!r} is for Hub repos, and {_named(name_or_path)} is on this disk; omit it."
-        )
-    if path.is_file():
-        if not is_published:
-            raise ValueError(f"{_named(name_or_path)} is one file; give the folder that it lies in. {USABLE}")
-        return _open_published(name_or_path, path, num_attention_heads)
-    place = _Place(name_or_path, path if path.is_dir() else None, revision)
-    fields, place = _root_fields(place)
-    weights = _with_companions(_open_whole(place, fields) or _open_encoder(place, fields), place)
-    heads = weights.config.num_attention_heads
-    if num_attention_heads not in (None, heads):
-        raise ValueError(
-            f"num_attention_heads={num_attention_heads}: {name_or_path} says that it has {heads}; write "
-            f"num_attention_heads={heads}, or omit it."
-        )
-    return weights
 
 
 def check_fits(weights: StartingWeights, config: IJepaConfig, *, new_predictor: bool = False) -> None:
@@ -207,7 +63,7 @@ def check_fits(weights: StartingWeights, config: IJepaConfig, *, new_predictor: 
                 lines.append(f"{line}, or ask for a new predictor with new_predictor=True")
     if lines:
         raise ValueError(
-            f"{_named(weights.source)} ({weights.kind}) cannot start such a model:\n  " + "\n  ".join(lines)
+            f"{named(weights.source)} ({weights.kind}) cannot start such a model:\n  " + "\n  ".join(lines)
         )
 
 
@@ -240,7 +96,7 @@ def start_model(
         if name.startswith("predictor.") and not takes_predictor:
             continue
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{_named(weights.source)}: {name} holds NaN or infinite values; it is damaged.")
+            raise ValueError(f"{named(weights.source)}: {name} holds NaN or infinite values; it is damaged.")
         if name.endswith("position_embeddings"):
             drifts[name] = _drift(tensor, weights.config.grid_size)
             tensor = sincos_position_table(tensor.shape[-1], config.grid_size)
@@ -279,223 +135,31 @@ def adapt_channels(kernels: Tensor, num_channels: int) -> Tensor:
     return kernel.to(kernels.dtype).repeat(1, num_channels, 1, 1)
 
 
-# -- finding files ---------------------------------------------------------------------------------------------------
-
-
-# -- opening ---------------------------------------------------------------------------------------------------------
-
-
-def _open_published(source: str, path: Path, heads: int | None) -> StartingWeights:
-    try:
-        model = model_from_official(read_official_checkpoint(path), num_attention_heads=heads)
-    except ValueError as error:
-        raise ValueError(f"{_named(source)} cannot be used: {error}") from error
-    state = model.state_dict()
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
-    return StartingWeights(
-        source,
-        _PUBLISHED,
-        model.config.replace(),
-        True,
-        dtypes=tuple(sorted(dtypes)),
-        license=PUBLISHED_LICENSE,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-        _published=state,
-    )
-
-
-def _with_companions(weights: StartingWeights, place: _Place) -> StartingWeights:
-    """Adds what the files beside the weights say: the card's licence, the image processor's normalisation.
-
-    Offline, a file that is merely not in the cache must not pass for one that does not exist.
-    """
-    card, processor = place.find(REPOCARD_NAME), place.find(IMAGE_PROCESSOR_NAME)
-    if processor is None and not place.is_known_to_lack(IMAGE_PROCESSOR_NAME):
-        raise FileNotFoundError(
-            f"{_named(place.name)}: the cache does not hold its {IMAGE_PROCESSOR_NAME}, and HF_HUB_OFFLINE is set, so "
-            "it is not known how its images are normalised. Run `hf download "
-            f"{place.name} {IMAGE_PROCESSOR_NAME} {REPOCARD_NAME}` where the Hub can be reached; or give the repo's "
-            "folder in the cache, with --image_mean and --image_std."
-        )
-    license_is_known = card is not None or place.is_known_to_lack(REPOCARD_NAME)
-    if not license_is_known:
-        logger.warning(_unknown_license_note(place.name))
-    fields = _read_json(place, processor) if processor is not None else {}
-    moments: dict[str, Any] = {}
-    for name in ("image_mean", "image_std"):
-        values = fields.get(name)
-        if (
-            fields.get("do_normalize", True)
-            and isinstance(values, list)
-            and len(values) == weights.config.num_channels
-        ):
-            moments[name] = tuple(map(float, values))
-    return replace(weights, license=read_license(card), license_is_known=license_is_known, **moments)
-
-
-def _open_whole(place: _Place, root: Mapping[str, Any]) -> StartingWeights | None:
-    """Both encoders and the predictor, at the root or in `pretraining/`; `None` where there is an encoder only."""
-    fields, folder = root, ""
-    if root["model_type"] != "ijepa":
-        return None
-    if not _is_whole(root):
-        folder = f"{PRETRAINING_SUBFOLDER}/"
-        path = place.find(folder + CONFIG_NAME)
-        if path is None:
-            _check_lacks_pretraining(place, root)
-            return None
-        fields = _read_json(place, path)
-        if not _is_whole(fields):
-            raise ValueError(f"{_named(place.name)}: {folder}{CONFIG_NAME} is not that of an IJepaForPretraining.")
-    config = _config(place, fields)
-    stored = {name: replace(tensor, targets=(name,)) for name, tensor in _stored_tensors(place, folder).items()}
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in IJepaForPretraining(config).state_dict().items()}
-    _check_tensors(place, stored, expected)
-    return StartingWeights(
-        place.name, _WHOLE, config, True, _commit(place), _dtypes(stored), _stored=tuple(stored.values())
-    )
-
-
-def _open_encoder(place: _Place, fields: Mapping[str, Any]) -> StartingWeights:
-    kind = _ENCODER_KINDS[fields["model_type"]]
-    config = _config(place, fields)
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in IJepaModel(config).state_dict().items()}
-    taken = frozenset(expected)
-    if kind.has_class_token:
-        expected[_TABLE] = (1, config.num_patches + 1, config.hidden_size)
-        expected[_CLASS_TOKEN] = (1, 1, config.hidden_size)
-    stored: dict[str, _Stored] = {}
-    dropped: dict[str, int] = {}
-    for full_name, tensor in _stored_tensors(place, "").items():
-        name = full_name.removeprefix(kind.prefix)
-        what = next((words for beginning, words in kind.dropped.items() if name.startswith(beginning)), None)
-        if what is not None:
-            dropped[what] = dropped.get(what, 0) + 1
-            if name not in expected:
-                continue
-        if name in stored:
-            raise ValueError(f"{_named(place.name)} holds {name} twice, with and without {kind.prefix!r}.")
-        targets = tuple(encoder + name for encoder in _ENCODERS) if name in taken else ()
-        stored[name] = replace(tensor, targets=targets)
-    _check_tensors(place, stored, expected)
-    return StartingWeights(
-        place.name,
-        kind.words,
-        config,
-        False,
-        _commit(place),
-        _dtypes(stored),
-        _stored=tuple(tensor for tensor in stored.values() if tensor.targets),
-        _dropped=dropped,
-    )
-
-
-def _is_whole(fields: Mapping[str, Any]) -> bool:
-    return fields.get("model_type") == "ijepa" and "IJepaForPretraining" in (fields.get("architectures") or [])
-
-
-def _check_lacks_pretraining(place: _Place, root: Mapping[str, Any]) -> None:
-    """Offline, a repo of ours whose second part is merely not in the cache must not pass for an encoder only."""
-    wanted = f"{PRETRAINING_SUBFOLDER}/{CONFIG_NAME}"
-    if "predictor_hidden_size" in root and not place.is_known_to_lack(wanted):
-        raise FileNotFoundError(
-            f"{_named(place.name)} was written by ijepa-hf, but the cache does not hold its {wanted}, and "
-            "HF_HUB_OFFLINE is set: download the repo first, or give its folder in the cache to start from the "
-            "encoder alone."
-        )
-
-
-def _config(place: _Place, fields: Mapping[str, Any]) -> IJepaConfig:
-    """The source's architecture as our configuration; what its file leaves out has the default of its own class."""
-    try:
-        if "predictor_hidden_size" in fields:  # written by this package
-            return IJepaConfig(**config_fields(IJepaConfig.from_dict(dict(fields))))
-        given = {name: fields[name] for name in _ENCODER_FIELDS if name in fields}
-        stock = _ENCODER_KINDS[fields["model_type"]].config_class(**given)
-        encoder = {name: getattr(stock, name) for name in _ENCODER_FIELDS}
-        width = IJepaConfig.__dataclass_fields__["predictor_hidden_size"].default
-        odd = width % encoder["num_attention_heads"] != 0
-        return IJepaConfig(**encoder, predictor_num_attention_heads=12 if odd else None)
-    except (ValueError, TypeError, ZeroDivisionError, hub.StrictDataclassError) as error:
-        raise ValueError(f"{_named(place.name)}: its {CONFIG_NAME} cannot be used: {error}") from error
-
-
-def _stored_tensors(place: _Place, folder: str) -> dict[str, _Stored]:
-    """All tensors of the files, under the names of the model; the index of shards is held to what is in them."""
-    files, index = _weight_files(place, folder)
-    stored: dict[str, _Stored] = {}
-    found: dict[str, Path] = {}
-    for file in files:
-        for tensor in _header(place, file):
-            name = from_file_name(tensor.name)
-            if name in stored:
-                raise ValueError(
-                    f"{_named(place.name)} holds {name} twice, in {file.name} and {stored[name].file.name}."
-                )
-            stored[name] = tensor
-            found[tensor.name] = file
-    if index is not None and index != found:
-        wrong = sorted({name for name, file in {*index.items()} ^ {*found.items()}})
-        raise ValueError(
-            f"{_named(place.name)}: the index of shards and the shards differ in {_listed(wrong)}; they are damaged, "
-            "or of two models."
-        )
-    return stored
-
-
-def _check_tensors(place: _Place, stored: Mapping[str, _Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(stored.keys() - expected.keys())]
-    for name in sorted(expected.keys() & stored.keys()):
-        tensor = stored[name]
-        if tensor.shape != expected[name]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}")
-        if tensor.dtype not in _SAFETENSORS_DTYPES.values():
-            problems.append(f"{name} is stored as {tensor.dtype}, which is no plain float")
-    if problems:
-        more = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
-        raise ValueError(
-            f"{_named(place.name)}: its weights are not those of its {CONFIG_NAME}; nothing was loaded:\n  "
-            + "\n  ".join(problems[:_MOST_PROBLEMS] + more)
-        )
-
-
-def _dtypes(stored: Mapping[str, _Stored]) -> tuple[str, ...]:
-    return tuple(sorted({tensor.dtype for tensor in stored.values() if tensor.targets}))
-
-
-def _commit(place: _Place) -> str | None:
-    return place.revision if place.folder is None else None
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _read(weights: StartingWeights) -> Iterator[tuple[str, Tensor]]:
     """All tensors under their names in the model, float32, each in memory of its own (a file's map can go away)."""
-    for name, tensor in (weights._published or {}).items():
+    for name, tensor in (weights.published or {}).items():
         yield name, _own(tensor)
-    for file in dict.fromkeys(tensor.file for tensor in weights._stored):
-        stored = [each for each in weights._stored if each.file == file]
+    for file in dict.fromkeys(tensor.file for tensor in weights.stored):
+        stored = [each for each in weights.stored if each.file == file]
         try:
             yield from _read_file(weights.source, file, stored)
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
-                f"{_named(weights.source)}: {file.name} is not what it was when opened: {error}"
+                f"{named(weights.source)}: {file.name} is not what it was when opened: {error}"
             ) from error
 
 
-def _read_file(source: str, file: Path, stored: list[_Stored]) -> Iterator[tuple[str, Tensor]]:
+def _read_file(source: str, file: Path, stored: list[StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             for tensor in stored:
                 for target in tensor.targets:
                     yield target, _own(opened.get_tensor(tensor.name))
     else:
-        content = _load_torch(source, file)
+        content = load_torch(source, file)
         for tensor in stored:
             for target in tensor.targets:
                 yield target, _own(content[tensor.name])
@@ -521,11 +185,6 @@ def _new_predictor(config: IJepaConfig, seed: int) -> IJepaPredictor:
 # -- words -----------------------------------------------------------------------------------------------------------
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_MOST_PROBLEMS])
-    return f"{shown} and {len(names) - _MOST_PROBLEMS} more" if len(names) > _MOST_PROBLEMS else shown
-
-
 def _cannot_change(name: str, asked: object, has: object, who: str) -> str:
     return f"{name}={asked!r}: {who} {has!r}, which cannot change; write {name}={has!r}"
 
@@ -536,7 +195,7 @@ def _encoder_notes(weights: StartingWeights) -> list[str]:
     notes = [f"The {weights.kind} of {weights.source} is the start of both the context and the target encoder."]
     notes += [
         f"Its {what} is dropped ({count} tensor{'s' * (count > 1)}): I-JEPA has none."
-        for what, count in weights._dropped.items()
+        for what, count in weights.dropped.items()
     ]
     return notes
 
@@ -545,7 +204,7 @@ def _table_notes(
     weights: StartingWeights, config: IJepaConfig, drifts: Mapping[str, tuple[float, float]]
 ) -> list[str]:
     notes = []
-    for part, words in (((*_ENCODERS,), "encoder"), (("predictor.",), "predictor")):
+    for part, words in ((("ijepa.", "context_encoder."), "encoder"), (("predictor.",), "predictor")):
         largest, mean = max((drift for name, drift in drifts.items() if name.startswith(part)), default=(0.0, 0.0))
         if largest > 0:
             notes.append(
@@ -563,7 +222,7 @@ def _table_notes(
 
 
 def _other_notes(weights: StartingWeights, config: IJepaConfig) -> list[str]:
-    notes = [] if weights.license_is_known else [_unknown_license_note(weights.source)]
+    notes = [] if weights.license_is_known else [unknown_license_note(weights.source)]
     old, new = weights.config.num_channels, config.num_channels
     if old != new:
         notes.append(
@@ -572,19 +231,12 @@ def _other_notes(weights: StartingWeights, config: IJepaConfig) -> list[str]:
         )
     if weights.dtypes != ("float32",):
         notes.append(f"The weights are {' and '.join(weights.dtypes)} on disk; they are trained in float32.")
-    if config.layer_norm_eps != _PUBLISHED_EPS:
+    if config.layer_norm_eps != PUBLISHED_LAYER_NORM_EPS:
         notes.append(
             f"layer_norm_eps={config.layer_norm_eps:g} is kept as its encoder has it (published I-JEPA training: "
-            f"{_PUBLISHED_EPS:g})."
+            f"{PUBLISHED_LAYER_NORM_EPS:g})."
         )
     return notes
-
-
-def _unknown_license_note(source: str) -> str:
-    return (
-        f"The licence of {source} is not known: its {REPOCARD_NAME} is not in the cache, and HF_HUB_OFFLINE is set. "
-        "Look it up on the Hub, and set --license to it."
-    )
 
 
 def _new_predictor_note(weights: StartingWeights, config: IJepaConfig, seed: int) -> str:
