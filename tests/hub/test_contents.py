@@ -1,4 +1,4 @@
-"""What is pushed, and what a repository holds: told apart without a Hub. The pushes themselves are in test_hub.py."""
+"""What is pushed, and what a repository holds, without a Hub; test_uploader.py pushes."""
 
 import json
 import os

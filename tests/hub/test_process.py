@@ -1,4 +1,4 @@
-"""The process that talks to the Hub: how long it waits, and when it gives up. Its jobs are tried in test_hub.py."""
+"""The process that talks to the Hub: how long it waits, and when it gives up. test_uploader.py tries its jobs."""
 
 import pytest
 

@@ -1,10 +1,8 @@
-"""Published I-JEPA checkpoints (`*.pth.tar`) into this package's model folder, and back.
+"""Converts a published I-JEPA checkpoint (`*.pth.tar`) into a model folder.
 
-    convert              FILE.pth.tar -> a model folder and, if asked, the `checkpoint-<step>/` to go on from
-    convert_to_official  a model folder, a run's too -> FILE.pth.tar
-
-What is in such a file, and how it is read, is in `official_checkpoint`. What is written is read back and compared,
-tensor by tensor, so that the peak of memory stays near the size of the weights.
+If asked, it also writes the optimiser's state, as a `checkpoint-<step>/` to go on from. `official_checkpoint.py` reads
+the file. What is written is read back and compared, tensor by tensor, so that the peak of memory stays near the size
+of the weights.
 """
 
 import contextlib
@@ -52,8 +50,6 @@ from ijepa_hf.weights.official_names import (
     our_names,
 )
 from ijepa_hf.weights.official_optimizer import OptimizerState, read_optimizer_state
-
-# -- published -> ours -----------------------------------------------------------------------------------------------
 
 
 def convert(
@@ -103,7 +99,7 @@ def convert(
 
 @contextlib.contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes the target at the end, or is gone if anything goes wrong."""
+    """Makes a folder beside the target that becomes the target at the end, or is gone if anything goes wrong."""
     target = target.resolve()
     hidden = target.with_name(f".{target.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -149,7 +145,7 @@ def _write_folder(
 
 
 def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: OptimizerState) -> Path:
-    """The checkpoint that a run goes on from, through the writer of all checkpoints.
+    """Writes the checkpoint that a run goes on from, with the writer of all checkpoints.
 
     Its arguments say what no published file does and all have in common, so that the run keeps it: the licence, and
     how images are normalised.
@@ -180,7 +176,7 @@ def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
     differing = sorted(found ^ tensors.keys())
     for name in found & tensors.keys():
         with safe_open(path, framework="pt") as file:
-            if not _same_bits(file.get_tensor(name), tensors[name]):
+            if not same_bits(file.get_tensor(name), tensors[name]):
                 differing.append(name)
     if differing:
         raise OSError(
@@ -188,13 +184,14 @@ def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are float32 of one shape and equal bit for bit, NaN and the sign of 0 included."""
     if one.shape != other.shape or one.dtype != other.dtype or one.dtype != torch.float32:
         return False
     return torch.equal(one.detach().reshape(-1).view(torch.int32), other.detach().reshape(-1).view(torch.int32))
 
 
-# -- what is said about it -------------------------------------------------------------------------------------------
+# -- report and message ----------------------------------------------------------------------------------------------
 
 
 def _describe(
@@ -204,7 +201,7 @@ def _describe(
     model: IJepaForPretraining,
     state: OptimizerState | None,
 ) -> dict[str, Any]:
-    """The report, but for what is only known when everything was written."""
+    """Makes the report, without what is known only when everything is written."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     pairs = []
     for part in PARTS:
@@ -237,7 +234,7 @@ def _describe(
 
 
 def _report_text(report: Mapping[str, Any]) -> str:
-    """JSON with one tensor a line."""
+    """Writes JSON with one tensor a line."""
     head = json.dumps({name: value for name, value in report.items() if name != "tensors"}, indent=2)
     lines = ",\n".join(f"    {json.dumps(pair)}" for pair in report["tensors"])
     return f'{head.removesuffix("}").rstrip()},\n  "tensors": [\n{lines}\n  ]\n}}\n'

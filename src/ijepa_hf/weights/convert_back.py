@@ -17,7 +17,7 @@ from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretrai
 from ijepa_hf.runs.checkpoints import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, find_latest
 from ijepa_hf.runs.export import WEIGHTS_FILE, exported_step
 from ijepa_hf.runs.folder import CONVERSION_FILE
-from ijepa_hf.weights.convert import _same_bits
+from ijepa_hf.weights.convert import same_bits
 from ijepa_hf.weights.official_checkpoint import all_finite, format_problems, networks_of, unpickle
 from ijepa_hf.weights.official_names import (
     ADAMW_SLOTS,
@@ -243,7 +243,7 @@ def _check_official_file(path: Path, weights: Path, config: IJepaConfig, checkpo
         differing += [
             f"{part}.{name}"
             for name, tensor in found.items()
-            if not _same_bits(tensor, _join(tensors, part, name.removeprefix(NAME_PREFIX)))
+            if not same_bits(tensor, _join(tensors, part, name.removeprefix(NAME_PREFIX)))
         ]
     if checkpoint is not None:
         contents, tensors = unpickle(path), _read_tensors(checkpoint.path / OPTIMIZER_FILE)
@@ -253,7 +253,7 @@ def _check_official_file(path: Path, weights: Path, config: IJepaConfig, checkpo
             differing += [
                 f"opt.state[{number}].{slot}"
                 for slot in ("exp_avg", "exp_avg_sq")
-                if not _same_bits(entry[slot], _join(tensors, part, name, f"/{slot}"))
+                if not same_bits(entry[slot], _join(tensors, part, name, f"/{slot}"))
             ]
     if differing:
         raise OSError(

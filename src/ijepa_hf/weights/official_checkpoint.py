@@ -1,10 +1,9 @@
-"""What a published I-JEPA checkpoint (`*.pth.tar`) is, and how it is read without running code in it.
+"""Reads a published I-JEPA checkpoint (`*.pth.tar`) without running code in it.
 
 A file holds three networks (context encoder, target encoder, predictor), numbers about the run, and the state of its
-optimiser. One table of names (`ENCODER_NAMES`, `PREDICTOR_NAMES`) says where each tensor goes, in both directions; all
-else follows from it. All three networks are taken, nothing is loaded in part. The file stores no architecture: width,
-depth, MLP width, patch and grid follow from shapes, the number of heads from the published sizes. The optimiser's
-state is numbered: `optimizer_groups` says which number is which tensor.
+optimiser (`official_optimizer.py`). The table in `official_names.py` says where each tensor goes. All three networks
+are taken, nothing is loaded in part. The file stores no architecture: width, depth, MLP width, patch and grid follow
+from shapes, the number of heads from the published sizes.
 
 A file is unpickled with `weights_only=True`. It is mapped into memory, not read; the format that torch wrote before
 1.6 cannot be: such a file is read whole.
@@ -36,15 +35,10 @@ from ijepa_hf.weights.official_names import (
     our_names,
 )
 
+_ENTRIES = (*PARTS, "opt", "scaler", *SCALARS)
 _LISTED_PROBLEMS = 40
 # Published training averages the (constant) target table too, which rounds: up to 2e-7 in six steps.
 _POSITION_TOLERANCE = 1e-3
-
-
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
-_ENTRIES = (*PARTS, "opt", "scaler", *SCALARS)
 
 
 # -- reading a file --------------------------------------------------------------------------------------------------
@@ -94,7 +88,7 @@ def networks_of(contents: Mapping[str, Any], path: Path) -> dict[str, dict[str, 
         networks[part] = {}
         for key, value in contents[part].items():
             name = key.removeprefix(NAME_PREFIX) if isinstance(key, str) else repr(type(key))
-            problem = "is there twice" if name in networks[part] else _unlike_published(value, owners)
+            problem = "is there twice" if name in networks[part] else unlike_published(value, owners)
             if problem is not None:
                 problems.append(f"{part}.{name!r} {problem}")
                 continue
@@ -169,8 +163,8 @@ def _check_records(path: Path) -> None:
             raise ValueError(f"the checksum of its record {damaged!r} is wrong")
 
 
-def _unlike_published(value: Any, owners: Mapping[int, str]) -> str | None:
-    """What makes a value no tensor of a published file, if anything; shapes are looked at elsewhere."""
+def unlike_published(value: Any, owners: Mapping[int, str]) -> str | None:
+    """Says why a value is no tensor of a published file; `None` if it is one. Shapes are checked elsewhere."""
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}, no tensor"
     if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_neg():
@@ -213,10 +207,11 @@ def read_scalars(contents: Mapping[str, Any]) -> dict[str, int | float | None]:
     Returns:
         Each of `SCALARS`; `None` where the file has no finite number.
     """
-    return {name: _number(contents.get(name)) for name in SCALARS}
+    return {name: finite_number(contents.get(name)) for name in SCALARS}
 
 
-def _number(value: Any) -> int | float | None:
+def finite_number(value: Any) -> int | float | None:
+    """Returns a finite number as it is, and `None` for anything else."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -248,7 +243,7 @@ def model_from_official(networks: Networks, *, num_attention_heads: int | None =
             if not keys or not expected.keys() >= set(keys):
                 problems.append(f"{part}.{name!r} is unexpected")
             else:
-                state |= zip(keys, _cut(tensor, len(keys)), strict=True)
+                state |= zip(keys, cut(tensor, len(keys)), strict=True)
     problems += [f"{name} is missing" for name in expected if name not in state]
     wrong = {name: tensor for name, tensor in state.items() if tensor.shape != expected[name]}
     problems += [f"{name} has shape {list(it.shape)}, expected {list(expected[name])}" for name, it in wrong.items()]
@@ -348,7 +343,7 @@ def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
     return len(numbers)
 
 
-def _cut(tensor: Tensor, pieces: int) -> Sequence[Tensor]:
+def cut(tensor: Tensor, pieces: int) -> Sequence[Tensor]:
     """Cuts along the first axis; a tensor that cannot be cut comes back whole, so that its shape is found wrong."""
     if pieces == 1 or tensor.ndim == 0:
         return [tensor] * pieces
@@ -376,6 +371,3 @@ def _misplaced_tables(state: Mapping[str, Tensor], config: IJepaConfig) -> Itera
         expected = sincos_position_table(table.shape[-1], config.grid_size)
         if not float((table - expected).abs().max()) <= _POSITION_TOLERANCE:
             yield f"{name} is not the fixed sin-cos table of a {config.grid_size[0]}x{config.grid_size[1]} grid"
-
-
-# -- the optimiser's state -------------------------------------------------------------------------------------------

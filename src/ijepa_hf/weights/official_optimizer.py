@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
-from ijepa_hf.weights.official_checkpoint import _cut, _number, _unlike_published, all_finite, format_problems
+from ijepa_hf.weights.official_checkpoint import all_finite, cut, finite_number, format_problems, unlike_published
 from ijepa_hf.weights.official_names import (
     ADAMW_SLOTS,
     FROZEN_NAMES,
@@ -76,10 +76,10 @@ def read_optimizer_state(
         if not found:
             steps[float(entry["step"])] = f"{part}.{name}"
             keys = our_names(part, name)
-            cut = {slot: _cut(entry[slot], len(keys)) for slot in ("exp_avg", "exp_avg_sq")}
+            moments = {slot: cut(entry[slot], len(keys)) for slot in ("exp_avg", "exp_avg_sq")}
             for place, key in enumerate(keys):
                 step = torch.tensor(float(entry["step"]))
-                tensors[key] = {"step": step, **{slot: pieces[place] for slot, pieces in cut.items()}}
+                tensors[key] = {"step": step, **{slot: pieces[place] for slot, pieces in moments.items()}}
     problems += [
         f"state {number!r} belongs to no tensor" for number in opt["state"] if number not in range(len(members))
     ]
@@ -127,7 +127,7 @@ def _state_problems(entry: Any, weight: Tensor, owners: dict[int, str]) -> Itera
     if not is_number or not float(step) >= 1 or float(step) != round(float(step)):
         yield "step is no positive whole number"
     for slot in ("exp_avg", "exp_avg_sq"):
-        problem = _unlike_published(entry[slot], owners)
+        problem = unlike_published(entry[slot], owners)
         if problem is not None:
             yield f"{slot} {problem}"
         elif entry[slot].shape != weight.shape:
@@ -156,14 +156,14 @@ def _steps_per_epoch(epoch: Any, step: int, path: Path) -> int | None:
 def _run_arguments(contents: Mapping[str, Any], config: IJepaConfig) -> dict[str, Any]:
     model = argument_values(ModelArguments().resolved(config))
     group = contents["opt"]["param_groups"][0]
-    batch_size, world_size = _number(contents.get("batch_size")), _number(contents.get("world_size"))
+    batch_size, world_size = finite_number(contents.get("batch_size")), finite_number(contents.get("world_size"))
     betas = group.get("betas")
     known = {
-        "learning_rate": _number(contents.get("lr")),
+        "learning_rate": finite_number(contents.get("lr")),
         "per_device_train_batch_size": batch_size,
         "global_batch_size": batch_size * world_size if batch_size and world_size else None,
-        "adam_beta1": _number(betas[0]) if isinstance(betas, list | tuple) and len(betas) == 2 else None,
-        "adam_beta2": _number(betas[1]) if isinstance(betas, list | tuple) and len(betas) == 2 else None,
-        "adam_epsilon": _number(group.get("eps")),
+        "adam_beta1": finite_number(betas[0]) if isinstance(betas, list | tuple) and len(betas) == 2 else None,
+        "adam_beta2": finite_number(betas[1]) if isinstance(betas, list | tuple) and len(betas) == 2 else None,
+        "adam_epsilon": finite_number(group.get("eps")),
     }
     return model | {name: value for name, value in known.items() if value is not None}
