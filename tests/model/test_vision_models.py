@@ -80,7 +80,7 @@ def test_without_normalisation_the_pixels_stay_as_they_are_in_every_channel(tmp_
 
 def test_what_no_file_says_is_an_error_that_tells_what_to_write(tmp_path):
     source, config = write(tmp_path, RESNET)
-    with pytest.raises(ValueError, match=r'how large its images are; write "size": \{"height"'):
+    with pytest.raises(ValueError, match=r'the size of its images; write "size": \{"height"'):
         read_image_settings(source, config)
     source, config = write(tmp_path, RESNET, size=48, image_std=None)
     with pytest.raises(ValueError, match="has no image_mean and image_std; write them"):

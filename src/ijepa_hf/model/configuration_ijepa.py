@@ -1,10 +1,10 @@
-"""The configuration of an I-JEPA model: the stock `transformers.IJepaConfig` plus what pretraining needs.
+"""Configures an I-JEPA model: the stock `transformers.IJepaConfig` plus the fields of pretraining.
 
 The stock fields describe the encoder (width, depth, heads, image and patch size). The fields added here describe the
 predictor, the masks and the loss; their defaults are the published ones. A file written by this class is read by the
 stock class as well (`model_type` stays `"ijepa"`), which is why `AutoModel.from_pretrained` needs nothing from here.
 
-Everything a user can get wrong is refused here, when the configuration is made, before any work is done.
+Bad values are refused here, when the configuration is made, before any work is done.
 """
 
 import difflib
@@ -26,7 +26,7 @@ LOSS_TYPES = ("smooth_l1", "mse")
 TARGET_TYPES = ("representation", "pixels")
 
 _LARGEST_STD = 100  # of initial weights, far above any use
-_LARGEST_WEIGHT = 100  # of a term of the loss, likewise
+_LARGEST_WEIGHT = 100  # of a term of the loss, far above any use
 
 # Keyword arguments that transformers itself understands although they are not dataclass fields of the stock class.
 _TRANSFORMERS_KEYWORDS = frozenset(
@@ -55,17 +55,17 @@ def _added(default: Any, text: str) -> Any:
 
 
 def _mask_field(name: str) -> Any:
-    """A field of the masks, with the default and the help text that `MaskSettings` gives it."""
+    """Copies default and help text of a field of `MaskSettings`."""
     entry = MaskSettings.__dataclass_fields__[name]
     return _added(entry.default, entry.metadata["help"])
 
 
 class IJepaConfig(StockIJepaConfig):
-    """Configuration of `IJepaModel`, `IJepaPredictor` and `IJepaForPretraining`.
+    """Configures `IJepaModel`, `IJepaPredictor` and `IJepaForPretraining`.
 
-    Each field that is added to those of `transformers.IJepaConfig` says below, and in `metadata["help"]`, what it is;
-    those of the masks say it in `masking.MaskSettings`. `layer_norm_eps` is 1e-6, as in the published models,
-    where the stock class has 1e-12. `image_size` and `patch_size` are pixels, an `int` or `(height, width)`; each side
+    `metadata["help"]` describes each field added to those of `transformers.IJepaConfig`; those of the masks are
+    described in `masking.MaskSettings`. `layer_norm_eps` is 1e-6, as in the published models, where the stock class
+    has 1e-12. `image_size` and `patch_size` are pixels, an `int` or `(height, width)`; each side
     of an image must be a multiple of the patch.
 
     Raises:
@@ -174,7 +174,7 @@ class IJepaConfig(StockIJepaConfig):
         return 1.0 / math.sqrt(self.pixels_per_patch)
 
     def mask_settings(self) -> MaskSettings:
-        """Returns what `ijepa_hf.model.masking.draw_masks` needs to know of this configuration."""
+        """Returns the settings for `ijepa_hf.model.masking.draw_masks`."""
         return MaskSettings(grid_size=self.grid_size, **{name: getattr(self, name) for name in MASK_FIELDS})
 
     def predictor_config(self) -> "IJepaConfig":
@@ -213,7 +213,7 @@ class IJepaConfig(StockIJepaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but overrides of fields are merged *before* validation, so that they are validated."""
+        """Reads as in transformers, but merges overrides of fields *before* validation, so that they are validated."""
         known = cls.__dataclass_fields__.keys()
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "dtype"}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -233,10 +233,8 @@ class IJepaConfig(StockIJepaConfig):
             raise ValueError(f"{name!r} is not a field of IJepaConfig; {hint}")
 
     def _check_types(self) -> None:
-        """Is stricter than Python: a config.json cannot hold numpy's numbers, and True is no width."""
-        for name, kind in inspect.get_annotations(
-            IJepaConfig
-        ).items():  # the added fields; the stock class sees to its own
+        """Refuses other types, more strictly than Python: JSON cannot hold numpy's numbers, True is no width."""
+        for name, kind in inspect.get_annotations(IJepaConfig).items():  # the added fields
             if name in self.__dataclass_fields__ and not _is_of(kind, getattr(self, name)):
                 raise _wrong_type(name, getattr(self, name), type(self))
 
@@ -295,7 +293,7 @@ class IJepaConfig(StockIJepaConfig):
             )
 
     def _check_stock_fields(self, extra: dict[str, Any]) -> None:
-        """What the stock class takes as it comes, and torch or a whole run would stumble over."""
+        """Refuses values that the stock class accepts, but on which torch or a run would fail later."""
         for name, highest, example in (("layer_norm_eps", 1, 1e-6), ("initializer_range", _LARGEST_STD, 0.02)):
             if not 0 < getattr(self, name) <= highest:
                 raise ValueError(
@@ -340,7 +338,7 @@ class IJepaConfig(StockIJepaConfig):
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a value is of the type that a field declares."""
+    """Returns whether a value is of the type that a field declares."""
     if kind is _Pair:
         return isinstance(value, list | tuple) and all(_is_of(float, part) for part in value)
     kinds = get_args(kind) or (kind,)
@@ -363,7 +361,7 @@ def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_width(name: str, width: int, heads_name: str, heads: int) -> None:
-    """A width is a multiple of its heads, and of 4: the position table has sines and cosines of rows and columns."""
+    """Refuses a width that is no multiple of its heads and of 4 (sines and cosines of rows and columns)."""
     step = math.lcm(4, heads)
     if width < 1 or width % step:
         works = max(step, round(width / step) * step)

@@ -1,4 +1,4 @@
-"""The encoder: transformers' own `IJepaModel`, able to see only some of the patches of an image.
+"""Encodes images: transformers' own `IJepaModel`, able to see only some of the patches of an image.
 
 It differs in two things: its position table is the fixed 2-D sin-cos one, a buffer under the stock parameter's name
 (so files are interchangeable), and it can be given the positions of the patches that it may see. Without those it
@@ -30,21 +30,21 @@ _NAMES_AND_FILE_NAMES = (
 
 
 def to_file_name(name: str) -> str:
-    """A parameter's name in the files that every supported transformers reads, from its name in the model."""
+    """Translates a parameter's name in the model to that in files, which every supported transformers reads."""
     for ours, theirs in _NAMES_AND_FILE_NAMES:
         name = name.replace(ours, theirs)
     return name
 
 
 def from_file_name(name: str) -> str:
-    """A parameter's name in the model, from its name in a file (either kind of name is understood)."""
+    """Translates a parameter's name in a file to that in the model; takes either kind of name."""
     for ours, theirs in _NAMES_AND_FILE_NAMES:
         name = name.replace(theirs, ours)
     return name
 
 
 def sincos_position_table(width: int, grid_size: tuple[int, int]) -> Tensor:
-    """The fixed 2-D sin-cos position table.
+    """Computes the fixed 2-D sin-cos position table.
 
     The first half of the channels encodes the column, the second the row; each half is sines, then cosines, of the
     coordinate times 1 / 10000^(i / (width / 4)), i = 0 .. width/4 - 1.
@@ -83,7 +83,7 @@ def gather_patches(features: Tensor, indices: Tensor) -> Tensor:
 
 
 class IJepaEmbeddings(stock.IJepaEmbeddings):
-    """Patch embedding plus the fixed position table; with positions given, keeps only those patches."""
+    """Embeds patches and adds the fixed position table; with positions given, only of those patches."""
 
     def __init__(self, config: IJepaConfig) -> None:
         super().__init__(config)
@@ -95,7 +95,7 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
         self.patch_shape = config.patch_shape
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
-        """The position table for images of another size: bicubic, as in the stock class, for rectangular grids too."""
+        """Resizes the position table for images of another size: bicubic, as in the stock class, to any grid."""
         rows, columns = height // self.patch_shape[0], width // self.patch_shape[1]
         if (rows, columns) == self.grid_size:
             return self.position_embeddings
@@ -144,27 +144,27 @@ class IJepaEmbeddings(stock.IJepaEmbeddings):
         return self.dropout(embeddings)
 
     def cut_patches(self, pixel_values: Tensor) -> Tensor:
-        """Images as rows of pixels, one for each patch: `[B, N, num_channels * patch height * patch width]`."""
+        """Cuts images into rows of pixels, one for each patch: `[B, N, num_channels * patch height * patch width]`."""
         rows, columns = self.patch_shape
         cut = pixel_values.unflatten(2, (-1, rows)).unflatten(4, (-1, columns))
         return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _project_patches(self, patches: Tensor) -> Tensor:
-        """The patch projection, as a product of matrices: only visible patches pay, a third of the convolution."""
+        """Projects patches by a product of matrices: only visible patches cost, a third of the convolution."""
         projection = self.patch_embeddings.projection
         return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
 
 
 class IJepaLayer(stock.IJepaLayer):
-    """A layer of transformers that does less for the same values. Adds no parameter.
+    """Computes a layer of transformers with less work and the same values. Adds no parameter.
 
     Under autocast query, key and value share one copy of their input in the lower precision, where three would be made
-    and kept for the backward pass. The last layer of a stack spares the MLP, two thirds of its multiplications, for
-    rows that nobody asks for; every row attends and is attended to, as ever.
+    and kept for the backward pass. The last layer of a stack skips the MLP, two thirds of its multiplications, for
+    rows that are not in `output_indices`; attention still covers all rows.
 
     Args:
         config: The stack's configuration.
-        is_last: Whether this layer is the one that heeds `output_indices`.
+        is_last: Whether this layer applies `output_indices`.
     """
 
     def __init__(self, config: IJepaConfig, *, is_last: bool = False) -> None:
@@ -195,17 +195,17 @@ def make_layers(config: IJepaConfig) -> nn.ModuleList:
     """Makes the layers of an encoder or of the predictor.
 
     Args:
-        config: Of that part.
+        config: The configuration of that part.
 
     Returns:
-        `num_hidden_layers` layers, the last of which heeds `output_indices`.
+        `num_hidden_layers` layers, the last of which applies `output_indices`.
     """
     count = config.num_hidden_layers
     return nn.ModuleList([IJepaLayer(config, is_last=number == count - 1) for number in range(count)])
 
 
 class IJepaPreTrainedModel(stock.IJepaPreTrainedModel):
-    """Initial weights and the rules of loading, shared by the encoder, the predictor and the whole."""
+    """Defines initial weights and rules of loading for the encoder, the predictor and the whole model."""
 
     config: IJepaConfig
     config_class = IJepaConfig
@@ -232,7 +232,7 @@ class IJepaPreTrainedModel(stock.IJepaPreTrainedModel):
 
 
 class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
-    """The encoder: `transformers.IJepaModel`, able to see only some of the patches. Adds no parameter.
+    """Encodes images: `transformers.IJepaModel`, able to see only some of the patches. Adds no parameter.
 
     Args:
         config: An `IJepaConfig` of this package, or a stock one (converted).
@@ -263,8 +263,8 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
             pixel_values: float `[B, num_channels, height, width]`, normalised as the image processor does.
             context_indices: int64 `[B, K]` or `[B, S, K]`, row-major positions of the patches that enter the
                 transformer; the others have no influence. `None` means all.
-            output_indices: int64 `[B, T]`, which rows of the result are wanted, in this order: the last layer spares
-                work on the others. `None` means all.
+            output_indices: int64 `[B, T]`, the rows to return, in this order: the last layer skips work on the others.
+                `None` means all.
             **kwargs: As in the stock class: `interpolate_pos_encoding`, `attention_mask`, `output_hidden_states`,
                 `output_attentions`, `return_dict`.
 
@@ -287,7 +287,7 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         if output_indices is not None:
             rows = len(pixel_values) if context_indices is None else context_indices[..., 0].numel()
             check_indices("output_indices", output_indices, rows, ndims=(2,))
-            kwargs["output_indices"] = output_indices  # handed on to every layer; the last one heeds it
+            kwargs["output_indices"] = output_indices  # passed to every layer; the last one applies it
         self._check_attention_backend(kwargs.get("output_attentions"))
         return super().forward(pixel_values, bool_masked_pos=context_indices, **kwargs)
 
@@ -296,9 +296,8 @@ class IJepaModel(IJepaPreTrainedModel, stock.IJepaModel):
         backend = self.config._attn_implementation
         if asked and backend not in (None, "eager"):
             raise ValueError(
-                f"output_attentions=True: the attention backend {backend!r} computes no attention maps; load "
-                "the model "
-                'with attn_implementation="eager", or call model.set_attn_implementation("eager").'
+                f"output_attentions=True: the attention backend {backend!r} computes no attention maps; load the "
+                'model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
             )
 
 

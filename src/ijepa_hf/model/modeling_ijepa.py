@@ -1,4 +1,4 @@
-"""I-JEPA for pretraining: a context encoder, a target encoder (its moving average) and a narrow predictor.
+"""Pretrains I-JEPA: a context encoder, a target encoder (its moving average) and a narrow predictor.
 
 Source: Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", CVPR
 2023, arXiv 2301.08243. The picture of section 3 is `IJepaForPretraining.forward`: `encode_targets` (full image, no
@@ -49,7 +49,7 @@ _DOWNLOAD_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revisi
 
 @dataclass
 class IJepaForPretrainingOutput(ModelOutput):
-    """What `IJepaForPretraining` returns.
+    """Holds what `IJepaForPretraining` returns.
 
     Args:
         loss: float scalar, or `None` with `return_loss=False`.
@@ -127,7 +127,7 @@ class IJepaPredictor(IJepaPreTrainedModel):
 
 
 class IJepaForPretraining(IJepaPreTrainedModel):
-    """Both encoders and the predictor, with the loss.
+    """Combines both encoders and the predictor with the loss.
 
     `ijepa` is the target encoder: what is evaluated and published, under the name that stock heads look for; also
     called `target_encoder`. It is always in eval mode, never has gradients, and starts as a copy of `context_encoder`.
@@ -161,14 +161,14 @@ class IJepaForPretraining(IJepaPreTrainedModel):
 
     @property
     def target_encoder(self) -> IJepaModel:
-        """The moving average of the context encoder: what is evaluated and published."""
+        """Returns the moving average of the context encoder, which is evaluated and published."""
         return self.ijepa
 
     @torch.no_grad()
     def encode_targets(self, pixel_values: Tensor, target_indices: Tensor) -> Tensor:
-        """What the loss compares predictions with; no gradient.
+        """Computes the targets of the predictions; no gradient.
 
-        Representations of the target blocks, from the target encoder seeing the *full* image; with
+        They are the representations of the target blocks, from the target encoder seeing the *full* image; with
         `target_type="pixels"`, their pixels.
 
         Args:
@@ -181,18 +181,18 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         """
         if self.config.target_type == "pixels":
             return self._normalize(gather_patches(self.ijepa.embeddings.cut_patches(pixel_values), target_indices))
-        rows = target_indices.flatten(1)  # blocks may overlap: more rows than patches spare nothing
+        rows = target_indices.flatten(1)  # blocks may overlap: with more rows than patches nothing is saved
         if rows.shape[1] >= self.config.num_patches:
             return gather_patches(self.represent(pixel_values), target_indices)
         return self.represent(pixel_values, output_indices=rows).unflatten(1, target_indices.shape[1:])
 
     @torch.no_grad()
     def represent(self, pixel_values: Tensor, *, output_indices: Tensor | None = None) -> Tensor:
-        """The target encoder's representations of whole images, normalised as targets are; no gradient.
+        """Computes the target encoder's representations of whole images, normalised as targets; no gradient.
 
         Args:
             pixel_values: float `[B, num_channels, height, width]`.
-            output_indices: int64 `[B, T]`, which patches are wanted; `None` means all.
+            output_indices: int64 `[B, T]`, the patches to return; `None` means all.
 
         Returns:
             `[B, N, D]` or `[B, T, D]`.
@@ -205,7 +205,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         return nn.functional.layer_norm(targets, targets.shape[-1:], eps=TARGET_NORM_EPS)
 
     def predict(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
-        """Predictions of the target blocks, each by itself.
+        """Predicts the target blocks, each by itself.
 
         Args:
             context: `[B, K, D]`, or `[B*S, K, D]` with S context sets: `last_hidden_state` of the context encoder.
@@ -220,7 +220,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         return predictions if context_indices.dim() == 3 else predictions.squeeze(1)
 
     def compute_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Distance between predictions and targets, in at least float32.
+        """Computes the distance between predictions and targets, in at least float32.
 
         `smooth_l1` (published code): beta 1. `mse` (paper): squared L2. Both are *means* over images, context sets,
         blocks, patches and channels. The paper's figure sums over a block's P patches and D channels and averages over
@@ -246,7 +246,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         return_loss: bool = True,
         **kwargs: Any,
     ) -> IJepaForPretrainingOutput:
-        """One I-JEPA step: targets, context, predictions, loss.
+        """Computes one I-JEPA step: targets, context, predictions, loss.
 
         Args:
             pixel_values: float `[B, num_channels, height, width]`, normalised.
@@ -298,7 +298,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
 
     @torch.no_grad()
     def update_target_encoder(self, momentum: float) -> None:
-        """Target = momentum * target + (1 - momentum) * context, over all parameters; once per *optimiser* step.
+        """Moves each target parameter to momentum * target + (1 - momentum) * context; once per *optimiser* step.
 
         Args:
             momentum: In [0, 1]; the published runs go from 0.996 to 1.
@@ -314,7 +314,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
         torch._foreach_lerp_(targets, contexts, 1.0 - momentum)
 
     def train(self, mode: bool = True) -> "IJepaForPretraining":
-        """As in torch; the target encoder stays in eval mode (dropout would make its targets noise)."""
+        """Sets the mode as in torch; the target encoder stays in eval mode (dropout would make its targets noisy)."""
         super().train(mode)
         self.ijepa.eval()
         return self
@@ -325,7 +325,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
     # -- transformers ------------------------------------------------------------------------------------------------
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; reaches the predictor on the oldest supported version too."""
+        """Switches as in transformers; reaches the predictor on the oldest supported version too."""
         super().set_attn_implementation(*args, **kwargs)
         # transformers 5.9 skips a sub-model whose configuration has the same class as its parent's
         for part in (self.ijepa, self.context_encoder, self.predictor):
@@ -342,7 +342,7 @@ class IJepaForPretraining(IJepaPreTrainedModel):
     ) -> Any:
         """Loads a full model, or starts one from an encoder.
 
-        A repo or folder whose root holds an encoder and which has `pretraining/` loads the latter without being told.
+        A repo or folder whose root holds an encoder and which has `pretraining/` loads the latter.
         Where there is an encoder only, it becomes both encoders and the predictor is new, which is logged as a
         warning.
 
@@ -423,7 +423,7 @@ def distance(predictions: Tensor, targets: Tensor, loss_type: str, reduction: st
 
 
 def variance_and_covariance(features: Tensor) -> Tensor:
-    """VICReg's two terms against collapse, in its proportion: 25 times the variance hinge, plus the covariance.
+    """Computes VICReg's two terms against collapse: 25 times the variance hinge, plus the covariance.
 
     Args:
         features: float `[B, D]`.
@@ -446,10 +446,10 @@ def variance_and_covariance(features: Tensor) -> Tensor:
 
 
 def new_model(config: IJepaConfig, seed: int) -> IJepaForPretraining:
-    """A model with initial weights that are a function of the seed; torch's global generator is left as it was.
+    """Makes a model whose initial weights depend on the seed alone; torch's global generator stays as it was.
 
     Args:
-        config: The configuration.
+        config: The model's configuration.
         seed: The run's seed.
 
     Returns:
@@ -461,7 +461,7 @@ def new_model(config: IJepaConfig, seed: int) -> IJepaForPretraining:
 
 
 def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, Any]) -> str | None:
-    """The subfolder of a repo or folder that holds the full model ('' is its root), or None where there is none."""
+    """Finds the subfolder that holds the full model ('' is the root); None if there is none."""
     root = download.get("subfolder") or ""
     for subfolder in (root, posixpath.join(root, PRETRAINING_SUBFOLDER)):
         here = {**download, "subfolder": subfolder}
@@ -475,7 +475,7 @@ def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, A
             if not isinstance(architectures, list):
                 raise TypeError(f"architectures={architectures!r} is no list")
             if subfolder != root and not architectures:
-                raise ValueError(f"architectures={architectures!r} does not say what it is of")
+                raise ValueError(f"architectures={architectures!r} does not name the model")
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{posixpath.join(str(source), subfolder, CONFIG_NAME)} is damaged: {error}") from error
         if class_name in architectures:
@@ -485,7 +485,7 @@ def _full_model_subfolder(class_name: str, source: Any, download: Mapping[str, A
 
 @contextmanager
 def _naming(source: Any, subfolder: str | None) -> Iterator[None]:
-    """Says which weights it is that cannot be loaded; what is raised inside does not."""
+    """Adds the name of the weights file to errors of loading, which do not name it."""
     try:
         yield
     except (SafetensorError, RuntimeError, ValueError) as error:

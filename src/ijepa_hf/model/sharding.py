@@ -1,6 +1,6 @@
-"""Models of which each process holds a part, as FSDP2 makes them: how they are cut, and the whole of one.
+"""Shards models with FSDP2, so that each process holds a part, and gathers whole tensors and models.
 
-What is cut is fixed here and not in accelerate's configuration, because the model reads some weights directly: each
+The units are fixed here and not in accelerate's configuration, because the model reads some weights directly: each
 transformer layer is a unit that is gathered when it runs, and all else (embeddings, the last norms, the predictor's
 projections) is one unit with the root.
 """
@@ -25,7 +25,7 @@ _REFUSED = {
 
 @torch.no_grad()
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; for a sharded one all processes that hold a part have to call this together.
+    """Gathers a whole tensor; all processes that hold a part of a sharded one must call this together.
 
     Args:
         tensor: Any tensor.
@@ -37,26 +37,19 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only parts of a model's parameters.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        The answer; the same in all processes.
-    """
+    """Returns whether this process holds only parts of a model's parameters; the same in all processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def make_fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """How accelerate is to shard the model, where the configuration that it was launched with asks for sharding.
+    """Makes the plugin by which accelerate shards the model, if its launch configuration asks for sharding.
 
     Weights are gathered and gradients averaged in float32, and bf16 comes from autocast around the forward pass, as
     without sharding: so values do not depend on how a model is spread. accelerate's own way, weights gathered in bf16,
-    halves the traffic, and would add up the residual stream, the gradients and the loss in bf16.
+    halves the traffic, but would sum the residual stream, the gradients and the loss in bf16.
 
     Returns:
-        The plugin, or `None` where no sharding was asked for.
+        The plugin, or `None` if the configuration does not ask for sharding.
 
     Raises:
         ValueError: If the configuration asks for what this package cannot do with a sharded model.
@@ -93,14 +86,14 @@ def make_fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
 def whole_model(
     model: IJepaForPretraining, keep: bool, device: torch.device | str | None = None
 ) -> IJepaForPretraining | None:
-    """A model with all its weights in one process, for what runs there alone: scores, measurements, pictures.
+    """Gathers a model with all its weights in one process, for scores, measurements and pictures.
 
-    All processes that hold a part of a sharded model have to call this together.
+    All processes that hold a part of a sharded model must call this together.
 
     Args:
         model: Sharded, or not.
         keep: Whether this process wants the whole; another only helps to gather it.
-        device: Where the whole goes; stays where it is if not given.
+        device: Device of the copy; that of the model if not given.
 
     Returns:
         A copy that is not sharded, in the mode of the model (train or eval), its target encoder frozen; `None` where

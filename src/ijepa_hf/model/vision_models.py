@@ -1,4 +1,4 @@
-"""The commit that a vision model is of, and what its images are like: read from its files, for every kind of model."""
+"""Reads the commit and the image settings of any kind of vision model from its files."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from transformers.utils.hub import extract_commit_hash
 
 
 class ImageSettings(NamedTuple):
-    """What a model's images are like.
+    """Holds how a model's images are prepared.
 
     Args:
         shape: Height and width in pixels.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Likewise.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel, of pixels in [0, 1].
     """
 
     shape: tuple[int, int]
@@ -26,7 +26,7 @@ class ImageSettings(NamedTuple):
 
 
 def check_model_name(model: str, revision: str | None) -> None:
-    """Finds a model's name that cannot be right before anything is loaded.
+    """Refuses a model's name that cannot be right, before anything is loaded.
 
     Args:
         model: Hub id or folder.
@@ -47,7 +47,7 @@ def check_model_name(model: str, revision: str | None) -> None:
 
 
 def commit_of(model: str, revision: str | None) -> str | None:
-    """The commit that a revision on the Hub is now.
+    """Finds the commit to which a revision on the Hub points now.
 
     Args:
         model: Hub id or folder.
@@ -66,11 +66,11 @@ def commit_of(model: str, revision: str | None) -> str | None:
 
 
 def read_image_settings(source: str, config: Any, *, revision: str | None = None) -> ImageSettings:
-    """Reads what a model's images are like from its configuration and its image processor's file.
+    """Reads how a model's images are prepared from its configuration and its image processor's file.
 
     Args:
         source: Hub id or folder.
-        config: The model's; of one for pictures and text its `vision_config` counts.
+        config: The model's configuration; if it has a `vision_config`, that one is used.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
@@ -80,8 +80,8 @@ def read_image_settings(source: str, config: Any, *, revision: str | None = None
 
     Raises:
         OSError: If there is no image processor.
-        ValueError: If neither file says a size, or the processor does something to the colours that a mean and a
-            standard deviation do not say.
+        ValueError: If neither file has a size, or the processor changes colours in a way that a mean and a standard
+            deviation cannot express.
     """
     fields, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
     config = getattr(config, "vision_config", config)
@@ -118,17 +118,17 @@ def _image_shape(source: str, config: Any, fields: Mapping[str, Any]) -> tuple[i
             height, width = size
             return int(height), int(width)
     raise ValueError(
-        f"model={source!r}: neither config.json (image_size) nor preprocessor_config.json (crop_size, size) says how "
-        'large its images are; write "size": {"height": ..., "width": ...} into the latter.'
+        f"model={source!r}: neither config.json (image_size) nor preprocessor_config.json (crop_size, size) has the "
+        'size of its images; write "size": {"height": ..., "width": ...} into the latter.'
     )
 
 
 def damaged_weights(source: str, error: SafetensorError) -> ValueError:
-    """What is to be said of weights that cannot be read.
+    """Makes the error for weights that cannot be read.
 
     Args:
         source: Hub id or folder of the model.
-        error: What the reader says.
+        error: The reader's error.
 
     Returns:
         The error to raise.
@@ -145,11 +145,11 @@ def refuse_kernels(config: Any, source: str) -> None:
     Where the package `kernels` is installed, transformers would fetch its code and run it.
 
     Args:
-        config: Of a model.
+        config: The model's configuration.
         source: The model's name, for the message.
 
     Raises:
-        ValueError: If it, or one of its parts, names one.
+        ValueError: The configuration, or one of its parts, names one.
     """
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for named in (str(getattr(part, "_attn_implementation", None)) for part in parts):
