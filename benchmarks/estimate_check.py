@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from ijepa_hf.estimation.cost import Sizes, count_parameters, draw_sizes, estimate_memory, model_work
+from ijepa_hf.estimation.cost import Sizes, StepSettings, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.estimation.timing import measure_step_time
 from ijepa_hf.model.mask_audit import TRIALS
 from ijepa_hf.model.masking import draw_masks
@@ -181,8 +181,9 @@ def compare_memory(name: str) -> dict[str, Any]:
             sizes,
             count_parameters(training.config),
             training.run.per_device_train_batch_size,
-            bf16=training.run.mixed_precision == "bf16",
-            checkpointing=training.run.gradient_checkpointing,
+            StepSettings(
+                bf16=training.run.mixed_precision == "bf16", checkpointing=training.run.gradient_checkpointing
+            ),
         ).peak
         for sizes in draw_sizes(training.config, training.run.per_device_train_batch_size)
     ]

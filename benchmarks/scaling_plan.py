@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from ijepa_hf.data.prepare.prepare import parse_size
 from ijepa_hf.estimation.cost import (
     Parameters,
+    StepSettings,
     count_parameters,
     draw_sizes,
     estimate_memory,
@@ -368,10 +369,12 @@ def plan_case(case: Case, measured: Measured, assumed: Assumed) -> dict[str, Any
 
     def activations(checkpointing: str) -> float:
         """Of the masks that need most, with batch and what is beside them; no weights."""
-        options = {"checkpointing": checkpointing == "full", "selective": checkpointing == "selective"}
+        settings = StepSettings(
+            bf16=True, checkpointing=checkpointing == "full", selective=checkpointing == "selective"
+        )
         none = Parameters(0, 0, 0)
         size = run.per_device_train_batch_size
-        return max(estimate_memory(config, sizes, none, size, bf16=True, **options).peak for sizes in drawn)
+        return max(estimate_memory(config, sizes, none, size, settings).peak for sizes in drawn)
 
     step, step_full = seconds(full=False), seconds(full=True)
     per_gpu = images / step

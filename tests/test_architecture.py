@@ -35,18 +35,17 @@ FOLDERS_OF_THE_WHOLE = {"invariant", "project"}
 
 # What is used of other libraries although its name says that it is private: what a new version may break first.
 PRIVATE_PARTS_OF_OTHERS: dict[str, set[str]] = {
-    "commands.main": {"_actions"},  # argparse: the flags of a parser
     "data.sources.opening": {"_resolve_features"},  # datasets: the columns of a stream
     "finetuning.finetune": {"_CACHED_NO_EXIST"},  # huggingface_hub: a file that is known to be missing
     "model.encoder_ijepa": {"_attn_implementation"},  # transformers
     "model.modeling_ijepa": {"_foreach_lerp_"},  # torch: the moving average in one call
     "model.sharding": {"_attn_implementation"},
-    "recipes.parsing": {"_actions"},
+    "recipes.parsing": {"_actions"},  # argparse: the flags of a parser
     "weights.locate": {"_CACHED_NO_EXIST"},
 }
 
 TO_MEND: set[str] = {
-    "estimation.cost", "estimation.estimate", "evaluation.probes.attentive",
+    "evaluation.probes.attentive",
     "evaluation.probes.dense", "evaluation.probes.linear", "training.images",
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """The command `visualize`: the right images reach the right picture, and mistakes are found before the work."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +74,9 @@ def drawn(monkeypatch) -> dict[str, tuple]:
 
 
 def run(*argv: object) -> str:
-    return visualize.visualize([str(word) for word in argv])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert visualize.run([str(word) for word in argv]) == 0
+    return printed.getvalue()[:-1]
 
 
 def test_every_figure_is_drawn_of_a_run(model, tmp_path):
@@ -304,9 +308,3 @@ def test_arrays_of_other_ranges_are_shown_on_one_scale(tmp_path, drawn):
     scaled = (arrays - arrays.min()) / (arrays.max() - arrays.min())
     for picture in [*queries, *neighbours.reshape(-1, 32, 32, 3)]:
         assert np.abs(scaled - picture[..., 0]).max(axis=(1, 2)).min() < 1e-5
-
-
-def test_flags_are_those_of_all_three_forms():
-    flags = visualize.visualize_flags()
-    assert {"--masks", "--audit", "--figure", "--box", "--html", "--image_size"} <= flags
-    assert flags == main.command_flags()["visualize"]

@@ -14,6 +14,7 @@ from ijepa_hf.estimation import timing
 from ijepa_hf.estimation.cost import (
     Parameters,
     Sizes,
+    StepSettings,
     count_parameters,
     draw_sizes,
     estimate_memory,
@@ -210,7 +211,7 @@ def kept_bytes(config, batch, *, bf16=False, checkpointing=False, eager=False):
 def test_activations_are_the_storages_that_torch_keeps(changes, how):
     config = tiny_config(**changes)
     batch = tiny_batch(config, BATCH)
-    ours = estimate_memory(config, sizes_of(config, batch), count_parameters(config), BATCH, **how)
+    ours = estimate_memory(config, sizes_of(config, batch), count_parameters(config), BATCH, StepSettings(**how))
     assert ours.activations + ours.weight_copies == pytest.approx(kept_bytes(config, batch, **how), rel=0.02)
 
 
@@ -246,9 +247,7 @@ def test_the_peak_is_that_of_a_real_step(images, micro_batches, how):
         sizes_of(config, batch),
         count_parameters(config),
         images,
-        checkpointing=checkpointing,
-        selective=selective,
-        accumulates=micro_batches > 1,
+        StepSettings(checkpointing=checkpointing, selective=selective, accumulates=micro_batches > 1),
     )
     there = ours.weights + ours.optimizer + ours.batch
     assert ours.peak == pytest.approx(there + peak_of_a_step(config, batch, run, micro_batches), rel=0.15)
@@ -258,7 +257,7 @@ def test_several_processes_hold_what_they_exchange():
     config = tiny_config()
     parameters = count_parameters(config)
     one, many = (
-        estimate_memory(config, draw_sizes(config, 2)[0], parameters, 2, is_distributed=distributed)
+        estimate_memory(config, draw_sizes(config, 2)[0], parameters, 2, StepSettings(is_distributed=distributed))
         for distributed in (False, True)
     )
     assert many.peak - one.peak == many.buckets == 4 * parameters.trained

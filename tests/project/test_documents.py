@@ -3,6 +3,7 @@
 The reader of documents (document_blocks.py) is tried on made-up ones first, wrong in every way that it has to notice.
 """
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -198,14 +199,19 @@ def test_broken_links_are_caught(tmp_path: Path) -> None:
 def known() -> Known:
     from accelerate.commands.launch import launch_command_parser
 
-    from ijepa_hf.commands.main import command_flags
+    from ijepa_hf.commands import main, visualize
+    from ijepa_hf.recipes.parsing import flag_names
     from ijepa_hf.recipes.recipe_files import recipe_names
+
+    modules = {name: importlib.import_module(f"ijepa_hf.commands.{name}") for name in main.COMMANDS}
+    flags = {name: flag_names(module.build_parser()) for name, module in modules.items()}
+    flags["visualize"] |= flag_names(visualize.build_masks_parser()) | flag_names(visualize.build_html_parser())
 
     makefile = (ROOT / "Makefile").read_text("utf-8")
     return Known(
         make_targets=set(re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, re.MULTILINE)),
         make_variables=set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE)),
-        flags=command_flags(),
+        flags=flags,
         recipes=set(recipe_names()),
         launch_flags=set(launch_command_parser()._option_string_actions),
         root=ROOT,

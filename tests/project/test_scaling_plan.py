@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from tiny import tiny_config, tiny_run
 
+from ijepa_hf.commands import estimate
 from ijepa_hf.data import streaming
-from ijepa_hf.estimation import estimate
 from ijepa_hf.estimation.cost import Parameters, count_parameters, draw_sizes, estimate_memory, model_work
 from ijepa_hf.estimation.timing import HARDWARE
 
@@ -104,10 +104,11 @@ def test_reading_follows_the_images_and_cores_their_seconds(plan, found):
     assert plan.Assumed().requests_at_once == streaming._FOOTERS_AT_ONCE
 
 
-def test_the_times_are_those_that_the_package_estimates(plan, found):
+def test_the_times_are_those_that_the_package_estimates(plan, found, capsys):
     for case, numbers in zip(plan.CASES, found["cases"], strict=True):
         flags = [case.recipe, *case.flags, "--hardware", case.hardware, "--num_processes", str(case.gpus)]
-        said = json.loads(estimate.estimate([*flags, "--num_images", str(case.num_images), "--json"]))
+        assert estimate.run([*flags, "--num_images", str(case.num_images), "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
         assert numbers["run"]["seconds_per_step"] == pytest.approx(said["hardware"][0]["seconds_per_step"])
         assert numbers["run"]["steps"] == said["run"]["steps"]
         assert numbers["run"]["global_batch_size"] == said["run"]["global_batch_size"] == 2048

@@ -1,8 +1,8 @@
-"""`ijepa-hf diagnose`: a verdict on a run or a model, with the numbers behind it, a picture, and an exit code.
+"""`ijepa-hf diagnose`: judges whether a run or a model has collapsed, and prints the numbers behind the verdict.
 
-A run has been measured while it trained (`diagnostics.jsonl`) and is judged by all its rows. A model's folder or Hub
-repository is measured now, on images that are given: both encoders and the predictor where it has them, the encoder
-alone for any other vision backbone of transformers.
+A run was measured while it trained (`diagnostics.jsonl`), and is judged by all its rows. A model's folder or Hub
+repository is measured now, on given images: both encoders and the predictor where it has them, the encoder alone of
+any other vision backbone of transformers.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from ijepa_hf.diagnosis.verdict import (
     CollapseVerdict,
     judge_collapse,
 )
+from ijepa_hf.escaping import text_table
 from ijepa_hf.evaluation.backbones import load_backbone
 from ijepa_hf.model.modeling_ijepa import PRETRAINING_SUBFOLDER, IJepaForPretraining
 from ijepa_hf.model.vision_models import check_model_name, commit_of, read_image_settings
@@ -51,65 +52,75 @@ class DiagnoseFlags:
 
     dataset_name: str | None = flag(
         "result",
-        "Images to measure a model on, as for ijepa-hf pretrain; those of its run if not given. A run that has rows "
-        "is measured again only where this is given.",
+        "Images to measure a model on, as for ijepa-hf pretrain; those of its run if not given. A run that was "
+        "measured while it trained is measured again only if this is given.",
     )
     dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
     split_name: str | None = flag(
-        "result", "Split of the images; the held-out one of MODEL's run, else test, if not given."
+        "result",
+        "Split of the images; if not given, test, or without --dataset_name the evaluation split of MODEL's run.",
     )
-    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
-    max_samples: int = flag("result", "Images, spread evenly over the split.", MONITOR_IMAGES)
+    image_column_name: str | None = flag("result", "Column of the images; found automatically if there is only one.")
+    max_samples: int = flag(
+        "result", "Images to measure on, spread evenly over the split; at least 2.", MONITOR_IMAGES
+    )
     model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
     output: str | None = flag(
-        "place", "PNG to draw a run's rows into; figures/diagnostics.png of the run if not given."
+        "place", "PNG file for the curves of a run's measurements; figures/diagnostics.png of the run if not given."
     )
     json: bool = flag("reporting", "Print the verdict and all numbers as JSON.", False)
     demo: bool = flag(
         "result",
-        "Train a healthy and a collapsing model on the built-in `shapes`, beside each other, and judge both.",
+        "Train a healthy and a collapsing model on the built-in images `shapes`, and judge both.",
         False,
     )
     output_dir: str = flag("place", "Folder of the demo's runs.", "runs/collapse-demo")
 
 
-def build_diagnose_parser() -> CommandParser:
-    """Returns the parser of `ijepa-hf diagnose`."""
+def build_parser() -> CommandParser:
+    """Returns the parser of the command."""
     parser = command_parser(
         "diagnose",
-        "Judge whether the features of a run or a model have collapsed, with the numbers, the reason, and "
-        "the next flag to try.",
+        "Judge whether the features of a run or a model have collapsed: print the verdict, its reason, the measured "
+        "numbers, and the next flag to try.",
         DiagnoseFlags,
         epilog=f"Exit codes: 0 healthy (the loss may rise), {FAILURE_EXIT_CODE} something is wrong, "
-        f"{EXIT_CODES[UNKNOWN]} not judged yet, 2 a wrong flag or file. The demo: 0 if both verdicts are right.",
+        f"{EXIT_CODES[UNKNOWN]} too few measurements for a verdict, 2 a wrong flag or file. The demo: 0 if both "
+        "verdicts are right.",
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", nargs="?", help="A run's or model's folder, or a Hub id.")
     return parser
 
 
-def diagnose(argv: Sequence[str]) -> tuple[str, int]:
+def run(argv: Sequence[str]) -> int:
     """Runs the command.
 
     Args:
         argv: What follows `ijepa-hf diagnose`.
 
     Returns:
-        What is to be printed, and the exit code.
+        The exit code.
 
     Raises:
-        FileNotFoundError: If the run, the model or the images do not exist.
-        OSError: If a model cannot be loaded.
+        OSError: If the run, the model or the images do not exist, or a model cannot be loaded.
         ValueError: If a flag is bad or unknown, or the images cannot be used.
     """
-    named = parse_flags(build_diagnose_parser(), argv)
-    values = dict(vars(named))
+    values = dict(vars(parse_flags(build_parser(), argv)))
     model = values.pop("model")
     flags = DiagnoseFlags(**values)
     if flags.demo == (model is not None):
         raise ValueError("name one run or model to diagnose, or give --demo alone.")
     if flags.demo:
         _refuse(flags, _OF_IMAGES, "is about measuring a model, and the demo has its own; leave it out.")
-        return run_demo(Path(flags.output_dir))
+        text, code = run_demo(Path(flags.output_dir))
+    else:
+        text, code = _diagnose(model, flags)
+    print(text)
+    return code
+
+
+def _diagnose(model: str, flags: DiagnoseFlags) -> tuple[str, int]:
+    """Judges a run or a model. Returns the text to print and the exit code."""
     _refuse(flags, ("output_dir",), "is the demo's folder; add --demo, or leave it out.")
     if flags.max_samples < 2:
         raise ValueError(f"max_samples={flags.max_samples} must be at least 2, better {MONITOR_IMAGES}.")
@@ -130,18 +141,18 @@ def diagnose(argv: Sequence[str]) -> tuple[str, int]:
     code = EXIT_CODES.get(verdict.name, FAILURE_EXIT_CODE)
     if flags.json:
         return json.dumps({"verdict": verdict.as_dict(), "rows": rows}, indent=2), code
-    return render_diagnosis(rows, verdict, picture), code
+    return _render(rows[-1], verdict, picture), code
 
 
 def _refuse(flags: DiagnoseFlags, names: Sequence[str], why: str) -> None:
-    """Says which flag would be ignored, rather than to ignore it."""
+    """Raises a `ValueError` for a flag that is set and would be ignored."""
     for entry in dataclasses.fields(flags):
         if entry.name in names and getattr(flags, entry.name) != entry.default:
             raise ValueError(f"{entry.name}={getattr(flags, entry.name)!r} {why}")
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], run: Path, output: str | None) -> str:
-    """Draws the rows, and says where; the run's own folder may be read-only, which is no reason for no verdict."""
+    """Draws the rows and returns a line that names the file. A run's folder that is read-only is no error."""
     path = run / "figures" / "diagnostics.png" if output is None else Path(output)
     if path.suffix != ".png":
         raise ValueError(f"output={output!r} must end in .png.")
@@ -158,14 +169,14 @@ def _draw(rows: Sequence[Mapping[str, Any]], run: Path, output: str | None) -> s
 
 
 def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
-    """Measures a model on images.
+    """Measures a model on images, float32 on the CPU.
 
     Args:
         model: A folder or Hub id.
         flags: About the images.
 
     Returns:
-        A row, without `step`.
+        A row as in `diagnostics.jsonl`, without `step`.
 
     Raises:
         FileNotFoundError: If the images do not exist.
@@ -221,35 +232,18 @@ def _has_predictor(model: str, commit: str | None) -> bool:
     return False
 
 
-def render_diagnosis(rows: Sequence[Mapping[str, Any]], verdict: CollapseVerdict, picture: str) -> str:
-    """The text of a verdict.
-
-    Args:
-        rows: All rows; the last is shown.
-        verdict: On them.
-        picture: A line on what was drawn; empty if nothing was.
-
-    Returns:
-        Several lines of plain text.
-    """
-    last = rows[-1]
-    parts = [part for part in ("target", "context", "prediction") if f"{part}_patch_normalized_std" in last]
+def _render(last: Mapping[str, Any], verdict: CollapseVerdict, picture: str) -> str:
+    """The verdict and a table of the last row; `picture` is a line on the picture, empty where none was drawn."""
     titles = {"target": "target encoder", "context": "context encoder", "prediction": "predictor"}
+    parts = [part for part in titles if f"{part}_patch_normalized_std" in last]
     of_step = "" if last.get("step") is None else f" at step {last['step']}"
-    lines = [f"{'':<42}" + "".join(f"{titles[part]:>17}" for part in parts)]
-    for sign in SIGNS_OF_PARTS:
-        lines.append(f"{sign.words:<42}" + "".join(f"{last[f'{part}_{sign.name}']:>17.4g}" for part in parts))
-    for sign in SINGLE_SIGNS:
-        if sign.words and last.get(sign.name) is not None:
-            lines.append(f"{sign.words:<42}{last[sign.name]:>17.4g}")
-    return "\n".join(
-        [
-            f"verdict{of_step}: {verdict.name}",
-            "",
-            verdict.reason,
-            *([verdict.advice] if verdict.advice else []),
-            "",
-            *lines,
-            *(["", picture] if picture else []),
-        ]
-    )
+    table = [["", *(titles[part] for part in parts)]]
+    table += [[sign.words, *(f"{last[f'{part}_{sign.name}']:.4g}" for part in parts)] for sign in SIGNS_OF_PARTS]
+    table += [
+        [sign.words, f"{last[sign.name]:.4g}"]
+        for sign in SINGLE_SIGNS
+        if sign.words and last.get(sign.name) is not None
+    ]
+    reasons = [verdict.reason, *([verdict.advice] if verdict.advice else [])]
+    lines = [f"verdict{of_step}: {verdict.name}", "", *reasons, "", *text_table(table, align="<>")]
+    return "\n".join([*lines, *(["", picture] if picture else [])])

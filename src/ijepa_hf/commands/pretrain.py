@@ -1,17 +1,32 @@
-"""The command `ijepa-hf pretrain`."""
+"""`ijepa-hf pretrain`: runs a pretraining, and gives each way in which it can stop an exit code of its own."""
 
 import sys
+from collections.abc import Sequence
 
 from ijepa_hf.escaping import printable
+from ijepa_hf.recipes.parsing import build_parser, parse_arguments
+
+__all__ = ["build_parser", "run"]
 
 
-def _pretrain(argv: list[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: What follows `ijepa-hf pretrain`.
+
+    Returns:
+        The exit code, see `ijepa_hf.commands.main`.
+
+    Raises:
+        OSError: If the recipe, the images or the weights are missing.
+        ValueError: If a flag is bad, or arguments, images and folder do not fit.
+    """
     from ijepa_hf.data.loader import DataWorkerError
     from ijepa_hf.data.retrying import DataSourceError
     from ijepa_hf.diagnosis.run_monitor import CollapseError
     from ijepa_hf.files import SaveError
     from ijepa_hf.hub.uploader import UploadIncompleteError
-    from ijepa_hf.recipes.parsing import parse_arguments
     from ijepa_hf.training.memory import DoesNotFitError
     from ijepa_hf.training.pretrain import pretrain
     from ijepa_hf.training.ranks import LostRankError

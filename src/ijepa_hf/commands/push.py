@@ -1,15 +1,48 @@
-"""The command `ijepa-hf push`."""
+"""`ijepa-hf push`: uploads a folder to the Hub."""
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from ijepa_hf_command import COMMANDS
+from ijepa_hf.recipes.parsing import CommandParser, command_parser, parse_flags
 
 
-def _push(argv: list[str]) -> int:
+def build_parser() -> CommandParser:
+    """Returns the parser of the command."""
+    parser = command_parser(
+        "push",
+        "Upload the folder of a run, of a converted model or of a classifier to the Hub.",
+        epilog="The token is read from HF_TOKEN, or from what `hf auth login` has saved.",
+    )
+    add = parser.add_argument
+    add("folder", help="A folder that `ijepa-hf pretrain`, `convert` or `finetune` has written.")
+    add("repo", help="Repository on the Hub, such as me/my-ijepa; made if it is missing.")
+    add("--hub_private_repo", action="store_true", help="Make the repository private if it has to be made.")
+    add("--hub_revision", help="Branch to upload to; main if not given.")
+    add(
+        "--hub_strategy",
+        choices=["end", "checkpoint"],
+        default="end",
+        help="end: upload the model; checkpoint: also upload the newest training state, from which a run can resume.",
+    )
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: What follows `ijepa-hf push`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        OSError: If the folder is missing, or the Hub cannot be reached.
+        ValueError: If a flag is bad, or the folder cannot be pushed.
+    """
     from ijepa_hf.hub.push import push_folder
 
-    named = build_push_parser().parse_args(argv)
+    named = parse_flags(build_parser(), argv)
     address = push_folder(
         Path(named.folder),
         named.repo,
@@ -19,25 +52,3 @@ def _push(argv: list[str]) -> int:
     )
     print(f"{named.folder} is at {address}")
     return 0
-
-
-def build_push_parser() -> argparse.ArgumentParser:
-    """Returns the parser of `ijepa-hf push`."""
-    parser = argparse.ArgumentParser(
-        prog="ijepa-hf push",
-        description=COMMANDS["push"],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        epilog="The token is read from HF_TOKEN, or from what `hf auth login` has saved.",
-    )
-    parser.add_argument("folder", help="What `ijepa-hf pretrain`, `convert` or `finetune` has written.")
-    parser.add_argument("repo", help="Repository on the Hub, such as me/my-ijepa; made if it is missing.")
-    parser.add_argument("--hub_private_repo", action="store_true", help="Make it private, where it is made.")
-    parser.add_argument("--hub_revision", help="Branch to upload to; main if not given.")
-    parser.add_argument(
-        "--hub_strategy",
-        choices=["end", "checkpoint"],
-        default="end",
-        help="checkpoint: upload the newest state to resume from too.",
-    )
-    return parser

@@ -1,10 +1,10 @@
-"""The command `ijepa-hf visualize`: pictures of a recipe's masks, of what a model has learnt, and of a whole run.
+"""`ijepa-hf visualize`: draws a recipe's masks or what a model has learnt, and writes a run as one HTML file.
 
     ijepa-hf visualize --masks RECIPE [--audit] ...
     ijepa-hf visualize MODEL --figure pca|cosine|error|expectation|retrieval|spectrum --dataset_name NAME ...
     ijepa-hf visualize --html RUN
 
-Whatever can be wrong with flags, images and model is found before the model's weights are used.
+Flags, images and the model's kind are checked before the model's weights are loaded.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from ijepa_hf.weights.starting_weights import StartingWeights, open_starting_wei
 
 FIGURES = {
     "pca": "the first three principal components of the patches as colours",
-    "cosine": "how like a few patches all others are",
+    "cosine": "the cosine similarity of a few patches to all others",
     "error": "the loss of each target patch",
     "expectation": "what the predictor expects: the real patches most like its predictions",
     "retrieval": "images and their nearest neighbours",
@@ -76,31 +76,23 @@ _BATCH = 64
 _MOST_PATCHES = 20_000  # in the spectrum of patches
 
 
-def visualize(argv: Sequence[str]) -> str:
-    """Draws what the command line asks for.
+def run(argv: Sequence[str]) -> int:
+    """Runs the command.
 
     Args:
         argv: What follows `ijepa-hf visualize`.
 
     Returns:
-        What to print.
+        The exit code.
 
     Raises:
         ValueError: If a flag is unknown or has a bad value, or model, images and flags do not fit.
-        OSError: If a model, data set, image or folder is not there.
+        OSError: If a model, data set, image or folder does not exist.
     """
-    argv = list(argv)
     named = {word.split("=")[0] for word in argv if word.startswith("--")}
-    if "--masks" in named:
-        return _draw_masks(argv)
-    if "--html" in named:
-        return _draw_html(argv)
-    return _draw_figure(argv)
-
-
-def visualize_flags() -> set[str]:
-    """Returns the flags of all three forms of the command."""
-    return flag_names(_masks_parser()) | flag_names(_figure_parser()) | flag_names(_html_parser())
+    draw = _draw_masks if "--masks" in named else _draw_html if "--html" in named else _draw_figure
+    print(draw(argv))
+    return 0
 
 
 def _check_output(output: Path, suffix: str) -> None:
@@ -143,7 +135,7 @@ def _draw_first_masks(config: IJepaConfig, data: DataArguments, batch_size: int,
 
 def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArguments, DataArguments]:
     """The command's own flags, and the recipe's arguments with flags over them."""
-    parser = _masks_parser()
+    parser = build_masks_parser()
     named, known = parse_flags(parser, argv), flag_names(parser)
     values = {name: value for name, value in load_recipe(named.masks).items() if f"--{name}" in known}
     if any(word.split("=")[0] == "--masking_strategy" for word in argv):
@@ -155,25 +147,27 @@ def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArgument
     return named, model, data
 
 
-def _masks_parser() -> CommandParser:
+def build_masks_parser() -> CommandParser:
+    """Returns the parser of the form `--masks RECIPE`."""
     parser = command_parser(
         "visualize",
-        "Draw the first training images of a recipe with their masks, or with --audit measure the masks "
-        "of many steps. Flags override the recipe; one that sets masking_strategy drops what only the recipe's needs.",
+        "Draw the first training images of a recipe with their masks, or with --audit measure the masks of many "
+        "steps. Flags override the recipe; --masking_strategy drops the recipe's mask settings that the new strategy "
+        "does not use.",
         (ModelArguments, DataArguments),
     )
     parser.add_argument(
         "--masks",
         metavar="RECIPE",
         required=True,
-        help=f"Whose masks: one of {', '.join(recipe_names())}, or the path of a YAML file.",
+        help=f"Recipe whose masks are drawn: one of {', '.join(recipe_names())}, or the path of a YAML file.",
     )
     parser.add_argument(
-        "--audit", action="store_true", help="Print what the masks are like, and draw that; needs no images."
+        "--audit", action="store_true", help="Measure the masks, print and draw the result; needs no images."
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="Images that share a draw of masks.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of every draw; the recipe's if it has one.")
-    parser.add_argument("--output", help="PNG to write; masks.png, or mask-audit.png with --audit, if not given.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images that share one draw of masks.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of every draw; the recipe's seed if it has one.")
+    parser.add_argument("--output", help="PNG file to write; masks.png, or mask-audit.png with --audit, if not given.")
     return parser
 
 
@@ -181,30 +175,32 @@ def _masks_parser() -> CommandParser:
 
 
 def _draw_html(argv: Sequence[str]) -> str:
-    named = parse_flags(_html_parser(), argv)
+    named = parse_flags(build_html_parser(), argv)
     output = Path(named.output)
     _check_output(output, ".html")
     write_html_report(Path(named.html), output)
     return f"report: {output}"
 
 
-def _html_parser() -> CommandParser:
+def build_html_parser() -> CommandParser:
+    """Returns the parser of the form `--html RUN`."""
     parser = command_parser(
         "visualize",
-        "Write a run as one HTML file that needs nothing else: scores, curves, pictures, arguments.",
+        "Write a run as one self-contained HTML file: scores, curves, pictures, arguments.",
     )
     parser.add_argument("--html", metavar="RUN", required=True, help="Folder of a run, finished or not.")
-    parser.add_argument("--output", default="report.html", help="File to write.")
+    parser.add_argument("--output", default="report.html", help="HTML file to write.")
     return parser
 
 
 # -- features and predictions ----------------------------------------------------------------------------------------
 
 
-def _figure_parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """Returns the parser of the form `MODEL --figure NAME`, whose help names the two others."""
     parser = command_parser(
         "visualize",
-        "Draw what a model makes of images. "
+        "Draw the features or the predictions of a model. "
         + "; ".join(f"{name}: {text}" for name, text in FIGURES.items())
         + ". error and expectation need an I-JEPA model with its predictor, the others any vision model.",
         epilog="Two other forms: `ijepa-hf visualize --masks RECIPE` draws or measures the masks of a recipe "
@@ -212,29 +208,37 @@ def _figure_parser() -> CommandParser:
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="Folder or Hub id of a model.")
     parser.add_argument("--figure", choices=list(FIGURES), help="What to draw.")
-    parser.add_argument("--dataset_name", help="Images, as for ijepa-hf pretrain: digits, shapes, a Hub id, a folder.")
+    parser.add_argument(
+        "--dataset_name", help="Images, as for ijepa-hf pretrain: digits, shapes, a Hub id, a file or a folder."
+    )
     parser.add_argument("--dataset_config_name", help="Configuration of the Hub data set.")
-    parser.add_argument("--split_name", default="test", help="Split that images, and a gallery, are taken from.")
-    parser.add_argument("--image_column_name", help="Column of the images; found by itself if there is only one.")
-    parser.add_argument("--label_column_name", help="Column of the labels, for the names below images.")
-    parser.add_argument("--image", metavar="N|PATH", help="One image: its number in the split, or a file.")
+    parser.add_argument("--split_name", default="test", help="Split from which the images and the gallery are taken.")
+    parser.add_argument("--image_column_name", help="Column of the images; found automatically if there is only one.")
+    parser.add_argument("--label_column_name", help="Column of the labels, which are written below images.")
+    parser.add_argument(
+        "--image", metavar="N|PATH", help="Draw this one image: its number in the split, counted from 0, or a file."
+    )
     parser.add_argument(
         "--box",
         metavar="X,Y,W,H",
-        help="The part to predict (error, expectation), in pixels of the image as it is on disk; the rest of the "
-        "image is the context. Without it blocks are drawn as in training.",
+        help="For error and expectation: the part of the image to predict, in pixels of the image on disk; the rest "
+        "is the context. If not given, blocks are drawn as in training.",
     )
-    parser.add_argument("--num_images", type=int, help=f"Images drawn from the split; {_IMAGES_SHOWN} if not given.")
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        help=f"Images to draw, chosen at random from the split; {_IMAGES_SHOWN} if not given.",
+    )
     parser.add_argument(
         "--gallery_size",
         type=int,
-        help="Other images of the split that are searched, or whose spectrum is drawn; as many as there are, at most "
-        f"{_GALLERY_SIZE}, if not given.",
+        help="For expectation and retrieval: other images of the split to search in; for spectrum: images to measure. "
+        f"All, but at most {_GALLERY_SIZE}, if not given.",
     )
-    parser.add_argument("--k", type=int, help=f"Neighbours of an image (retrieval); {_NEIGHBOURS} if not given.")
+    parser.add_argument("--k", type=int, help=f"For retrieval: neighbours of each image; {_NEIGHBOURS} if not given.")
     parser.add_argument("--model_revision", help="Branch, tag or commit of MODEL on the Hub.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of which images, patches and blocks are drawn.")
-    parser.add_argument("--output", help="PNG to write; FIGURE.png if not given.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images, patches and blocks.")
+    parser.add_argument("--output", help="PNG file to write; FIGURE.png if not given.")
     return parser
 
 
@@ -270,7 +274,7 @@ class _Request(NamedTuple):
 
 
 def _draw_figure(argv: Sequence[str]) -> str:
-    named = parse_flags(_figure_parser(), argv)
+    named = parse_flags(build_parser(), argv)
     output = Path(named.output or f"{named.figure}.png")
     box = _check_flags(named)
     _check_output(output, ".png")

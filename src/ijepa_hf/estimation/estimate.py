@@ -1,15 +1,11 @@
-"""`ijepa-hf estimate`: what a run will take, before it is started: parameters, FLOPs, memory, steps and hours.
+"""Puts together what a run will take: parameters, FLOPs, memory, steps and hours, as numbers and as a table.
 
-Flags and their checks, the numbers put together, the table. The numbers themselves are those of step_cost.py and
-step_timing.py.
-
-What is not in it: reading images, talking between processes, evaluations, uploads.
+The numbers are those of cost.py and timing.py. Not counted are reading images, exchange between processes, evaluations
+and uploads.
 """
 
-import argparse
 import dataclasses
 import difflib
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -20,9 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ijepa_hf.escaping import text_table
 from ijepa_hf.estimation.cost import (
     Memory,
     Sizes,
+    StepSettings,
     count_parameters,
     draw_sizes,
     estimate_memory,
@@ -31,83 +29,22 @@ from ijepa_hf.estimation.cost import (
     update_bytes,
 )
 from ijepa_hf.estimation.timing import HARDWARE, StepTime, measure_step_time, step_time_on
-from ijepa_hf.files import write_text_atomically
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments
-from ijepa_hf.recipes.parsing import CommandParser, build_parser, parse_arguments, parse_flags
-from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.training.plan import make_plan
 from ijepa_hf.training.step import eager_is_faster
 from ijepa_hf.weights.starting_weights import open_starting_weights
 
 DEFAULT_UTILIZATION = 0.35  # of the peak; docs/performance.md says what is known of it
 MEASURING_SECONDS = 4.0  # at least, on the machine at hand
-# Of a GPU's memory that no formula here is about: CUDA's own, and what the allocator cannot use.
+# Of a GPU's memory, what no formula covers: CUDA's own, and what the allocator cannot use.
 RESERVED_BYTES, RESERVED_SHARE = 1e9, 0.05
-# Of a machine's memory: an allocator wastes up to a fifth (benchmarks/estimate_check.py), others want some.
+# Of a machine's memory: an allocator wastes up to a fifth (benchmarks/estimate_check.py), other programs need some.
 CPU_SHARE = 0.7
 
-# Images of the training split of sets that are known by name; of others --num_images says it. Nothing is downloaded.
+# Images of the training split of sets that are known by name; for others --num_images. Nothing is downloaded.
 KNOWN_SIZES = {"digits": 1437, "shapes": 5000, "uoft-cs/cifar10": 50_000, "ILSVRC/imagenet-1k": 1_281_167}
-MEASURED = ("this", "cpu")  # the machine at hand; and its CPU, also where it has a GPU
-
-
-def build_estimate_parser() -> CommandParser:
-    """Returns the parser of `ijepa-hf estimate`: its own flags, and all of `ijepa-hf pretrain`."""
-    parser = build_parser("estimate")
-    parser.description = (
-        "Say what a run takes: parameters, FLOPs, memory, steps and hours. Flags as for pretrain, and:"
-    )
-    _add_flags(parser.add_argument_group("of estimate alone"))
-    return parser
-
-
-def _add_flags(parser: Any) -> None:
-    parser.add_argument(
-        "--hardware",
-        metavar="NAME",
-        help=f"{', '.join(HARDWARE)}; this: the machine at hand, measured in seconds; cpu: its CPU. All but the last "
-        "two if not given.",
-    )
-    parser.add_argument(
-        "--utilization",
-        type=float,
-        help=f"Share of named hardware's peak that is reached, 0 to 1; {DEFAULT_UTILIZATION} if not given.",
-    )
-    parser.add_argument("--num_processes", type=int, default=1, help="Devices that share a step.")
-    parser.add_argument("--num_images", type=int, help="Images of the data set, which is not opened.")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="Also write it as JSON; without a name, on the screen."
-    )
-
-
-def estimate(argv: Sequence[str]) -> str:
-    """Says what a run takes.
-
-    Args:
-        argv: What follows `ijepa-hf estimate`: a recipe, flags of `ijepa-hf pretrain`, and those of its own.
-
-    Returns:
-        What to print: a table, or JSON.
-
-    Raises:
-        ValueError: If a flag or value is bad, masks come from the data, or weights to start from are not on this disk.
-        FileNotFoundError: If the recipe, or the folder of a JSON file, does not exist.
-    """
-    named, arguments = _parse(argv)
-    found = estimate_run(
-        *arguments,
-        hardware=named.hardware,
-        utilization=named.utilization,
-        num_processes=named.num_processes,
-        num_images=named.num_images,
-    )
-    text = json.dumps(found, indent=2) + "\n"
-    if named.json == "-":
-        return text.rstrip("\n")
-    if named.json is not None:
-        write_text_atomically(Path(named.json), text)
-    return render_estimate(found)
+MEASURED = ("this", "cpu")  # the machine at hand; its CPU, even if it has a GPU
 
 
 def estimate_run(
@@ -120,23 +57,23 @@ def estimate_run(
     num_processes: int = 1,
     num_images: int | None = None,
 ) -> dict[str, Any]:
-    """Works out what a run takes.
+    """Estimates what a run takes.
 
     Args:
         model_arguments: The model.
         data: Names the images, which are not opened.
         run: Everything else.
         hardware: A key of `HARDWARE`, `this` or `cpu`; all of `HARDWARE` if not given.
-        utilization: Share of the peak of named hardware, 0 to 1.
-        num_processes: Devices.
-        num_images: Of the data set; the known number of a known set if not given.
+        utilization: Share of the peak of named hardware, above 0 and at most 1.
+        num_processes: Devices, at least 1.
+        num_images: Images of the data set; the known number of a known set if not given.
 
     Returns:
         `masks`, `parameters`, `flops_per_image`, `run`, `memory` and `hardware`, of numbers, as in the JSON file.
-        Lengths of time are seconds and hours, memory is bytes; what is not known is `None`.
+        Times are in seconds or hours, memory is in bytes; what is not known is `None`.
 
     Raises:
-        ValueError: As `estimate`.
+        ValueError: If a value is bad, or weights to start from are not on this disk.
     """
     _check(hardware, utilization, num_processes, num_images)
     config = _config(model_arguments, run)
@@ -145,91 +82,62 @@ def estimate_run(
     work = model_work(config, drawn, checkpointing=run.gradient_checkpointing)
     flops = sum(part.total for part in work.values())
     length = _length(data, run, num_processes, num_images)
-    accelerator = None
-    if hardware in MEASURED:
-        if run.num_cpu_threads is not None:
-            torch.set_num_threads(run.num_cpu_threads)
-        accelerator = Accelerator(mixed_precision=run.mixed_precision, cpu=hardware == "cpu")
-    on_cpu = accelerator is not None and accelerator.device.type == "cpu"
     attention = model_arguments.attn_implementation
-    eager = attention == "eager"
-    if attention is None:
-        eager = eager_is_faster("cpu" if on_cpu else "cuda", run.mixed_precision)
+    accelerator = _accelerator(run, hardware) if hardware in MEASURED else None
+    on_cpu = accelerator is not None and accelerator.device.type == "cpu"
+    is_bf16 = run.mixed_precision == "bf16"
+    settings = StepSettings(
+        bf16=is_bf16,
+        checkpointing=run.gradient_checkpointing,
+        selective=run.selective_checkpointing,
+        eager=attention == "eager"
+        or (attention is None and eager_is_faster("cpu" if on_cpu else "cuda", run.mixed_precision)),
+        accumulates=run.gradient_accumulation_steps > 1,
+        is_distributed=num_processes > 1,
+    )
 
     def memory(images: int) -> Memory:
         """Of the masks that need most."""
-        found = (
-            estimate_memory(
-                config,
-                sizes,
-                parameters,
-                images,
-                bf16=run.mixed_precision == "bf16",
-                checkpointing=run.gradient_checkpointing,
-                selective=run.selective_checkpointing,
-                eager=eager,
-                accumulates=run.gradient_accumulation_steps > 1,
-                is_distributed=num_processes > 1,
-            )
-            for sizes in drawn
-        )
+        found = (estimate_memory(config, sizes, parameters, images, settings) for sizes in drawn)
         return max(found, key=lambda one: one.peak)
 
-    images_of_device = run.per_device_train_batch_size * run.gradient_accumulation_steps
-    rows = []
-    for name in [hardware] if hardware is not None else list(HARDWARE):
-        share: float | None = None
-        if accelerator is not None:
-            time_of_step: StepTime | None = measure_step_time(
-                config,
-                run,
-                accelerator,
-                attn_implementation=model_arguments.attn_implementation,
-                seconds=MEASURING_SECONDS,
-            )
-            total_memory = _memory_here(accelerator.device)
-        else:
-            share = DEFAULT_UTILIZATION if utilization is None else utilization
-            kind = HARDWARE[name]
-            total_memory = kind.memory
-            time_of_step = step_time_on(
-                kind,
-                flops * images_of_device,
-                update_bytes(parameters),
-                bf16=run.mixed_precision == "bf16",
-                utilization=share,
-            )
+    def row(name: str, share: float | None, total_memory: float, time_of_step: StepTime | None) -> dict[str, Any]:
         usable = CPU_SHARE * total_memory if on_cpu else (1 - RESERVED_SHARE) * total_memory - RESERVED_BYTES
-        rows.append(
-            {
-                "name": name,
-                "utilization": share,
-                "memory_bytes": total_memory,
-                "largest_batch": largest_batch(lambda images: memory(images).peak, usable),
-                **_times(time_of_step, length, flops * images_of_device),
-            }
+        return {
+            "name": name,
+            "utilization": share,
+            "memory_bytes": total_memory,
+            "largest_batch": largest_batch(lambda images: memory(images).peak, usable),
+            **_times(time_of_step, length, flops_of_step),
+        }
+
+    flops_of_step = flops * run.per_device_train_batch_size * run.gradient_accumulation_steps
+    if accelerator is not None and hardware is not None:
+        measured = measure_step_time(
+            config, run, accelerator, attn_implementation=attention, seconds=MEASURING_SECONDS
         )
+        rows = [row(hardware, None, _memory_here(accelerator.device), measured)]
+    else:
+        share, moved = utilization or DEFAULT_UTILIZATION, update_bytes(parameters)
+        kinds = HARDWARE if hardware is None else {hardware: HARDWARE[hardware]}
+        rows = [
+            row(name, share, kind.memory, step_time_on(kind, flops_of_step, moved, bf16=is_bf16, utilization=share))
+            for name, kind in kinds.items()
+        ]
     return {
         "masks": _describe_masks(config, drawn),
-        "parameters": {
-            **dataclasses.asdict(parameters),
-            "trained": parameters.trained,
-            "total": parameters.total,
-        },
+        "parameters": {**dataclasses.asdict(parameters), "trained": parameters.trained, "total": parameters.total},
         "flops_per_image": {**{name: dataclasses.asdict(part) for name, part in work.items()}, "total": flops},
-        "run": {
-            "per_device_train_batch_size": run.per_device_train_batch_size,
-            "gradient_accumulation_steps": run.gradient_accumulation_steps,
-            "num_processes": num_processes,
-            "mixed_precision": run.mixed_precision,
-            "gradient_checkpointing": run.gradient_checkpointing,
-            "selective_checkpointing": run.selective_checkpointing,
-            **dataclasses.asdict(length),
-            "flops": None if length.images is None else flops * length.images,
-        },
+        "run": _describe_run(run, num_processes, length, flops),
         "memory": dataclasses.asdict(memory(run.per_device_train_batch_size)),
         "hardware": rows,
     }
+
+
+def _accelerator(run: PretrainingArguments, hardware: str | None) -> Accelerator:
+    if run.num_cpu_threads is not None:
+        torch.set_num_threads(run.num_cpu_threads)
+    return Accelerator(mixed_precision=run.mixed_precision, cpu=hardware == "cpu")
 
 
 def _describe_masks(config: IJepaConfig, drawn: Sequence[Sizes]) -> dict[str, Any]:
@@ -246,8 +154,37 @@ def _describe_masks(config: IJepaConfig, drawn: Sequence[Sizes]) -> dict[str, An
     }
 
 
+def _describe_run(run: PretrainingArguments, num_processes: int, length: "_Length", flops: float) -> dict[str, Any]:
+    names = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "mixed_precision",
+        "gradient_checkpointing",
+        "selective_checkpointing",
+    )
+    return {
+        **{name: getattr(run, name) for name in names},
+        "num_processes": num_processes,
+        **dataclasses.asdict(length),
+        "flops": None if length.images is None else flops * length.images,
+    }
+
+
+_MEMORY_TITLES = {
+    "weights": "weights, float32",
+    "weight_copies": "their bfloat16 copies",
+    "optimizer": "AdamW's moments",
+    "gradients": "gradients",
+    "buckets": "exchange buckets",
+    "activations": "activations",
+    "working": "temporary memory",
+    "batch": "batch",
+    "peak": "at the peak",
+}
+
+
 def render_estimate(found: dict[str, Any]) -> str:
-    """The numbers of `estimate_run` as text.
+    """Writes the numbers of `estimate_run` as text.
 
     Args:
         found: From `estimate_run`.
@@ -268,54 +205,55 @@ def render_estimate(found: dict[str, Any]) -> str:
         f"{run['gradient_accumulation_steps']} micro-batches x {run['num_processes']} processes",
         _length_line(run),
         "",
-        f"{'':<18}{'parameters':>15}{'GFLOP an image:':>18}{'forward':>10}{'backward':>10}{'recomputed':>12}",
+        *_table_of_parts(found),
+        "",
+        f"memory of a process with micro-batches of {run['per_device_train_batch_size']} images; not all of it is in "
+        "use at the same time",
+        *text_table(
+            [[title, _bytes(memory[name])] for name, title in _MEMORY_TITLES.items() if memory[name]], indent="  "
+        ),
+        "",
+        *_table_of_hardware(found["hardware"]),
+        "",
     ]
+    shares = {row["utilization"] for row in found["hardware"]} - {None}
+    basis = f"assumed: {100 * shares.pop():.3g} % of the peak (--utilization)" if shares else "measured here"
+    return "\n".join([*lines, f"{basis}; without reading images, exchange between processes, evaluations."])
+
+
+def _table_of_parts(found: dict[str, Any]) -> list[str]:
+    rows: list[list[str]] = [["", "parameters", "GFLOP an image:", "forward", "backward", "recomputed"]]
     for name in ("context_encoder", "predictor", "target_encoder"):
         part = found["flops_per_image"][name]
-        figures = [part["forward"], part["backward"], part["recomputed"]]
-        lines.append(
-            f"{name.replace('_', ' '):<18}{found['parameters'][name]:>15,}{sum(figures) / 1e9:>18.4g}"
-            + "".join(f"{figure / 1e9:>{size}.4g}" for figure, size in zip(figures, (10, 10, 12), strict=True))
-        )
-    lines += [
-        f"{'together':<18}{found['parameters']['total']:>15,}{found['flops_per_image']['total'] / 1e9:>18.4g}",
-        f"{'trained':<18}{found['parameters']['trained']:>15,}",
-        "",
-        f"memory of a process, micro-batches of {run['per_device_train_batch_size']} images, not all of it at once",
-    ]
-    for name, title in (
-        ("weights", "weights, float32"),
-        ("weight_copies", "their bfloat16 copies"),
-        ("optimizer", "AdamW's moments"),
-        ("gradients", "gradients"),
-        ("buckets", "exchange buckets"),
-        ("activations", "activations"),
-        ("working", "beside them"),
-        ("batch", "batch"),
-        ("peak", "at the peak"),
-    ):
-        if memory[name]:
-            lines.append(f"  {title:<24}{_bytes(memory[name]):>10}")
-    lines += ["", f"{'hardware':<18}{'largest batch':>15}{'seconds a step':>18}{'images/s':>10}{'hours':>10}"]
-    for row in found["hardware"]:
+        flops = [part["forward"], part["backward"], part["recomputed"]]
+        figures = [f"{figure / 1e9:.4g}" for figure in (sum(flops), *flops)]
+        rows.append([name.replace("_", " "), f"{found['parameters'][name]:,}", *figures])
+    parameters = found["parameters"]
+    rows.append(["together", f"{parameters['total']:,}", f"{found['flops_per_image']['total'] / 1e9:.4g}"])
+    return text_table([*rows, ["trained", f"{parameters['trained']:,}"]])
+
+
+def _table_of_hardware(hardware: Sequence[dict[str, Any]]) -> list[str]:
+    rows: list[list[str]] = [["hardware", "largest batch", "seconds a step", "images/s", "hours"]]
+    without_bf16: list[str] = []
+    for row in hardware:
+        cells = [row["name"], str(row["largest_batch"])]
         if row["seconds_per_step"] is None:
-            lines.append(f"{row['name']:<18}{row['largest_batch']:>15}   has no bfloat16: --mixed_precision no")
+            rows.append([*cells, "-"])
+            without_bf16.append(row["name"])
             continue
         hours = "" if row["hours"] is None else f"{row['hours']:,.{0 if row['hours'] >= 100 else 2}f}"
-        speed = f"{row['images_per_second']:,.0f}"
-        line = f"{row['name']:<18}{row['largest_batch']:>15}{row['seconds_per_step']:>18.3g}{speed:>10}{hours:>10}"
+        cells += [f"{row['seconds_per_step']:.3g}", f"{row['images_per_second']:,.0f}", hours]
         if row["utilization"] is None:
             low, high = row["seconds_per_step_range"]
-            line += f"   ({low:.3g}-{high:.3g} s, {row['flops_per_second'] / 1e9:.3g} GFLOP/s)"
-        lines.append(line)
-    shares = {row["utilization"] for row in found["hardware"]} - {None}
-    basis = f"at {100 * shares.pop():.3g} % of the peak, an assumption (--utilization)" if shares else "measured here"
-    return "\n".join([*lines, "", f"{basis}; without reading images, exchange between processes, evaluations."])
+            cells.append(f"({low:.3g}-{high:.3g} s, {row['flops_per_second'] / 1e9:.3g} GFLOP/s)")
+        rows.append(cells)
+    return [*text_table(rows), *(f"{name} has no bfloat16: use --mixed_precision no" for name in without_bf16)]
 
 
 def _length_line(run: dict[str, Any]) -> str:
     if run["steps"] is None:
-        return "length     not known, since the number of images is not: write --num_images"
+        return "length     not known, because the number of images is not; give it with --num_images"
     epochs = "" if run["epochs"] is None else f", {run['epochs']:.4g} epochs"
     return f"length     {run['steps']:,} steps{epochs}, {run['images']:,} images, {run['flops']:.3g} FLOP"
 
@@ -329,7 +267,7 @@ class _Length:
 
 
 def _length(data: DataArguments, run: PretrainingArguments, num_processes: int, num_images: int | None) -> _Length:
-    """How long the run is, as far as that is known without its images."""
+    """The length of the run; `None` for what its images decide and nothing else gives."""
     if num_images is None and data.train_split_name == "train":
         num_images = KNOWN_SIZES.get(str(data.dataset_name))
     if data.max_train_samples is not None:
@@ -377,34 +315,6 @@ def _config(model_arguments: ModelArguments, run: PretrainingArguments) -> IJepa
         )
     heads = model_arguments.num_attention_heads if "num_attention_heads" in model_arguments.given else None
     return model_arguments.to_config(open_starting_weights(run.model_name_or_path, num_attention_heads=heads).config)
-
-
-def _parse(
-    argv: Sequence[str],
-) -> tuple[argparse.Namespace, tuple[ModelArguments, DataArguments, PretrainingArguments]]:
-    """Flags of its own, and the arguments of the run; images need no name here."""
-    named = parse_flags(build_estimate_parser(), argv)
-    own = argparse.ArgumentParser(prog="ijepa-hf estimate", add_help=False, allow_abbrev=False)
-    _add_flags(own)
-    rest = own.parse_known_args(argv)[1]
-    if named.recipe is not None and rest[0] != named.recipe:
-        raise ValueError(
-            f"{named.recipe!r} stands after a flag; the recipe comes first: ijepa-hf estimate {named.recipe} ..."
-        )
-    if named.json not in (None, "-"):
-        path = Path(named.json)
-        if path.suffix != ".json":
-            raise ValueError(f"json={named.json!r} must end in .json, for example --json estimate.json.")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"json={named.json!r}: there is no folder {str(path.parent)!r}; make it first.")
-    recipe = {} if named.recipe is None else load_recipe(named.recipe)
-    if named.dataset_name is None and recipe.get("dataset_name") is None:
-        rest += ["--dataset_name", "not named"]
-    if all(value is None for value in (named.learning_rate, named.base_learning_rate)) and not (
-        recipe.keys() & {"learning_rate", "base_learning_rate"}
-    ):
-        rest += ["--learning_rate", "0"]
-    return named, parse_arguments(rest)
 
 
 def _check(hardware: str | None, utilization: float | None, num_processes: int, num_images: int | None) -> None:

@@ -22,7 +22,7 @@ import torch
 from image_zoo import write_zoo
 from PIL import Image
 
-from ijepa_hf.commands.prepare import build_prepare_parser
+from ijepa_hf.commands.prepare import build_parser
 from ijepa_hf.data import reading
 from ijepa_hf.data.decoding import decode_image
 from ijepa_hf.data.prepare import prepare as preparation
@@ -692,11 +692,11 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
 
 
 def test_the_parser_gives_the_arguments_of_prepare_and_its_defaults(tmp_path):
-    values = vars(build_prepare_parser().parse_args(["in", "out"]))
+    values = vars(build_parser().parse_args(["in", "out"]))
     assert list(values)[:2] == ["source", "out"]
     assert {name: values[name] for name in list(values)[2:]} == asdict(PrepareSettings())
     given = "in out --shortest_side 256 --image_format jpeg --quality 90 --channel_axis -1 --num_workers 4 --overwrite"
-    values = vars(build_prepare_parser().parse_args(given.split()))
+    values = vars(build_parser().parse_args(given.split()))
     assert (values["shortest_side"], values["quality"], values["channel_axis"], values["num_workers"]) == (
         256,
         90,
