@@ -1,4 +1,4 @@
-"""How much bad input has been tried, and what came of it: runs the slow tests of bad input and counts.
+"""Runs the slow tests of bad input, and counts what was tried and how each example ended.
 
     python benchmarks/bad_input.py --output benchmarks/results/bad_input.json
 

@@ -1,8 +1,8 @@
-"""Whether bf16 learns what float32 learns: the losses of runs of CIFAR-10 that differ in the precision only.
+"""Compares the losses of runs on CIFAR-10 that differ only in the precision, bf16 or float32.
 
     python benchmarks/bf16_curve.py --cifar cifar10/ --output benchmarks/results/bf16_curve.json
 
-Two more comparisons say how far is far: float32 with another order of sums (eager attention), which is rounding alone,
+Two more comparisons give the scale: float32 with another order of sums (eager attention), which is rounding alone,
 and the published networks (of the checkout that `IJEPA_OFFICIAL` names, or their restatement), in float32 and under
 bf16 autocast, on this package's batches. Losses are means over 25 steps, so that one batch does not decide. On a
 processor that emulates bf16 it takes 20 minutes.

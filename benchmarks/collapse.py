@@ -1,4 +1,4 @@
-"""Collapse on purpose: trains healthy and broken runs, and asks which of them the monitor names, and when.
+"""Trains healthy and broken runs, and records which of them the collapse monitor names, and when.
 
     python benchmarks/collapse.py run --output_dir runs/collapse        trains what is missing (hours on one core)
     python benchmarks/collapse.py judge --output_dir runs/collapse      judges the rows; --results writes JSON

@@ -1,4 +1,4 @@
-"""Who can read what whom has written: this package's folders across versions of transformers.
+"""Checks which versions of transformers can load the folders that this package writes under each version.
 
     .venv/bin/python benchmarks/compatibility.py [--output FILE.json] [--environments FOLDER]
 

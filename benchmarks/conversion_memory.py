@@ -1,4 +1,4 @@
-"""How much memory the conversion of a published checkpoint needs, beside the size of the weights that it keeps.
+"""Measures how much memory the conversion of a published checkpoint needs, as a multiple of the weights it keeps.
 
     python benchmarks/conversion_memory.py
     python benchmarks/conversion_memory.py --model huge14 --output benchmarks/results/conversion_memory.json

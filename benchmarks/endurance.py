@@ -1,4 +1,4 @@
-"""Do memory, open files and the log stay as they are over thousands of steps, in the loading processes too?
+"""Checks that memory, open files and the log do not grow over thousands of steps, in the loading processes too.
 
     python benchmarks/endurance.py --json benchmarks/results/endurance.json
 

@@ -1,4 +1,4 @@
-"""How right `ijepa-hf estimate` is on this machine: predicted seconds and bytes beside those of real training steps.
+"""Compares what `ijepa-hf estimate` predicts on this machine, seconds and bytes, with real training steps.
 
     python benchmarks/estimate_check.py --output benchmarks/results/estimate_check.json
     python benchmarks/estimate_check.py --memory --output benchmarks/results/estimate_check.json

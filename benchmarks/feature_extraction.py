@@ -1,4 +1,4 @@
-"""How fast features are extracted, beside a bare loop over a stock image processor and a stock model.
+"""Measures how fast features are extracted, beside a bare loop over a stock image processor and a stock model.
 
     python benchmarks/feature_extraction.py
     python benchmarks/feature_extraction.py --output benchmarks/results/feature_extraction.json

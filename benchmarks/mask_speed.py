@@ -1,4 +1,4 @@
-"""How fast masks are drawn, beside the published collator.
+"""Measures how fast masks are drawn, beside the published collator.
 
     python benchmarks/mask_speed.py
     IJEPA_OFFICIAL=path/to/ijepa python benchmarks/mask_speed.py --output benchmarks/results/mask_speed.json

@@ -1,4 +1,4 @@
-"""What the collapse monitor costs: the time of a row beside that of the steps between two rows.
+"""Measures what the collapse monitor costs: the time of a row beside that of the steps between two rows.
 
     python benchmarks/monitor_cost.py --output benchmarks/results/monitor_cost.json
 

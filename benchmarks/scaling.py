@@ -1,11 +1,11 @@
-"""How the time and memory of a step grow with batch, image size, depth and width, measured, fitted and drawn.
+"""Measures, fits and draws how time and memory of a step grow with batch, image size, depth and width.
 
     python benchmarks/scaling.py --output benchmarks/results/scaling.json --figure docs/figures/scaling.png
 
 One of the four changes, the others stay: batch 16, 64x64 images in 4x4 patches, 6 layers of width 192. Steps of all
-sizes of a group take turns on one thread, by the process's own clock. Time is fitted by terms that are not negative: a
-constant, one that grows with x and one with x squared; memory (live tensors at
-the peak, which a run repeats exactly) likewise.
+sizes of a group take turns on one thread, by the process's own clock. Time and memory (live tensors at the
+peak, which a run repeats exactly) are fitted by terms that are not negative: a constant, one that grows with x and one
+that grows with x squared.
 """
 
 import argparse

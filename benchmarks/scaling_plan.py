@@ -1,4 +1,4 @@
-"""How two large runs would go, worked out and not run: ViT-H/14 on ImageNet-1k, a giant on a billion streamed images.
+"""Computes how two large runs would go: ViT-H/14 on ImageNet-1k, and a giant on a billion streamed images.
 
     python benchmarks/scaling_plan.py                    # the tables of docs/scaling.md
     python benchmarks/scaling_plan.py --json -           # the numbers, inputs included
@@ -68,7 +68,7 @@ class Measured:
         prepared_bytes: Of an image as `ijepa-hf prepare --shortest_side 256` writes it, JPEG.
         photograph_bytes: Of the photograph that it was made of.
         prepared_seconds: Of one CPU core, to read, decode and crop a prepared image to 224x224.
-        photograph_seconds: Likewise, of the photograph itself.
+        photograph_seconds: The same for the photograph itself.
         write_seconds_per_byte: To write a safetensors file and wait until it is on disk.
         hash_seconds_per_byte: Of SHA-256, by which a checkpoint is checked.
     """
@@ -141,7 +141,7 @@ class Assumed:
         utilization: Share of a GPU's peak that training reaches.
         gpus_per_node: GPUs that the fast links join.
         node_bytes_per_second: Of a GPU to the others of its node, one way; that of `LINKS` if not given.
-        network_bytes_per_second: Of a GPU's share of the network between nodes, one way; likewise.
+        network_bytes_per_second: Of a GPU's share of the network between nodes, one way, in bytes per second.
         link_utilization: Share of these that exchanges reach.
         request_seconds: From asking a store for a shard's footer to having it.
         requests_at_once: Footers that are asked for at once, as streaming.py does.

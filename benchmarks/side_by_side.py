@@ -1,4 +1,4 @@
-"""Times several ways of doing one thing beside each other, and says what came of it as a row of a table.
+"""Times several ways of doing one thing beside each other, and returns the result as a row of a table.
 
 The sides take turns in one process: in every round each runs once, and the first of a round is another one each time,
 so that whatever else the machine does falls on all of them alike. What counts are ratios within a round; an absolute
@@ -43,8 +43,8 @@ class Row:
         at_most: Whether a smaller ratio is better (memory, shares); else a larger one is (times as fast).
         unit: Of `ours`, `reference` and `limit`.
         ours: This package's figure.
-        reference: The other side's, and which side that is.
-        reference_name: Likewise.
+        reference: The other side's figure.
+        reference_name: Which side that is.
         ratio: What is held against the goal, taken within each round.
         limit: What the hardware or the unavoidable part of the work allows.
         limit_name: Which limit that is.

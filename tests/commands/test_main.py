@@ -126,6 +126,7 @@ def test_the_masks_of_a_recipe_are_measured_and_drawn_without_any_images(tmp_pat
     assert "rasterized on a grid of 16x16 patches" in capsys.readouterr().out
 
 
+@pytest.mark.figures
 def test_masks_are_drawn_over_training_images(tmp_path, capsys):
     figure = tmp_path / "masks.png"
     for flags in (["digits"], ["digits", "--masking_strategy", "random"]):
