@@ -153,19 +153,6 @@ def test_one_channel_models_read_every_kind_too(zoo, tmp_path):
     assert_trained(tiny_run(tmp_path / "run", dataset_name=zoo, **LONG, **flags), num_channels=1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_change_nothing_for_a_resumed_run(zoo_run, zoo, tmp_path, workers):
-    first = {**LONG, "max_train_steps": 10, "checkpointing_steps": 5, "checkpoints_total_limit": 5}
-    other = tiny_run(tmp_path / "first", dataset_name=zoo, **first)
-    resumed = tiny_run(
-        tmp_path / "run", dataset_name=zoo, **LONG, resume_from_checkpoint=other / "checkpoint-5",
-        dataloader_num_workers=workers,
-    )  # fmt: skip
-    whole = final_weights(zoo_run)
-    assert all(torch.equal(value, whole[name]) for name, value in final_weights(resumed).items())
-    assert sorted(row["image"] for row in unreadable(resumed)) == sorted(row["image"] for row in unreadable(zoo_run))
-
-
 MEASURES_BROKEN = """
 import json, resource, sys, warnings
 import datasets
@@ -310,7 +297,7 @@ def test_all_that_a_run_has_met_is_listed_when_a_signal_stops_it_between_two_lin
     assert {row["image"] for row in unreadable(run)} == {row["image"] for row in unreadable(broken_run)}
 
 
-@pytest.mark.parametrize(("step", "workers"), [(3, 2), (6, 1), (9, 0)])
+@pytest.mark.parametrize(("step", "workers"), [(3, 2), (9, 0)])
 def test_broken_images_cost_no_bit_of_a_run_that_goes_on_in_mid_epoch_with_other_workers(
     broken_run, broken_here_and_there, tmp_path, step, workers
 ):

@@ -99,7 +99,7 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dataset", [Numbers, Stream])
 def test_samples_come_as_from_any_loader(dataset, workers):
     loader = loader_of(dataset(), workers)
@@ -110,9 +110,9 @@ def test_samples_come_as_from_any_loader(dataset, workers):
     assert children() == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("dataset", [Numbers, Stream])
-@pytest.mark.parametrize("kind", ["value", "source", "file"])
+@pytest.mark.parametrize(
+    ("dataset", "workers", "kind"), [(Numbers, 0, "value"), (Stream, 2, "source"), (Numbers, 2, "file")]
+)
 def test_an_error_of_a_worker_has_its_own_type_and_words_and_ends_all_workers(dataset, workers, kind):
     iterator = iter(loader_of(dataset(kind), workers))
     next(iterator)
@@ -127,11 +127,11 @@ def test_an_error_of_a_worker_has_its_own_type_and_words_and_ends_all_workers(da
 def test_an_error_of_the_collator_too():
     def collate(samples):
         if samples[0][0] >= 8:
-            raise ValueError("regions of unequal size")
+            raise ValueError("images of unequal size")
         return samples
 
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"^regions of unequal size$"):
+        with pytest.raises(ValueError, match=r"^images of unequal size$"):
             list(loader_of(Numbers(), workers, collate))
     assert children() == []
 
@@ -166,7 +166,7 @@ def test_a_worker_that_is_killed_is_named_when_the_next_batch_is_asked_for_and_t
     next(iterator)
     os.kill(pids[1], signal.SIGKILL)
     started = time.monotonic()
-    while time.monotonic() - started < 0.5:  # a step that is being taken: Python runs handlers of signals here
+    while is_running(pids[1]):  # a step that is being taken: Python runs handlers of signals here
         pass
     with pytest.raises(
         DataWorkerError, match=rf"^a loading process \(pid {pids[1]}\) was killed by signal SIGKILL, m"
@@ -195,7 +195,7 @@ def test_a_worker_that_ends_by_itself_is_named_with_its_exit_code():
         (0, "ended by itself, with exit code 0"),
     ],
 )  # fmt: skip
-def test_the_death_of_a_worker_is_told_with_its_likely_cause_and_what_to_do(code, what):
+def test_the_death_of_a_worker_is_reported_with_its_likely_cause_and_what_to_do(code, what):
     assert _describe_deaths([SimpleNamespace(pid=12, exitcode=code)]) == (
         f"a loading process (pid 12) {what}. The same command with --resume_from_checkpoint latest goes on; fewer "
         "--dataloader_num_workers, a smaller --shuffle_buffer_size, or --keep_images_in_memory no need less memory."
@@ -217,7 +217,6 @@ def test_closing_does_not_wait_for_a_worker_that_is_stuck():
     loader = loader_of(Numbers("stuck"), 2)
     next(iter(loader))
     pids = children()
-    time.sleep(0.2)
     started = time.monotonic()
     loader.close()
     assert time.monotonic() - started < 8
@@ -242,7 +241,6 @@ def test_workers_end_with_a_main_process_that_is_killed_even_in_the_middle_of_a_
         pids = list(map(int, process.stdout.readline().split()))
         assert len(pids) == 2
         assert all(map(is_running, pids))
-        time.sleep(0.5)
         process.kill()
         started = time.monotonic()
         while any(map(is_running, pids)) and time.monotonic() - started < 15:

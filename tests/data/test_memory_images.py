@@ -209,6 +209,7 @@ def test_auto_keeps_what_fits_and_is_read_at_least_once(monkeypatch):
     assert keep_in_memory(rows, crops, "auto", num_reads=4) is None
     assert keep_in_memory(rows, crops, "yes", num_reads=4) is not None
     assert keep_in_memory(rows, crops, "no", num_reads=5) is None
+    assert keep_in_memory(rows, reader(rows, (1, 8)), "auto", num_reads=5) is None
     monkeypatch.setattr(memory_images, "AUTOMATIC_BYTES", 5 * 8 * 8 * 3 - 1)
     decoded = []
     original = rows.images.decode

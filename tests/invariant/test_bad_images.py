@@ -19,24 +19,8 @@ from ijepa_hf.data.transforms import CROP_NUMBERS, random_resized_crop
 
 SIZE = (12, 16)
 MODES = (
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "LAB",
-    "HSV",
-    "I",
-    "I;16",
-    "F",
-)
+    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F",
+)  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "TGA", "PCX", "DDS", "SGI")
 SHARES = st.floats(0, 1, exclude_max=True)
 SIDES = st.sampled_from([1, 2, 3, 7, 8, 16, 17, 31, 64, 90])

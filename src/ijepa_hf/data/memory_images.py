@@ -159,12 +159,12 @@ def resize_parts(images: Tensor, boxes: Sequence[tuple[int, int, int, int]], siz
     Args:
         images: uint8 `[B, C, height, width]`.
         boxes: Top, left, height and width of each part, in pixels, inside the image.
-        size: (height, width) of the results.
+        size: (height, width) of the results, at least 2 each: torch resizes wrongly to one pixel.
 
     Returns:
         uint8 `[B, C, *size]`, off by 2 at most from what `torch.nn.functional.interpolate` gives.
     """
-    if max(*images.shape[2:], *size) > _LARGEST_PRODUCT and min(size) > 1:
+    if max(*images.shape[2:], *size) > _LARGEST_PRODUCT:
         parts = [
             image[None, :, top : top + high, left : left + wide]
             for image, (top, left, high, wide) in zip(images, boxes, strict=True)
@@ -222,6 +222,8 @@ def keep_in_memory(images: ImageRows, crops: CropReader, choice: str, *, num_rea
     if choice == "no" or (choice == "auto" and num_reads < len(images)):
         return None
     try:
+        if min(crops.size) < 2:
+            raise CannotKeepError("crops of one pixel are cut one by one")
         limit = AUTOMATIC_BYTES if choice == "auto" else None
         decoded = decode_all(images, crops.size if crops.min_crop_scale == 1.0 else None, limit=limit)
     except CannotKeepError as error:
