@@ -24,6 +24,7 @@ from ijepa_hf.figures.features import (
 )
 from ijepa_hf.figures.panels import to_pictures
 from ijepa_hf.figures.views import Expectation, PatchColors, PatchMatches
+from ijepa_hf.model.features import encode_patches
 
 GRID, PATCH = (3, 4), (8, 6)
 
@@ -270,6 +271,19 @@ def test_several_context_sets_and_many_blocks_are_drawn_too(tmp_path):
     )
     for path in draw_training_figures(model, **tiny_batch(model.config, size=2), output_dir=tmp_path):
         check_png(path)
+
+
+def test_the_target_encoder_is_what_is_looked_at(tmp_path, monkeypatch):
+    model = scrambled_model()
+    batch = tiny_batch(model.config, size=3)
+    drawn = {}
+    monkeypatch.setattr(
+        "ijepa_hf.diagnosis.figures.draw_spectrum_figure", lambda features, path: drawn.update(features)
+    )
+    draw_training_figures(model, **batch, output_dir=tmp_path)
+    features = encode_patches(model.target_encoder, batch["pixel_values"])
+    torch.testing.assert_close(drawn["images"], features.mean(dim=(1, 2)))
+    torch.testing.assert_close(drawn["patches"], features.flatten(0, 2))
 
 
 def test_one_image_has_no_others_to_look_in(tmp_path):
