@@ -10,9 +10,15 @@ import pytest
 from html_pages import Page, write_run
 from PIL import Image
 
-from ijepa_hf.training.html_report import render_html_report, write_html_report
+from ijepa_hf.training.html_report import write_html_report
 
 pytestmark = pytest.mark.figures
+
+
+def page_of(run: Path) -> str:
+    output = run.parent / "report.html"
+    write_html_report(run, output)
+    return output.read_text("utf-8")
 
 
 def add_picture(folder: Path, name: str, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -36,7 +42,8 @@ def test_a_finished_run_shows_scores_curves_pictures_and_arguments(tmp_path):
     names = {"masks.png": "Masks", "predictions.png": "Predictions", "pca.png": "Patch features"}
     files = {heading: add_picture(run, name) for name, heading in names.items()}
     files["Spectrum"] = add_picture(run, "spectrum.png")
-    page = Page(render_html_report(run))
+    page = Page(page_of(run))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
     shown = pictures_of(page)
     assert list(shown) == ["Curves", "Masks", "Predictions", "Patch features", "Spectrum"]
     for heading, content in files.items():
@@ -53,7 +60,7 @@ def test_a_finished_run_shows_scores_curves_pictures_and_arguments(tmp_path):
 
 
 def test_the_page_is_for_phones_and_for_light_and_dark(tmp_path):
-    text = render_html_report(write_run(tmp_path / "run"))
+    text = page_of(write_run(tmp_path / "run"))
     page = Page(text)
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
     assert {"charset": "utf-8"} in page.all("meta")
@@ -66,7 +73,7 @@ def test_the_page_is_for_phones_and_for_light_and_dark(tmp_path):
 def test_nothing_is_fetched_and_nothing_runs(tmp_path):
     run = write_run(tmp_path / "run")
     add_picture(run, "masks.png")
-    text = render_html_report(run)
+    text = page_of(run)
     page = Page(text)
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form", "a"})
     assert "url(" not in text
@@ -83,7 +90,7 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path):
 def test_whatever_comes_from_the_run_is_escaped(tmp_path):
     harm = '<script>alert("1")</script>'
     run = write_run(tmp_path / "<script>x<b>", dataset_name=harm, license=f"'{harm}'", **{harm: "&amp;"})
-    text = render_html_report(run)
+    text = page_of(run)
     assert "<script" not in text
     page = Page(text)
     assert page.text.count(harm) >= 2
@@ -93,12 +100,12 @@ def test_whatever_comes_from_the_run_is_escaped(tmp_path):
 
 def test_a_run_that_is_under_way_has_what_there_is(tmp_path):
     run = write_run(tmp_path / "run", finished=False)
-    page = Page(render_html_report(run))
+    page = Page(page_of(run))
     assert list(pictures_of(page)) == ["Curves"]
     assert "not finished: last logged step 4" in page.text
     assert "Scores" not in page.text
     (run / "metrics.jsonl").write_text("")
-    page = Page(render_html_report(run))
+    page = Page(page_of(run))
     assert pictures_of(page) == {}
     assert "nothing logged yet" in page.text
 
@@ -109,21 +116,21 @@ def test_the_verdict_on_the_runs_rows_is_shown_first(tmp_path, is_failure: bool)
     row = {"loss": 0.2, "progress": 0.5, "target_patch_cosine": 0.5, "context_patch_normalized_std": 0.9}
     rows = [{**row, "step": step, "target_patch_normalized_std": 0.01234 if is_failure else 0.9} for step in (10, 20)]
     (run / "diagnostics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = Page(render_html_report(run))
+    page = Page(page_of(run))
     (box,) = [attributes for attributes in page.all("div") if "verdict" in (attributes.get("class") or "")]
     assert box["class"] == ("verdict bad" if is_failure else "verdict")
     shown = "0.012" if is_failure else "no sign of collapse"
     assert ("complete collapse" if is_failure else "healthy") in page.text
     assert page.text.index(shown) < page.text.index("Scores")
     (run / "diagnostics.jsonl").unlink()
-    assert 'class="verdict' not in render_html_report(run)
+    assert 'class="verdict' not in page_of(run)
 
 
 def test_only_wide_pictures_are_scrolled(tmp_path):
     run = write_run(tmp_path / "run")
     add_picture(run, "masks.png", (1300, 20))
     add_picture(run, "pca.png", (1100, 20))
-    text = render_html_report(run)
+    text = page_of(run)
     assert '<div class="wide"><img alt="Masks"' in text
     assert '<div><img alt="Patch features"' in text
     assert '<div><img alt="Curves"' in text
@@ -131,16 +138,9 @@ def test_only_wide_pictures_are_scrolled(tmp_path):
 
 def test_what_is_no_run_or_damaged_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run"):
-        render_html_report(tmp_path)
+        page_of(tmp_path)
     run = write_run(tmp_path / "run")
     (run / "figures").mkdir()
     (run / "figures" / "pca.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"pca\.png is no PNG"):
-        render_html_report(run)
-
-
-def test_the_file_is_written_whole(tmp_path):
-    run = write_run(tmp_path / "run")
-    write_html_report(run, tmp_path / "report.html")
-    assert (tmp_path / "report.html").read_text("utf-8") == render_html_report(run)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+        page_of(run)
