@@ -87,17 +87,7 @@ def train_published(folder: Path, steps: int, batch: int, precision: str, checko
     images = open_training_images(data, config, 1)
     crops = CropReader(images.column, config.image_shape, data.min_crop_scale, run.seed)
     make_batch = BatchMaker(IJepaDataCollator(config, normalize=False, seed=run.seed, global_batch_size=batch))
-    loader = images.loader(
-        crops,
-        make_batch,
-        [StreamLayout(0, 1, 0, batch, 1)],
-        seed=run.seed,
-        shuffle_buffer_size=1,
-        num_steps=steps,
-        start_step=0,
-        rank=0,
-        pin_memory=False,
-    )
+    loader = images.loader(crops, make_batch, [StreamLayout(0, 1, 0, batch, 1)], num_steps=steps)
     losses = []
     for number, made in enumerate(loader):
         pixels = normalize(made.inputs["pixel_values"], data.image_mean, data.image_std)

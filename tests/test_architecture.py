@@ -46,7 +46,7 @@ PRIVATE_PARTS_OF_OTHERS: dict[str, set[str]] = {
 
 TO_MEND: set[str] = {
     "evaluation.probes.attentive",
-    "evaluation.probes.dense", "evaluation.probes.linear", "training.images",
+    "evaluation.probes.dense", "evaluation.probes.linear",
 }  # fmt: skip
 
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}

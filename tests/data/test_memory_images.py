@@ -228,8 +228,7 @@ def run_loader(keep: str, rank: int = 0, start_step: int = 0, num_steps: int = 6
     crops = CropReader(images.column, (32, 32), 0.5, 0)
     make_batch = BatchMaker(IJepaDataCollator(tiny_config(), normalize=False, global_batch_size=8))
     return images.loader(
-        crops, make_batch, [StreamLayout(0, 1, 0, 8, 1)], seed=0, shuffle_buffer_size=1, num_steps=num_steps,
-        start_step=start_step, rank=rank, pin_memory=False,
+        crops, make_batch, [StreamLayout(0, 1, 0, 8, 1)], num_steps=num_steps, start_step=start_step, rank=rank,
     ), images, crops, make_batch  # fmt: skip
 
 
@@ -247,5 +246,5 @@ def test_a_run_keeps_its_images_where_it_reads_all_and_says_so_once(capsys):
     capsys.readouterr()
     _, images, crops, make_batch = run_loader("yes")
     assert "images in memory" in capsys.readouterr().out
-    images.first_batch(crops, make_batch, size=4, seed=0)  # a few are read faster than all are decoded
+    images.first_batch(crops, make_batch, size=4)  # a few are read faster than all are decoded
     assert not capsys.readouterr().out

@@ -28,22 +28,18 @@ def shards(tmp_path_factory):
 
 
 def arguments(shards, **changes):
-    return DataArguments(dataset_name=str(shards), **changes)
+    return DataArguments(dataset_name=str(shards), shuffle_buffer_size=5, **changes)
 
 
-def readers(images, config=None, **changes):
-    config = config or tiny_config()
-    crops = CropReader(images.column, config.image_shape, 1.0, 0)
-    return crops, BatchMaker(IJepaDataCollator(config, normalize=False, global_batch_size=8))
+def readers(images):
+    crops = CropReader(images.column, (32, 32), 1.0, 0)
+    return crops, BatchMaker(IJepaDataCollator(tiny_config(), normalize=False, global_batch_size=8))
 
 
 def epoch_of(images, num_steps=7):
     crops, make_batch = readers(images)
     layouts = [StreamLayout(0, 1, 0, 8, 1)]
-    loader = images.loader(
-        crops, make_batch, layouts, seed=0, shuffle_buffer_size=5, num_steps=num_steps, start_step=0, rank=0,
-        pin_memory=False,
-    )  # fmt: skip
+    loader = images.loader(crops, make_batch, layouts, num_steps=num_steps)
     try:
         return [batch.inputs["pixel_values"] for batch in loader]
     finally:
@@ -80,7 +76,7 @@ def test_only_the_first_so_many_images_are_used_when_asked(shards, streaming):
 def test_a_first_batch_is_there_to_look_at_before_anything_is_trained(shards):
     for streaming in (False, True):
         images = open_training_images(arguments(shards, streaming=streaming), tiny_config(), num_ranks=1)
-        batch = images.first_batch(*readers(images), size=3, seed=0)
+        batch = images.first_batch(*readers(images), size=3)
         assert batch.inputs["pixel_values"].shape == (3, 3, 32, 32)
         assert batch.unreadable == []
 
@@ -91,10 +87,7 @@ def test_the_flags_say_how_patiently_images_are_read(shards, streaming):
     images = open_training_images(data, tiny_config(), num_ranks=1)
     assert images.column.retries == RetryPolicy(7.0, 3.0)
     if streaming:
-        loader = images.loader(
-            *readers(images), [StreamLayout(0, 1, 0, 8, 1)], seed=0, shuffle_buffer_size=5, num_steps=1, start_step=0,
-            rank=0, pin_memory=False,
-        )  # fmt: skip
+        loader = images.loader(*readers(images), [StreamLayout(0, 1, 0, 8, 1)], num_steps=1)
         assert loader.source.retries == RetryPolicy(7.0, 3.0)
     flags = DataArguments()
     assert RetryPolicy() == RetryPolicy(flags.data_retry_seconds, flags.data_timeout_seconds)
@@ -104,10 +97,7 @@ def test_the_flags_say_how_patiently_images_are_read(shards, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_closing_a_loader_ends_its_workers_and_the_thread_that_reads(shards, streaming, threads_since):
     images = open_training_images(arguments(shards, streaming=streaming), tiny_config(), num_ranks=1)
-    loader = images.loader(
-        *readers(images), [StreamLayout(0, 1, 2, 8, 1)], seed=0, shuffle_buffer_size=5, num_steps=7, start_step=0,
-        rank=0, pin_memory=False,
-    )  # fmt: skip
+    loader = images.loader(*readers(images), [StreamLayout(0, 1, 2, 8, 1)], num_steps=7)
     iterator = iter(loader)
     next(iterator)
     assert len(multiprocessing.active_children()) == 2

@@ -127,7 +127,7 @@ def _draw_first_masks(config: IJepaConfig, data: DataArguments, batch_size: int,
     crops = CropReader(images.column, config.image_shape, 1.0, seed)
     make_batch = BatchMaker(IJepaDataCollator(config, normalize=False, seed=seed, global_batch_size=batch_size))
     size = min(_IMAGES_SHOWN, batch_size, images.num_images)
-    batch = images.first_batch(crops, make_batch, size=size, seed=seed).inputs
+    batch = images.first_batch(crops, make_batch, size).inputs
     draw_masks_figure(
         batch["pixel_values"], batch["context_indices"], batch["target_indices"], config.patch_shape, output
     )

@@ -1,8 +1,8 @@
-"""The images of a run: read at random or as a stream, dealt out to the ranks, and counted where they cannot be read.
+"""Reads the images of a run, at random or as a stream, deals them out to the ranks, and counts the unreadable ones.
 
 The loop sees no difference between the two ways of reading: `TrainingImages.loader` gives a rank's micro-batches from
-any step on. Only a checkpoint has something to add for a stream, `TrainingImages.stream_state`: how many readers the
-run has had, and since when.
+any step on. Of a stream a checkpoint keeps more, `TrainingImages.stream_state`: how many readers the run has had, and
+since when.
 """
 
 import hashlib
@@ -55,6 +55,7 @@ class TrainingImages:
         rows: For a map-style set: its rows.
         stream: For a streamed set: the stream.
         shard_lengths: For a streamed set: rows of each shard.
+        shuffle_buffer_size: For a streamed set: rows that a reader shuffles together.
         keep_in_memory: For a map-style set: whether its images are kept decoded: `auto`, `yes` or `no`.
     """
 
@@ -63,10 +64,11 @@ class TrainingImages:
     rows: ImageRows | None = None
     stream: ImageStream | None = None
     shard_lengths: tuple[int, ...] = ()
+    shuffle_buffer_size: int = 1
     keep_in_memory: str = "no"
 
     def stream_state(self, layouts: Sequence[StreamLayout]) -> dict[str, Any] | None:
-        """What a checkpoint keeps of a stream.
+        """Returns what a checkpoint keeps of a stream.
 
         Args:
             layouts: Those that the run has had.
@@ -79,7 +81,7 @@ class TrainingImages:
         return {"layouts": [asdict(layout) for layout in layouts], "shards": self._fingerprint()}
 
     def layouts_from(self, state: Mapping[str, Any] | None, layout: StreamLayout) -> list[StreamLayout]:
-        """The layouts of a run that goes on.
+        """Returns the layouts of a run that goes on.
 
         Args:
             state: What a checkpoint kept; `None` at the start of a run.
@@ -113,21 +115,17 @@ class TrainingImages:
         make_batch: Callable[..., Batch],
         layouts: Sequence[StreamLayout],
         *,
-        seed: int,
-        shuffle_buffer_size: int,
         num_steps: int,
-        start_step: int,
-        rank: int,
-        pin_memory: bool,
+        start_step: int = 0,
+        rank: int = 0,
+        pin_memory: bool = False,
     ) -> PlainLoader:
-        """The micro-batches of one rank; where its images are kept in memory, they are decoded first, which is said.
+        """Makes the loader of one rank's micro-batches; first decodes the images that are kept in memory.
 
         Args:
-            crops: Decodes and crops a row.
+            crops: Decodes and crops a row; has the run's seed.
             make_batch: Makes a batch of the rows of a micro-batch.
             layouts: Those that the run has had, today's last.
-            seed: The run's seed.
-            shuffle_buffer_size: Rows that a reader of a stream shuffles together.
             num_steps: Optimiser steps of the whole run.
             start_step: Optimiser steps already done.
             rank: This process.
@@ -135,8 +133,8 @@ class TrainingImages:
 
         Returns:
             A loader of `Batch`es; close it with `close_loader`. Its iterators raise `DataSourceError` where the source
-            failed for longer than was to be waited, `DataWorkerError` where a loading process died, and `ValueError`
-            where the data are bad; the batches given until then make whole micro-batches.
+            failed for longer than `data_retry_seconds`, `DataWorkerError` where a loading process died, and
+            `ValueError` where the data are bad; the batches given until then make whole micro-batches.
 
         Raises:
             ValueError: If `keep_in_memory` is `yes` and the images are not of one size and 8 bits.
@@ -144,7 +142,7 @@ class TrainingImages:
         """
         layout = layouts[-1]
         if self.stream is not None:
-            order = StreamOrder(self.shard_lengths, layouts, seed, shuffle_buffer_size)
+            order = StreamOrder(self.shard_lengths, layouts, crops.seed, self.shuffle_buffer_size)
             batches = StreamedBatches(
                 self.stream, order, crops, num_steps=num_steps, start_step=start_step, rank=rank,
                 retries=self.column.retries,
@@ -154,47 +152,36 @@ class TrainingImages:
             )
         assert self.rows is not None
         sampler = StepBatchSampler(
-            self.num_images,
-            layout.batch_size,
-            num_steps,
-            seed,
-            start_step=start_step,
-            accumulation_steps=layout.accumulation_steps,
-            rank=rank,
-            num_ranks=layout.num_ranks,
-        )
+            self.num_images, layout.batch_size, num_steps, crops.seed, start_step=start_step,
+            accumulation_steps=layout.accumulation_steps, rank=rank, num_ranks=layout.num_ranks,
+        )  # fmt: skip
         num_reads = num_steps * layout.global_batch_size  # of the whole run, so that a resumed one decides alike
         kept = keep_in_memory(self.rows, crops, self.keep_in_memory, num_reads=num_reads)
         if kept is not None and rank == 0:
             megabytes = kept.images.pixels.numel() / 1e6
             print(f"  images in memory        {len(kept)}, decoded: {megabytes:,.0f} MB", flush=True)
+        source = PretrainingImages(self.rows, crops) if kept is None else kept
         return PlainLoader(
-            PretrainingImages(self.rows, crops) if kept is None else kept,
-            make_batch,
-            batch_sampler=sampler,
-            num_workers=layout.num_workers,
-            pin_memory=pin_memory,
+            source, make_batch, batch_sampler=sampler, num_workers=layout.num_workers, pin_memory=pin_memory
         )
 
-    def first_batch(self, crops: CropReader, make_batch: Callable[..., Batch], *, size: int, seed: int) -> Batch:
-        """Some of the first images of a run with their masks: to look at, and to find out whether any can be read.
+    def first_batch(self, crops: CropReader, make_batch: Callable[..., Batch], size: int) -> Batch:
+        """Loads some of the first images of a run with their masks, in this process.
 
         Args:
             crops: Decodes and crops a row.
             make_batch: Makes a batch.
-            size: Images wanted, at most `num_images`.
-            seed: The run's seed.
+            size: Images of the batch, at most `num_images`.
 
         Returns:
-            The batch, loaded in this process.
+            The batch.
+
+        Raises:
+            ValueError: If no images can be read.
         """
-        first = [StreamLayout(start_step=0, num_ranks=1, num_workers=0, batch_size=size, accumulation_steps=1)]
-        # the shuffling of a stream's first rows is of no interest here, and would read all of them
-        # a few images are read faster than all are decoded
-        loader = replace(self, keep_in_memory="no").loader(
-            crops, make_batch, first, seed=seed, shuffle_buffer_size=size, num_steps=1, start_step=0, rank=0,
-            pin_memory=False,
-        )  # fmt: skip
+        # a few images are read faster than all are decoded, and than the whole buffer of a stream is filled
+        images = replace(self, keep_in_memory="no", shuffle_buffer_size=size)
+        loader = images.loader(crops, make_batch, [StreamLayout(0, 1, 0, size, 1)], num_steps=1)
         try:
             return next(iter(loader))
         finally:
@@ -239,8 +226,7 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
         if data.max_train_samples is not None:
             dataset = dataset.select(range(min(data.max_train_samples, len(dataset))))
         rows = ImageRows(dataset, column, config.num_channels, retries)
-        keep = data.keep_images_in_memory
-        return TrainingImages(len(rows), rows.images, rows=rows, keep_in_memory=keep)
+        return TrainingImages(len(rows), rows.images, rows=rows, keep_in_memory=data.keep_images_in_memory)
     image_column = ImageColumn(stream.rows, column, config.num_channels, retries)
     lengths = shard_lengths(stream, column, retries)
     if data.max_train_samples is not None:
@@ -248,13 +234,16 @@ def open_training_images(data: DataArguments, config: IJepaConfig, num_ranks: in
     warn_of_one_shard(stream)
     check_readers(sum(length > 0 for length in lengths), num_ranks, data.dataloader_num_workers)
     stream = stream._replace(rows=image_column.undecoded(stream.rows))
-    return TrainingImages(sum(lengths), image_column, stream=stream, shard_lengths=tuple(lengths))
+    return TrainingImages(
+        sum(lengths), image_column, stream=stream, shard_lengths=tuple(lengths),
+        shuffle_buffer_size=data.shuffle_buffer_size,
+    )  # fmt: skip
 
 
 class UnreadableLog:
-    """The images of a run that could not be read and were skipped: each is named once, all are counted.
+    """Names and counts the images of a run that could not be read and were skipped, each once.
 
-    Every rank adds what it meets; `settle`, which all ranks call at the same steps, brings it together.
+    Every rank adds those that it meets; `settle`, which all ranks call at the same steps, joins them.
 
     Args:
         path: The file that lists them, a line each.
@@ -277,7 +266,7 @@ class UnreadableLog:
         self.pending += images
 
     def settle(self, gather: Callable[[list[Any]], list[Any]], step: int, *, is_main: bool) -> None:
-        """Brings together what all ranks have met; names the new ones in the log and in the file.
+        """Joins the images that the ranks have met; names the new ones in the log and in the file.
 
         Args:
             gather: Joins a list over all ranks.
@@ -297,7 +286,7 @@ class UnreadableLog:
             self.file.append(*({"step": step, "image": image, "reason": new[image]} for image in new))
 
     def judge(self, num_seen: int) -> None:
-        """Judges how many there are, which all ranks know alike.
+        """Compares their number, which all ranks know alike, with the limit.
 
         Args:
             num_seen: Images that the run has asked for so far.
