@@ -26,8 +26,8 @@ from ijepa_hf.randomness import keyed_generator
 from ijepa_hf.recipes.parsing import as_flags, parse_arguments
 from ijepa_hf.recipes.recipe_files import load_recipe
 from ijepa_hf.training.plan import StepValues
-from ijepa_hf.training.pretrain import CHUNK_OF_BATCHES
 from ijepa_hf.training.step import set_up_model
+from ijepa_hf.training.watchers import CHUNK_OF_BATCHES
 
 RECIPES = ("digits", "cifar10-vit-micro", "cifar10-vit-tiny")
 STEPS_A_ROUND = {"digits": 20, "cifar10-vit-micro": 2, "cifar10-vit-tiny": 1}

@@ -333,16 +333,16 @@ def make_numbers_break(campaign: Campaign) -> None:
 
 
 def _run_out_of_memory(first: int) -> None:
-    from ijepa_hf.training import step as optimization
+    from ijepa_hf.training.step import ReadyModel
 
-    whole, count = optimization.training_step, iter(range(1, 10**6))
+    whole, count = ReadyModel.step, iter(range(1, 10**6))
 
     def step(*arguments: Any, **options: Any) -> Any:
         if next(count) == first:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*arguments, **options)
 
-    optimization.training_step = step
+    ReadyModel.step = step
 
 
 def exhaust_memory(campaign: Campaign) -> None:
@@ -388,9 +388,9 @@ def _tracker_down() -> None:
 
     from ijepa_hf.training import pretrain
 
-    make = pretrain._make_accelerator
+    make = pretrain.make_accelerator
     Accelerator.init_trackers = lambda self, *_: setattr(self, "trackers", [_DownTracker()])
-    pretrain._make_accelerator = lambda run, folder: make(type(run)(**{**vars(run), "report_to": []}), folder)
+    pretrain.make_accelerator = lambda run, folder: make(type(run)(**{**vars(run), "report_to": []}), folder)
 
 
 def lose_the_tracker(campaign: Campaign) -> None:

@@ -118,15 +118,15 @@ def run_ranks(number: int, work: Callable[[], int | None] | list[str], log: Path
 
 def slow_steps(seconds: float) -> None:
     """Makes each step of this process's runs take longer, for `prepare`: so that they are caught in the middle."""
-    from ijepa_hf.training import step as optimization
+    from ijepa_hf.training.step import ReadyModel
 
-    step = optimization.training_step
+    step = ReadyModel.step
 
     def slow(*args, **options):
         time.sleep(seconds)
         return step(*args, **options)
 
-    optimization.training_step = slow
+    ReadyModel.step = slow
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess | None = None) -> None:

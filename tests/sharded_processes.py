@@ -19,7 +19,7 @@ from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, read_checkpoint, restore, save_checkpoint
 from ijepa_hf.training.activation_checkpointing import enable_gradient_checkpointing
 from ijepa_hf.training.plan import StepValues
-from ijepa_hf.training.step import make_optimizer, training_step
+from ijepa_hf.training.step import ReadyModel, make_optimizer
 
 STEPS, SAVED_AT, BATCH = 20, 10, 8
 RUN = PretrainingArguments(learning_rate=1e-3)
@@ -54,7 +54,7 @@ def take_steps(
         ]
         batches = [{name: tensor[first : first + size] for name, tensor in whole.items()} for first in firsts]
         values = StepValues(1e-3 * min(1.0, (step + 1) / 5), 0.05, 0.9 + 0.005 * step)
-        result = training_step(accelerator, prepared, model, optimizer, batches, values, max_grad_norm=MAX_GRAD_NORM)
+        result = ReadyModel(accelerator, model, prepared, optimizer, MAX_GRAD_NORM).step(batches, values)
         results.append((result.loss, result.grad_norm_encoder, result.grad_norm_predictor))
     return results
 

@@ -13,7 +13,7 @@ from ijepa_hf.model.encoder_ijepa import sincos_position_table
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.training.plan import StepValues, make_plan, values_at
-from ijepa_hf.training.step import StepResult, make_optimizer, training_step
+from ijepa_hf.training.step import ReadyModel, StepResult, make_optimizer
 from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
 from ijepa_hf.weights.official_names import PARTS, translate
 
@@ -136,8 +136,7 @@ def six_steps() -> tuple[IJepaForPretraining, list[tuple[StepValues, StepResult]
     run, _ = published_run()
     tensors = load_file(GOLDEN / "train_trace.safetensors")
     model = tiny_model().train()
-    optimizer = make_optimizer(model, run)
-    accelerator = Accelerator(cpu=True)
+    ready = ReadyModel(Accelerator(cpu=True), model, model, make_optimizer(model, run))
     plan = make_plan(run, num_samples=12, num_ranks=1)  # 3 steps an epoch
     taken = []
     for step in range(6):
@@ -147,7 +146,7 @@ def six_steps() -> tuple[IJepaForPretraining, list[tuple[StepValues, StepResult]
             "target_indices": tensors[f"step{step + 1}.masks_pred"].transpose(0, 1),
         }
         values = values_at(step, run, plan)
-        taken.append((values, training_step(accelerator, model, model, optimizer, [batch], values)))
+        taken.append((values, ready.step([batch], values)))
     return model, taken
 
 

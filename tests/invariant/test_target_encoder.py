@@ -9,7 +9,7 @@ from tiny import scrambled_model, tiny_batch, tiny_config
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.training.plan import StepValues
-from ijepa_hf.training.step import make_optimizer, training_step
+from ijepa_hf.training.step import ReadyModel, make_optimizer
 
 RUN = PretrainingArguments(learning_rate=1e-3)
 
@@ -53,7 +53,7 @@ def test_moving_average_is_taken_once_per_optimiser_step_after_the_optimiser_not
     before = [parameter.detach().double().clone() for parameter in model.target_encoder.parameters()]
     batches = [tiny_batch(tiny_config(), seed=seed) for seed in range(3)]
     optimizer = make_optimizer(model, RUN)
-    training_step(Accelerator(cpu=True), model, model, optimizer, batches, StepValues(1e-3, 0.05, 0.9))
+    ReadyModel(Accelerator(cpu=True), model, model, optimizer).step(batches, StepValues(1e-3, 0.05, 0.9))
     after = list(model.context_encoder.parameters())  # already updated
     for old, context, new in zip(before, after, model.target_encoder.parameters(), strict=True):
         torch.testing.assert_close(new.double(), 0.9 * old + 0.1 * context.detach().double(), atol=2e-7, rtol=1e-6)

@@ -169,7 +169,7 @@ def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_run_goes_on(tmp_
     monkeypatch.setattr(
         Accelerator, "init_trackers", lambda self, *_: setattr(self, "trackers", [FailingTracker(), FailingAtTheEnd()])
     )
-    monkeypatch.setattr(pretrain, "_make_accelerator", lambda *_: Accelerator(cpu=True))
+    monkeypatch.setattr(pretrain, "make_accelerator", lambda *_: Accelerator(cpu=True))
     run = tiny_run(tmp_path / "run", report_to="tensorboard")
     assert len(logged(run, "step")) == 6
     assert caplog.text.count("tracker failing failed at step 1 and is dropped: the network is down") == 1

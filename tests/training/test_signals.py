@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: when they raise, when they wait, and what is put back."""
 
+import contextlib
 import os
 import signal
 import time
@@ -24,6 +25,14 @@ def test_outside_of_what_must_not_be_torn_a_signal_raises_at_once_and_inside_it_
             signals.raise_if_received()
 
 
+@contextlib.contextmanager
+def handled_as_in_a_terminal():
+    """Python's own handler of Ctrl-C, which a job in the background does not get."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with StopSignals():
@@ -32,7 +41,7 @@ def test_handlers_are_put_back():
 
 
 def test_a_second_ctrl_c_stops_at_once_but_one_that_a_launcher_repeats_is_the_same_request(monkeypatch):
-    with StopSignals() as signals, signals.deferred():
+    with handled_as_in_a_terminal(), StopSignals() as signals, signals.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT

@@ -17,8 +17,9 @@ from ijepa_hf.runs.checkpoints import find_latest
 from ijepa_hf.runs.lock import OutputDirInUseError
 from ijepa_hf.training import state as run_state
 from ijepa_hf.training.ranks import Ranks
+from ijepa_hf.training.setup import RunSetup
 from ijepa_hf.training.signals import StoppedBySignal, StopSignals
-from ijepa_hf.training.state import RunSetup, RunState
+from ijepa_hf.training.state import RunState
 from ijepa_hf.training.step import NonFiniteLossError, ReadyModel, make_optimizer
 
 

@@ -22,7 +22,7 @@ from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.runs.checkpoints import config_fields, find_latest, read_checkpoint, restore
 from ijepa_hf.runs.export import export_model
 from ijepa_hf.training.plan import StepValues
-from ijepa_hf.training.step import make_optimizer, training_step
+from ijepa_hf.training.step import ReadyModel, make_optimizer
 from ijepa_hf.weights.convert import convert
 from ijepa_hf.weights.convert_back import convert_to_official
 from ijepa_hf.weights.official_checkpoint import model_from_official, read_official_checkpoint
@@ -180,7 +180,7 @@ def goes_on(folder, step):
     before = copy.deepcopy(optimizer.state_dict())
     values = StepValues(TRAINING["learning_rate"], TRAINING["weight_decay"], TRAINING["momentum"])
     batches = [plain_ijepa.make_batch(step)]
-    loss = training_step(Accelerator(cpu=True), model, model, optimizer, batches, values).loss
+    loss = ReadyModel(Accelerator(cpu=True), model, model, optimizer).step(batches, values).loss
     return model, optimizer, before, loss
 
 

@@ -10,7 +10,7 @@ from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.expected_band import band_notice
-from ijepa_hf.training.state import RunSetup
+from ijepa_hf.training.setup import RunSetup
 
 TRIAL_IMAGES = 64  # in each step whose masks are drawn to announce what they are like
 HIGH_REDRAW_RATE = 0.4

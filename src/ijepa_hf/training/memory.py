@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from ijepa_hf.model.mask_audit import trial_masks
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
-from ijepa_hf.recipes.arguments import PretrainingArguments
-from ijepa_hf.training.ranks import Ranks
+from ijepa_hf.training.setup import RunSetup
+from ijepa_hf.training.step import choose_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +58,12 @@ def largest_micro_batch(
     return None
 
 
-def fit_batch(
-    model: IJepaForPretraining,
-    run: PretrainingArguments,
-    accelerator: Accelerator,
-    ranks: Ranks,
-) -> PretrainingArguments:
+def fit_batch(setup: RunSetup, model: IJepaForPretraining) -> RunSetup:
     """Cuts micro-batches until they fit into the memory of all processes, at the same global batch.
 
     Args:
-        model: On its device, not sharded, with `choose_kernels` done.
-        run: The run; says the batch that was asked for.
-        accelerator: Says device, precision and way of sharding.
-        ranks: The processes, which all call this.
+        setup: The run, on all processes; says the batch that was asked for.
+        model: Not sharded; moved to the run's device.
 
     Returns:
         The run with smaller micro-batches and more of them; as it is, where all fits.
@@ -80,6 +72,7 @@ def fit_batch(
         ValueError: If smaller micro-batches would change the run, or cannot be tried.
         DoesNotFitError: If not even one image fits.
     """
+    run, accelerator, ranks = setup.run, setup.accelerator, setup.ranks
     if model.config.masking_strategy == "multi_block_official":
         raise ValueError(
             "fit_batch_to_memory=True would change the run: with masking_strategy='multi_block_official' the masks "
@@ -90,8 +83,10 @@ def fit_batch(
             "fit_batch_to_memory=True tries batches on the whole model, which FSDP2 never has in one process. Leave "
             "it out, and choose --per_device_train_batch_size with `ijepa-hf estimate`."
         )
+    model = model.to(accelerator.device).train()
+    choose_kernels(model, run, accelerator, setup.model_arguments.attn_implementation)
     asked = run.per_device_train_batch_size
-    fitting = largest_micro_batch(model.train(), asked, num_ranks=ranks.number, autocast=accelerator.autocast)
+    fitting = largest_micro_batch(model, asked, num_ranks=ranks.number, autocast=accelerator.autocast)
     parts = ranks.highest(asked // fitting if fitting else asked + 1)  # all take the same
     if parts > asked:
         raise DoesNotFitError(does_not_fit_message(asked, None, run.gradient_accumulation_steps, accelerator.device))
@@ -100,11 +95,12 @@ def fit_batch(
             "per_device_train_batch_size=%d does not fit into memory: taking %d micro-batches of %d, which is the "
             "same global batch.", asked, parts * run.gradient_accumulation_steps, asked // parts,
         )  # fmt: skip
-    return dataclasses.replace(
+    run = dataclasses.replace(
         run,
         per_device_train_batch_size=asked // parts,
         gradient_accumulation_steps=run.gradient_accumulation_steps * parts,
     )
+    return dataclasses.replace(setup, run=run)
 
 
 def does_not_fit_message(batch_size: int, fitting: int | None, accumulation_steps: int, device: torch.device) -> str:

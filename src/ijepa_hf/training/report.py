@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.constants import REPOCARD_NAME
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ijepa_hf import __version__
-from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.diagnosis.verdict import judge_collapse
 from ijepa_hf.escaping import on_one_line, text_table
 from ijepa_hf.evaluation.scorecard import score_encoder
@@ -36,35 +36,29 @@ from ijepa_hf.runs.folder import (
     UNREADABLE_FILE,
 )
 from ijepa_hf.runs.rows import read_rows
+from ijepa_hf.training.setup import RunSetup
 
 
-def write_report(
-    model: IJepaForPretraining,
-    output_dir: Path,
-    evaluation: LabelledSplits | None,
-    arguments: Mapping[str, Any],
-    *,
-    step: int,
-    machine: Mapping[str, Any],
-    starting_encoder: nn.Module | None = None,
-) -> None:
+def write_report(setup: RunSetup, model: IJepaForPretraining, starting_encoder: nn.Module | None) -> None:
     """Scores the target encoder, draws the curves, writes `report.json`, the model card and `.eval_results`.
 
     Args:
+        setup: The run, whose last step is done.
         model: The trained model.
-        output_dir: The run's folder.
-        evaluation: Labelled sets, or `None` for no scores.
-        arguments: All arguments of the run, as in `run.json`.
-        step: Optimiser steps done.
-        machine: From `describe_machine`.
         starting_encoder: The encoder before the first step, where it was a trained one.
 
     Raises:
         SaveError: If something cannot be written.
+        DataSourceError: If the labelled images cannot be read any more.
     """
+    output_dir, arguments, evaluation, step = setup.output_dir, setup.arguments, setup.evaluation, setup.plan.num_steps
     rows, evaluations = read_rows(output_dir / METRICS_FILE), read_rows(output_dir / EVALUATIONS_FILE)
     diagnostics = read_rows(output_dir / DIAGNOSTICS_FILE)
-    mean, std, seed = arguments["image_mean"], arguments["image_std"], arguments["seed"]
+    scores = []
+    if evaluation is not None:
+        mean, std = setup.data.image_mean, setup.data.image_std
+        with threadpool_limits(setup.run.num_cpu_threads):  # scikit-learn's too: on small matrices they only compete
+            scores = score_encoder(model, evaluation, mean, std, setup.run.seed, starting_encoder=starting_encoder)
     band = find_band(arguments)
     watch = None if band is None else BandWatch(band, RunRows(arguments, rows, diagnostics, evaluations))
     report = {
@@ -77,14 +71,12 @@ def write_report(
         "expected_band": None if watch is None else watch.as_dict(),
         "num_unreadable_images": len(read_rows(output_dir / UNREADABLE_FILE)),
         "num_skipped_steps": len(read_rows(output_dir / SKIPPED_FILE)),
-        "scores": []
-        if evaluation is None
-        else score_encoder(model, evaluation, mean, std, seed, starting_encoder=starting_encoder),
+        "scores": scores,
         "num_eval_images": 0 if evaluation is None else len(evaluation.test),
-        "machine": dict(machine),
+        "machine": describe_machine(setup.accelerator.device, setup.ranks.number),
         "hub_dataset": _on_the_hub(arguments["dataset_name"]),
         "hub_base_model": _on_the_hub(arguments["model_name_or_path"]),
-        "arguments": dict(arguments),
+        "arguments": arguments,
     }
     card = render_run_card(report, model.config)
     with saving(output_dir, FIGURE_BYTES):

@@ -19,6 +19,7 @@ from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, Pretrainin
 from ijepa_hf.runs.checkpoints import Checkpoint, find_latest, read_checkpoint
 from ijepa_hf.runs.folder import check_begun, is_finished, read_run
 from ijepa_hf.training.plan import Plan
+from ijepa_hf.training.ranks import Ranks
 from ijepa_hf.weights.start import check_fits, start_model
 from ijepa_hf.weights.starting_weights import StartingWeights, open_starting_weights
 
@@ -44,6 +45,11 @@ class Start:
     run: PretrainingArguments
     checkpoint: Checkpoint | None = None
     weights: StartingWeights | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps already done."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
     @property
     def has_new_predictor(self) -> bool:
@@ -162,6 +168,30 @@ def check_checkpoint(checkpoint: Checkpoint, arguments: dict[str, Any], plan: Pl
     differing = differing_arguments(checkpoint.arguments, known)
     if differing:
         logger.warning("resuming with other arguments than the checkpoint's: %s.", "; ".join(differing))
+
+
+def check_same_start(start: Start, ranks: Ranks) -> None:
+    """Refuses processes that have found different checkpoints or weights.
+
+    Args:
+        start: This process's.
+        ranks: The processes, which all call this.
+
+    Raises:
+        ValueError: On all of them, if steps or commits differ.
+    """
+    found = ranks.gather((start.step, start.run.model_revision))
+    steps, commits = {step for step, _ in found}, {commit for _, commit in found}
+    if len(steps) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different steps ({sorted(steps)}): output_dir must be on a disk that "
+            "all share."
+        )
+    if len(commits) > 1:
+        raise ValueError(
+            f"the processes found different commits of model_name_or_path ({', '.join(map(str, commits))}); name one "
+            "with --model_revision."
+        )
 
 
 def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:

@@ -10,35 +10,29 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from accelerate import Accelerator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ijepa_hf.data.labelled import LabelledSplits
 from ijepa_hf.data.loader import DataWorkerError
 from ijepa_hf.data.retrying import DataSourceError
 from ijepa_hf.diagnosis.run_monitor import RunDiagnostics
 from ijepa_hf.evaluation.scorecard import evaluate_encoder
 from ijepa_hf.files import SaveError
 from ijepa_hf.hub.uploader import HubUploader
-from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.model.sharding import whole_model
-from ijepa_hf.recipes.arguments import DataArguments, ModelArguments, PretrainingArguments, argument_values
 from ijepa_hf.recipes.expected_band import BandWatch
 from ijepa_hf.runs.checkpoints import collect_state, config_fields, find_latest, save_checkpoint
 from ijepa_hf.runs.export import export_model, exported_step
 from ijepa_hf.runs.folder import EVALUATIONS_FILE, SKIPPED_FILE, UNREADABLE_FILE, check_still_there
-from ijepa_hf.runs.lock import OutputDirInUseError, RunLock
+from ijepa_hf.runs.lock import OutputDirInUseError
 from ijepa_hf.runs.rows import RowFile
-from ijepa_hf.training.images import TrainingImages, UnreadableLog
-from ijepa_hf.training.plan import Plan
-from ijepa_hf.training.ranks import Ranks
-from ijepa_hf.training.signals import GOES_ON, StoppedBySignal, StopSignals
+from ijepa_hf.training.images import UnreadableLog
+from ijepa_hf.training.setup import RunSetup
+from ijepa_hf.training.signals import GOES_ON, StoppedBySignal
 from ijepa_hf.training.step import NonFiniteLossError, ReadyModel
 
 LAST_SAVE_SECONDS = 3600.0  # for which a finished run with on_save_error=continue goes on trying to write its end
@@ -46,56 +40,6 @@ SAVE_AGAIN_SECONDS = 30.0
 _FAILED = 1000  # the code of a process that cannot go on; the other codes are numbers of signals
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunSetup:
-    """What does not change while a run goes on.
-
-    Args:
-        output_dir: The run's folder.
-        config: The model's configuration.
-        model_arguments: With the configuration's values.
-        data: The images' arguments.
-        run: The training's arguments.
-        plan: Length and schedules.
-        images: The images that are trained on.
-        evaluation: The labelled images that are scored, if any.
-        accelerator: Says device, precision and ranks.
-        ranks: The processes.
-        signals: Takes the signals that ask the run to stop.
-        lock: The folder's, on the main process.
-    """
-
-    output_dir: Path
-    config: IJepaConfig
-    model_arguments: ModelArguments
-    data: DataArguments
-    run: PretrainingArguments
-    plan: Plan
-    images: TrainingImages
-    evaluation: LabelledSplits | None
-    accelerator: Accelerator
-    ranks: Ranks
-    signals: StopSignals
-    lock: RunLock | None = None
-
-    @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """All arguments as one flat dictionary, as `run.json` and checkpoints keep them.
-
-        Global batch and number of images are among them, because they decide the order of images.
-        """
-        return {
-            **argument_values(self.model_arguments, self.data, self.run),
-            "global_batch_size": self.plan.global_batch_size,
-            "num_train_images": self.images.num_images,
-        }
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes."""
-        return self.accelerator.is_main_process
 
 
 @dataclass

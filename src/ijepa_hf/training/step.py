@@ -59,24 +59,63 @@ class ReadyModel:
     max_grad_norm: float | None = None
 
     def step(self, micro_batches: list[dict[str, Tensor]], values: StepValues) -> StepResult:
-        """Takes one optimiser step, see `training_step`."""
-        return training_step(
-            self.accelerator,
-            self.prepared,
-            self.model,
-            self.optimizer,
-            micro_batches,
-            values,
-            max_grad_norm=self.max_grad_norm,
-        )
+        """Takes one optimiser step: forward and backward of each micro-batch, AdamW, then the moving average.
+
+        Args:
+            micro_batches: `pixel_values` float, `context_indices`, `target_indices`, on the device, of equal size.
+            values: Learning rate, weight decay and momentum of this step, and whether only the predictor learns.
+
+        Returns:
+            Loss, gradient norms and targets.
+
+        Raises:
+            NonFiniteLossError: If loss or gradient is NaN or infinite on any rank; the weights are as they were.
+        """
+        accelerator, model, optimizer = self.accelerator, self.model, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = values.learning_rate
+            if group["decays"]:
+                group["weight_decay"] = values.weight_decay
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=accelerator.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.prepared):
+                with accelerator.autocast():  # accelerate puts it around a model by itself, unless that is sharded
+                    output: IJepaForPretrainingOutput = self.prepared(**batch)
+                assert output.loss is not None
+                loss = output.loss / len(micro_batches)
+                accelerator.backward(loss)
+                total += loss.detach()
+        mean = float(accelerator.reduce(total, "mean"))
+        if not math.isfinite(mean):
+            raise NonFiniteLossError(f"the loss is {mean}")
+        assert output.targets is not None
+        norms = [float(whole_tensor(_grad_norm(part))) for part in (model.context_encoder, model.predictor)]
+        if not all(map(math.isfinite, norms)):  # the same on every rank: gradients are averaged
+            raise NonFiniteLossError(f"the gradient norm is {norms[0]} in the encoder, {norms[1]} in the predictor")
+        if values.encoder_is_frozen:
+            # DDP expects every gradient in every step, so the encoder takes part in the backward pass. Its gradients
+            # are dropped afterwards: AdamW makes neither state nor step for a parameter without a gradient.
+            for parameter in model.context_encoder.parameters():
+                parameter.grad = None
+        if self.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(self.prepared.parameters(), self.max_grad_norm)
+        optimizer.step()
+        if not values.encoder_is_frozen:
+            model.update_target_encoder(values.ema_momentum)
+        return StepResult(mean, norms[0], norms[1], output.targets)
 
     def release(self) -> None:
-        """Lets go of DDP's wrapper after the last step, before the processes part.
+        """Frees the model's memory on the device and ends the processes' group, after the last step.
 
         DDP must not be the last that holds gloo's group. It would free the group with Python's lock held, for which
         gloo's own thread may be waiting, and the process would never end.
         """
         self.prepared = self.model
+        self.accelerator.trackers.clear()  # finished by the log, whose end no failing tracker can prevent
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
 
 def set_up_model(
@@ -100,7 +139,7 @@ def set_up_model(
     optimizer: torch.optim.Optimizer = make_optimizer(model, run)
     if accelerator.distributed_type == DistributedType.FSDP:
         prepared, wrapped = accelerator.prepare(model, optimizer)  # shards in place; the optimiser gets the shards
-        optimizer = wrapped.optimizer  # bare, because `training_step` itself drives it
+        optimizer = wrapped.optimizer  # bare, because `ReadyModel.step` itself drives it
     else:
         prepared = accelerator.prepare(model)
     model.train()
@@ -154,7 +193,7 @@ def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> tor
         run: Says betas and epsilon.
 
     Returns:
-        The optimiser. Its groups keep `param_names`; `training_step` sets learning rate and decay.
+        The optimiser. Its groups keep `param_names`; `ReadyModel.step` sets learning rate and decay.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     plain: list[tuple[str, nn.Parameter]] = []
@@ -164,71 +203,6 @@ def make_optimizer(model: IJepaForPretraining, run: PretrainingArguments) -> tor
             (plain if is_plain else decayed).append((name, parameter))
     groups = [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(run.adam_beta1, run.adam_beta2), eps=run.adam_epsilon, fused=True)
-
-
-# -- one step --------------------------------------------------------------------------------------------------------
-
-
-def training_step(
-    accelerator: Accelerator,
-    prepared: nn.Module,
-    model: IJepaForPretraining,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict[str, Tensor]],
-    values: StepValues,
-    *,
-    max_grad_norm: float | None = None,
-) -> StepResult:
-    """Takes one optimiser step: forward and backward of each micro-batch, AdamW, then the moving average.
-
-    Args:
-        accelerator: Runs the backward pass and averages over ranks.
-        prepared: The model as `accelerator.prepare` returned it.
-        model: The model inside.
-        optimizer: From `make_optimizer`.
-        micro_batches: `pixel_values` float, `context_indices`, `target_indices`, on the device, of equal size.
-        values: Learning rate, weight decay and momentum of this step, and whether only the predictor learns.
-        max_grad_norm: The norm to which gradients are clipped; `None` clips nothing.
-
-    Returns:
-        Loss, gradient norms and targets.
-
-    Raises:
-        NonFiniteLossError: If loss or gradient is NaN or infinite on any rank; the weights are as they were before.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = values.learning_rate
-        if group["decays"]:
-            group["weight_decay"] = values.weight_decay
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
-            with accelerator.autocast():  # accelerate puts it around a model by itself, but not around a sharded one
-                output: IJepaForPretrainingOutput = prepared(**batch)
-            assert output.loss is not None
-            loss = output.loss / len(micro_batches)
-            accelerator.backward(loss)
-            total += loss.detach()
-    mean = float(accelerator.reduce(total, "mean"))
-    if not math.isfinite(mean):
-        raise NonFiniteLossError(f"the loss is {mean}")
-    assert output.targets is not None
-    norms = [float(whole_tensor(_grad_norm(part))) for part in (model.context_encoder, model.predictor)]
-    if not all(map(math.isfinite, norms)):  # the same on every rank: gradients are averaged
-        raise NonFiniteLossError(f"the gradient norm is {norms[0]} in the encoder, {norms[1]} in the predictor")
-    if values.encoder_is_frozen:
-        # DDP expects every gradient in every step, so the encoder takes part in the backward pass. Its gradients are
-        # dropped afterwards: AdamW makes neither state nor step for a parameter without a gradient.
-        for parameter in model.context_encoder.parameters():
-            parameter.grad = None
-    if max_grad_norm is not None:
-        accelerator.clip_grad_norm_(prepared.parameters(), max_grad_norm)
-    optimizer.step()
-    if not values.encoder_is_frozen:
-        model.update_target_encoder(values.ema_momentum)
-    return StepResult(mean, norms[0], norms[1], output.targets)
 
 
 def _grad_norm(module: nn.Module) -> Tensor:
