@@ -44,11 +44,6 @@ PRIVATE_PARTS_OF_OTHERS: dict[str, set[str]] = {
     "weights.locate": {"_CACHED_NO_EXIST"},
 }
 
-TO_MEND: set[str] = {
-    "evaluation.probes.attentive",
-    "evaluation.probes.dense", "evaluation.probes.linear",
-}  # fmt: skip
-
 FORBIDDEN_EVERYWHERE = {"torchvision", "timm"}
 UNSAFE_READERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 # What torch.load raises on a broken file: the one thing that pickle is needed for.
@@ -354,7 +349,7 @@ def test_the_document_on_architecture_has_the_same_row_and_every_module() -> Non
     assert sorted(modules_of_document(text) ^ modules) == []
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name and name not in TO_MEND])
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
 def test_modules_functions_and_their_parameters_are_few_enough_to_read(name: str) -> None:
     assert len(SOURCES[name].splitlines()) <= MOST_LINES_OF_A_MODULE
     assert too_long(SOURCES[name]) == []

@@ -1,10 +1,11 @@
-"""What `ijepa-hf evaluate` is told: every flag's check, the nearest name, and where the output goes."""
+"""The flags of `ijepa-hf evaluate`: defaults, checks, the nearest name, and where the output goes."""
 
 from pathlib import Path
 
 import pytest
 
-from ijepa_hf.evaluation.arguments import METHODS, build_evaluate_parser, parse_evaluate_arguments
+from ijepa_hf.evaluation.arguments import build_evaluate_parser, parse_evaluate_arguments
+from ijepa_hf.evaluation.methods import METHODS
 
 
 def parsed(*flags: str):
@@ -16,8 +17,8 @@ def test_what_is_not_said_has_its_default():
     assert arguments.model == "runs/x"
     assert arguments.method == ["knn", "linear"]
     assert (arguments.pooling, arguments.layers, arguments.k, arguments.temperature) == ("mean", 1, 20, 0.07)
-    assert arguments.few_labels() == (None, 0.01)
-    assert parsed("--samples_per_class", "5").few_labels() == (5, None)
+    assert (arguments.samples_per_class, arguments.label_fraction) == (None, 0.01)
+    assert parsed("--samples_per_class", "5").label_fraction is None
 
 
 def test_several_methods_are_given_after_one_flag():
@@ -26,8 +27,8 @@ def test_several_methods_are_given_after_one_flag():
 
 def test_numbers_of_shapes_need_no_naming():
     flags = ["runs/x", "--dataset_name", "shapes", "--method", "regression"]
-    assert parse_evaluate_arguments(flags).numbers() == ["count", "nearest_distance"]
-    assert parse_evaluate_arguments([*flags, "--target_columns", "count"]).numbers() == ["count"]
+    assert parse_evaluate_arguments(flags).target_columns == ["count", "nearest_distance"]
+    assert parse_evaluate_arguments([*flags, "--target_columns", "count"]).target_columns == ["count"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from tiny import scrambled_model
 from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel, pipeline
 
 from ijepa_hf.commands.main import main
-from ijepa_hf.evaluation import evaluate as module
-from ijepa_hf.evaluation import metrics
+from ijepa_hf.evaluation import methods, rows
 from ijepa_hf.evaluation.arguments import EvaluationArguments
 from ijepa_hf.evaluation.evaluate import evaluate_model
 from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
@@ -114,11 +113,11 @@ class Spied:
 
     def __init__(self, monkeypatch) -> None:
         self.calls: list[tuple[str, tuple, np.ndarray]] = []
-        for name in dir(module):
+        for name in dir(methods):
             if name.startswith("predict_"):
-                monkeypatch.setattr(module, name, self.wrapped(name, getattr(module, name)))
-        for kind in (metrics.Top1, metrics.R2, metrics.MeanIoU, metrics.BoxIoU):
-            monkeypatch.setattr(kind, "_compute", self.scored(kind._compute))
+                monkeypatch.setattr(methods, name, self.wrapped(name, getattr(methods, name)))
+        for name, metric in methods.METRICS.items():
+            monkeypatch.setitem(methods.METRICS, name, metric._replace(value=self.scored(metric.value)))
 
     def wrapped(self, name, probe):
         def call(*arguments, **options):
@@ -129,9 +128,9 @@ class Spied:
         return call
 
     def scored(self, compute):
-        def call(metric, predictions, references):
-            self.calls.append(("scored", (), np.array(predictions)))
-            return compute(metric, predictions, references)
+        def call(predicted, truth):
+            self.calls.append(("scored", (), np.array(predicted)))
+            return compute(predicted, truth)
 
         return call
 
@@ -297,10 +296,10 @@ def test_shuffled_test_labels_change_no_prediction_and_bring_the_score_to_chance
 def test_features_are_extracted_once_and_reused_by_later_methods(tell, monkeypatch):
     first = scores_of(tell(method=["knn"]))
 
-    def fail(*arguments, **options):
+    def fail(*_, **__):
         raise AssertionError("extracted again")
 
-    monkeypatch.setattr(module, "iterate_features", fail)
+    monkeypatch.setattr(rows, "iterate_features", fail)
     both = scores_of(tell(method=["linear", "knn"]))
     assert both[:3] == first
     assert [score["method"] for score in both] == ["knn"] * 3 + ["linear"] * 3
@@ -348,10 +347,10 @@ def test_finetuning_stands_beside_the_same_from_new_weights(tell):
 def test_a_fine_tuning_that_is_in_the_way_is_found_before_any_work(tell, data, monkeypatch):
     told = tell(method=["knn", "finetune"], num_train_epochs=1)
 
-    def fail(*arguments, **options):
+    def fail(*_, **__):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(module, "iterate_features", fail)
+    monkeypatch.setattr(rows, "iterate_features", fail)
     folder = told.folder() / "finetune" / "untrained-label-1-epochs-seed-0"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""What `ijepa-hf evaluate` is told: its flags, their checks and its parser."""
+"""Defines the flags of `ijepa-hf evaluate`, checks them and parses them."""
 
 import re
 from collections.abc import Sequence
@@ -8,17 +8,11 @@ from pathlib import Path
 from huggingface_hub.constants import REPOCARD_NAME
 
 from ijepa_hf.evaluation.backbones import LAYERS, POOLINGS
+from ijepa_hf.evaluation.methods import METHODS
 from ijepa_hf.recipes.arguments import LabelledDataFlags, flag, nearest_name
 from ijepa_hf.recipes.parsing import CommandParser, model_parser, parse_flags
 from ijepa_hf.runs.cards import NEIGHBOURS
 
-METHODS = (
-    "knn", "linear", "linear_sgd", "attentive", "low_shot", "regression", "segmentation", "localization", "finetune",
-)  # fmt: skip
-# What each method needs of the model, and of the data.
-OF_POOLED = ("knn", "linear", "linear_sgd", "low_shot", "regression")
-OF_PATCHES = ("attentive", "segmentation", "localization")
-OF_CLASSES = ("knn", "linear", "linear_sgd", "attentive", "low_shot", "finetune")
 EVALUATIONS_FOLDER = "evaluations"
 _DEFAULT_LABEL_FRACTION = 0.01
 _SHAPES_TARGETS = ("count", "nearest_distance")
@@ -68,13 +62,22 @@ class EvaluationFlags(LabelledDataFlags):
 
 @dataclass(kw_only=True)
 class EvaluationArguments(EvaluationFlags):
-    """What an evaluation is told: the flags, and what comes first on the command line.
+    """The flags, and what comes first on the command line.
+
+    Without `samples_per_class` and `label_fraction`, `label_fraction` becomes its default; without `target_columns`
+    they become the columns of numbers of `shapes`, if that is the data set.
 
     Args:
         model: Hub id or folder of a vision model that `AutoModel` reads.
     """
 
     model: str
+
+    def __post_init__(self) -> None:
+        if self.samples_per_class is None and self.label_fraction is None:
+            self.label_fraction = _DEFAULT_LABEL_FRACTION
+        if not self.target_columns and self.dataset_name == "shapes":
+            self.target_columns = list(_SHAPES_TARGETS)
 
     def check(self) -> None:
         """Raises `ValueError` if a value is bad."""
@@ -105,7 +108,7 @@ class EvaluationArguments(EvaluationFlags):
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0.")
         if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
             raise ValueError(f"label_fraction={self.label_fraction} must be greater than 0 and at most 1.")
-        if "regression" in self.method and not self.numbers():
+        if "regression" in self.method and not self.target_columns:
             raise ValueError("target_columns is not given: write --target_columns followed by columns of numbers.")
         if self.update_card and not (Path(self.model) / REPOCARD_NAME).is_file():
             raise ValueError(
@@ -113,18 +116,8 @@ class EvaluationArguments(EvaluationFlags):
                 "scores to; leave it out."
             )
 
-    def numbers(self) -> list[str]:
-        """Returns the columns that `regression` predicts."""
-        return self.target_columns or (list(_SHAPES_TARGETS) if self.dataset_name == "shapes" else [])
-
-    def few_labels(self) -> tuple[int | None, float | None]:
-        """Returns `samples_per_class` and `label_fraction` of `low_shot`, one of which is a number."""
-        if self.samples_per_class is None and self.label_fraction is None:
-            return None, _DEFAULT_LABEL_FRACTION
-        return self.samples_per_class, self.label_fraction
-
     def folder(self) -> Path:
-        """Returns the folder that all is written to."""
+        """Returns the folder of everything that an evaluation writes."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         names = []

@@ -1,357 +1,350 @@
-"""Describes each evaluation method in one record: what it needs, its metric, how it runs."""
+"""Describes each evaluation method in one record: what it needs, its settings, how it predicts; and each metric.
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+A method sees features of training images, their targets and features of test images, and returns what it predicts of
+the test images. Test targets go beside its predictions into a metric, and nowhere else. To add a method, add a record
+to `METHODS`; what it needs of the command line is a field of `evaluation.arguments.EvaluationFlags`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from sklearn.metrics import r2_score
 
-from ijepa_hf import __version__
-from ijepa_hf.data.labelled import LabelledSplits, choose_labelled
-from ijepa_hf.data.reading import ImageRows
-from ijepa_hf.data.targets import TargetSplits
-from ijepa_hf.evaluation.arguments import EvaluationArguments
-from ijepa_hf.evaluation.backbones import Backbone, raw_patches, raw_pixels
-from ijepa_hf.evaluation.feature_store import store_features
-from ijepa_hf.evaluation.features import iterate_features
-from ijepa_hf.evaluation.intervals import bootstrap_interval, mean_interval
+from ijepa_hf.data.labelled import choose_labelled
+from ijepa_hf.evaluation.intervals import RESAMPLES, bootstrap_interval, mean_interval
 from ijepa_hf.evaluation.probes.attentive import predict_attentive
-from ijepa_hf.evaluation.probes.dense import box_iou, confusion_counts, predict_boxes, predict_segmentation
+from ijepa_hf.evaluation.probes.checks import share_correct
+from ijepa_hf.evaluation.probes.dense import (
+    IGNORED,
+    box_iou,
+    confusion_counts,
+    mean_iou,
+    predict_boxes,
+    predict_segmentation,
+)
 from ijepa_hf.evaluation.probes.knn import predict_knn
 from ijepa_hf.evaluation.probes.linear import predict_linear, predict_linear_sgd
 from ijepa_hf.evaluation.probes.ridge import numbers_as_classes, predict_ridge
-from ijepa_hf.evaluation.results import RAW_PIXELS, UNTRAINED, Score
-from ijepa_hf.model.vision_models import ImageSettings
 
-FEATURES_FOLDER = "features"
-
-_IGNORED = 255  # class of pixels that do not count, in maps of classes
-
-_PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn")
+_LEAST_LABELS = 5  # of a linear probe: four to fit and one to choose on
+_ENOUGH_NUMBERS = 10  # that differ: one draw in 10^9 holds one of them alone
 
 
-class _Subject(NamedTuple):
-    """The model that is evaluated: its commit on the Hub, what its images are like, and which weights it has."""
-
-    commit: str | None
-    settings: ImageSettings
-    fingerprint: dict[str, Any]
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def _device(arguments: EvaluationArguments) -> torch.device:
-    if arguments.device is not None:
-        try:
-            device = torch.device(arguments.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device={arguments.device!r} cannot be used; write cpu or cuda: {reason}") from error
-        return device
-    has_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    return torch.device("cuda" if has_gpu else "cpu")
-
-
-def _versions() -> dict[str, str]:
-    return {**{name: version(name) for name in _PACKAGES}, "ijepa-hf": __version__}
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The images with the targets of each kind that a method asks for, and the fingerprints of both splits."""
-
-    train: ImageRows
-    test: ImageRows
-    fingerprints: dict[str, str]
-    classes: LabelledSplits | None
-    numbers: TargetSplits | None
-    masks: "_Masks | None"
-    boxes: TargetSplits | None
-
-    def describe(self, arguments: EvaluationArguments, settings: ImageSettings) -> dict[str, Any]:
-        """What says which images they are, and what becomes of them."""
-        return {
-            "dataset_name": arguments.dataset_name,
-            "train_split_name": arguments.train_split_name,
-            "eval_split_name": arguments.eval_split_name,
-            "num_train_images": len(self.train),
-            "num_eval_images": len(self.test),
-            "train_sha256": self.fingerprints["train"],
-            "test_sha256": self.fingerprints["test"],
-            "transform": _transform(settings),
-        }
-
-
-def _transform(settings: ImageSettings) -> dict[str, Any]:
-    shape, mean, std = settings
-    return {"size": shape, "mean": mean, "std": std, "resize": "whole image, bilinear, antialias"}
-
-
-class _Masks(NamedTuple):
-    """Maps of classes, resized as the images are: uint8 `[n, height, width]`, 255 where a pixel does not count."""
-
-    train: np.ndarray
-    test: np.ndarray
-    num_classes: int
-
-
-def _to_classes(column: str, train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    try:
-        return numbers_as_classes(train_y, test_y)
-    except ValueError as error:
-        raise ValueError(
-            f"{column!r} cannot be cut into bins with as many training images each: it has {len(np.unique(train_y))} "
-            f"different values in {len(train_y)} images. Leave it out of --target_columns, or use more images."
-        ) from error
-
-
-def _draws(classes: LabelledSplits, arguments: EvaluationArguments) -> list[np.ndarray]:
-    samples, fraction = arguments.few_labels()
-    return [
-        choose_labelled(classes.train_labels, samples, fraction, arguments.seed + number, names=classes.names)
-        for number in range(arguments.num_label_draws)
-    ]
-
-
-@dataclass(frozen=True)
-class _Features:
-    """The features of one row, given from the disk and extracted where they are not there yet.
+class Metric(NamedTuple):
+    """A measure of predictions; higher is better.
 
     Args:
-        row: One of `ROWS`.
-        backbone: Of the row; of raw pixels the model's, whose grid says what a patch is.
-        arguments: What was asked for.
-        subject: The model.
-        data: The images.
+        value: Predictions and truth, as a method gives them, to the score.
+        interval: Predictions, truth and a seed to the score's 95 % interval over test images.
+        hub_name: The metric's type on the Hub.
+        factor: What people's unit is of the score.
+        digits: After the point, in that unit.
     """
 
-    row: str
-    backbone: Backbone
-    arguments: EvaluationArguments
-    subject: _Subject
-    data: _Data
-
-    def pooled(self) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 `[n, D]` of training and of test images, in memory."""
-        pooling = self.arguments.pooling
-        if self.row == RAW_PIXELS:
-            train, test = self._both("pixels", raw_pixels, {})
-        else:
-            encode = functools.partial(self.backbone.pooled, pooling=pooling)
-            train, test = self._both("pooled", encode, {"pooling": pooling, **self._of_network()})
-        return np.array(train), np.array(test)
-
-    def patches(self) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 `[n, rows, columns, D]` of training and of test images, mapped from the disk."""
-        grid = self.backbone.grid_size
-        if self.row == RAW_PIXELS:
-            return self._both("patches of pixels", lambda pixels: raw_patches(pixels, grid), {"grid": grid})
-        return self._both("patches", lambda pixels: self.backbone.tokens(pixels).patches, self._of_network())
-
-    def _of_network(self) -> dict[str, Any]:
-        seed = {"seed": self.arguments.seed} if self.row == UNTRAINED else {}
-        return {"layers": self.arguments.layers, "model": self.subject.fingerprint, **seed}
-
-    def _both(
-        self, kind: str, encode: Callable[[Tensor], Tensor], depends_on: Mapping[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        settings, device = self.subject.settings, _device(self.arguments)
-        trial = encode(torch.zeros(1, len(settings.mean), *settings.shape, device=device))
-        found = []
-        for split, images in (("train", self.data.train), ("test", self.data.test)):
-            identity = {
-                "features": self.row,
-                "kind": kind,
-                **depends_on,
-                "images": {"sha256": self.data.fingerprints[split], "column": images.images.column},
-                "transform": _transform(settings),
-                "dtype": "float32",
-                "device": device.type,
-                "versions": _versions(),
-            }
-            compute = functools.partial(
-                iterate_features, images, encode=encode, settings=settings,
-                batch_size=self.arguments.batch_size, device=device, description=f"{self.row}, {split}",
-            )  # fmt: skip
-            root = self.arguments.folder() / FEATURES_FOLDER
-            found.append(store_features(root, identity, len(images), tuple(trial.shape[1:]), compute).whole())
-        return found[0], found[1]
+    value: Callable[[np.ndarray, np.ndarray], float]
+    interval: Callable[[np.ndarray, np.ndarray, int], tuple[float, float]]
+    hub_name: str
+    factor: int
+    digits: int
 
 
-def _classify(features: _Features, method: str) -> list[Score]:
-    arguments, classes = features.arguments, features.data.classes
-    assert classes is not None
-    train_y = classes.train_labels
-    if method == "attentive":
-        train_patches, test_patches = (x.reshape(len(x), -1, x.shape[-1]) for x in features.patches())
-        device = _device(arguments)
-        predicted = predict_attentive(train_patches, train_y, test_patches, seed=arguments.seed, device=device)
-        settings: dict[str, Any] = {"layers": arguments.layers}
-    else:
-        train_x, test_x = features.pooled()
-        settings = _pooled_settings(arguments)
-        if method == "knn":
-            settings = {"k": arguments.k, "temperature": arguments.temperature, **settings}
-            predicted = predict_knn(train_x, train_y, test_x, k=arguments.k, temperature=arguments.temperature)
-        elif method == "linear":
-            predicted = predict_linear(train_x, train_y, test_x, seed=arguments.seed)
-        else:
-            predicted = predict_linear_sgd(train_x, train_y, test_x, seed=arguments.seed, device=_device(arguments))
-    return [_top_1(features, method, classes.label_column, settings, predicted, classes.test_labels)]
-
-
-def _classify_with_few_labels(features: _Features, method: str) -> list[Score]:
-    """The mean over draws of labelled images; the interval is of that mean, over test images."""
-    arguments, classes = features.arguments, features.data.classes
-    assert classes is not None
-    train_x, test_x = features.pooled()
-    right, draws = [], _draws(classes, arguments)
-    for chosen in draws:
-        predicted = predict_linear(train_x[chosen], classes.train_labels[chosen], test_x, seed=arguments.seed)
-        right.append(predicted == classes.test_labels)
-    samples, fraction = arguments.few_labels()
-    return [
-        Score(
-            method=method,
-            features=features.row,
-            target=classes.label_column,
-            metric="top-1",
-            value=float(np.mean(right)),
-            interval=mean_interval(np.mean(right, axis=0), arguments.seed),
-            num_train_images=len(draws[0]),
-            num_eval_images=len(test_x),
-            settings={
-                "samples_per_class": samples, "label_fraction": fraction, "num_label_draws": arguments.num_label_draws,
-                **_pooled_settings(arguments), "seed": arguments.seed,
-            },
-            draws=[float(np.mean(of_draw)) for of_draw in right],
-        )
-    ]  # fmt: skip
-
-
-def _regress(features: _Features, method: str) -> list[Score]:
-    """R2 of a ridge regression, and as in the paper's table the top-1 of the numbers as classes.
-
-    A column of few different whole numbers is its own classes (test numbers are rounded to whole ones); others are cut
-    into bins with as many training images each.
-    """
-    arguments, numbers = features.arguments, features.data.numbers
-    assert numbers is not None
-    train_x, test_x = features.pooled()
-    settings = _pooled_settings(arguments)
-    quantities = predict_ridge(train_x, numbers.train_targets, test_x, seed=arguments.seed)
-    scores = []
-    for place, column in enumerate(arguments.numbers()):
-        train_y, test_y = numbers.train_targets[:, place], numbers.test_targets[:, place]
-        scores.append(_r2(features, method, column, settings, quantities[:, place], test_y))
-        train_classes, test_classes, classes = _to_classes(column, train_y, test_y)
-        predicted = predict_linear(train_x, train_classes, test_x, seed=arguments.seed)
-        scores.append(_top_1(features, method, column, {"classes": classes, **settings}, predicted, test_classes))
-    return scores
-
-
-def _segment(features: _Features, method: str) -> list[Score]:
-    from ijepa_hf.evaluation.metrics import MeanIoU, new_metric
-
-    arguments, masks = features.arguments, features.data.masks
-    assert masks is not None
-    train_patches, test_patches = features.patches()
-    predicted = predict_segmentation(
-        train_patches,
-        masks.train,
-        test_patches,
-        num_classes=masks.num_classes,
-        mask_shape=features.subject.settings.shape,
-        seed=arguments.seed,
-        ignore_index=_IGNORED,
-        device=_device(arguments),
-    )
-    counted = masks.test != _IGNORED
-    with new_metric(MeanIoU) as metric:
-        value = metric.compute(predictions=predicted[counted], references=masks.test[counted])["mIoU"]
-    intersections, unions = confusion_counts(predicted, masks.test, masks.num_classes, _IGNORED)
-
-    def of_draws(weights: np.ndarray) -> np.ndarray:
-        shared, either = weights @ intersections, weights @ unions
-        shares = np.divide(shared, either, out=np.zeros_like(shared), where=either > 0)
-        return shares.sum(axis=1) / (either > 0).sum(axis=1)
-
-    interval = bootstrap_interval(of_draws, len(masks.test), arguments.seed)
-    settings = {"layers": arguments.layers}
-    column = arguments.mask_column_name
-    return [_score(features, method, column, "mIoU", value, interval, settings, len(masks.test))]
-
-
-def _localize(features: _Features, method: str) -> list[Score]:
-    from ijepa_hf.evaluation.metrics import BoxIoU, new_metric
-
-    arguments, boxes = features.arguments, features.data.boxes
-    assert boxes is not None
-    train_patches, test_patches = features.patches()
-    predicted = predict_boxes(train_patches, boxes.train_targets, test_patches, seed=arguments.seed)
-    with new_metric(BoxIoU) as metric:
-        value = metric.compute(predictions=predicted, references=boxes.test_targets)["IoU"]
-    interval = mean_interval(box_iou(predicted, boxes.test_targets), arguments.seed)
-    settings = {"layers": arguments.layers}
-    column = arguments.boxes_column_name
-    return [_score(features, method, column, "IoU", value, interval, settings, len(predicted))]
-
-
-_METHODS: dict[str, Callable[[_Features, str], list[Score]]] = {
-    **dict.fromkeys(("knn", "linear", "linear_sgd", "attentive"), _classify),
-    "low_shot": _classify_with_few_labels,
-    "regression": _regress,
-    "segmentation": _segment,
-    "localization": _localize,
-}
-
-
-def _pooled_settings(arguments: EvaluationArguments) -> dict[str, Any]:
-    return {"pooling": arguments.pooling, "layers": arguments.layers}
-
-
-def _top_1(
-    features: _Features, method: str, target: str, settings: dict[str, Any], predicted: np.ndarray, truth: np.ndarray
-) -> Score:
-    from ijepa_hf.evaluation.metrics import Top1, new_metric  # takes seconds
-
-    with new_metric(Top1) as metric:
-        value = metric.compute(predictions=predicted, references=truth)["top-1"]
-    interval = mean_interval(predicted == truth, features.arguments.seed)
-    return _score(features, method, target, "top-1", value, interval, settings, len(truth))
-
-
-def _r2(
-    features: _Features, method: str, target: str, settings: dict[str, Any], predicted: np.ndarray, truth: np.ndarray
-) -> Score:
-    from ijepa_hf.evaluation.metrics import R2, new_metric
-
-    with new_metric(R2) as metric:
-        value = metric.compute(predictions=predicted, references=truth)["R2"]
+def _r2_interval(predicted: np.ndarray, truth: np.ndarray, seed: int) -> tuple[float, float]:
     centred = truth - truth.mean()
 
     def of_draws(weights: np.ndarray) -> np.ndarray:
         variation = weights @ centred**2 - (weights @ centred) ** 2 / len(truth)
         return 1 - weights @ (predicted - truth) ** 2 / variation
 
-    interval = bootstrap_interval(of_draws, len(truth), features.arguments.seed)
-    return _score(features, method, target, "R2", value, interval, settings, len(truth))
+    return bootstrap_interval(of_draws, len(truth), seed)
 
 
-def _score(
-    features: _Features,
-    method: str,
-    target: str,
-    metric: str,
-    value: float,
-    interval: tuple[float, float],
-    settings: dict[str, Any],
-    num_eval_images: int,
-) -> Score:
-    number = len(features.data.train)
-    settings = {**settings, "seed": features.arguments.seed}
-    return Score(method, features.row, target, metric, value, interval, number, num_eval_images, settings)
+def _pixel_counts(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    classes = np.setdiff1d(truth, [IGNORED])
+    return confusion_counts(predicted, truth, int(max(predicted.max(), classes.max(initial=0))) + 1)
+
+
+def _mean_iou_interval(predicted: np.ndarray, truth: np.ndarray, seed: int) -> tuple[float, float]:
+    intersections, unions = _pixel_counts(predicted, truth)
+
+    def of_draws(weights: np.ndarray) -> np.ndarray:
+        shared, either = weights @ intersections, weights @ unions
+        shares = np.divide(shared, either, out=np.zeros_like(shared), where=either > 0)
+        return shares.sum(axis=1) / (either > 0).sum(axis=1)
+
+    return bootstrap_interval(of_draws, len(truth), seed)
+
+
+METRICS = {
+    "top-1": Metric(
+        share_correct,
+        # of several draws of labels, [draws, m], the interval is of their mean
+        lambda predicted, truth, seed: mean_interval(np.atleast_2d(predicted == truth).mean(axis=0), seed),
+        hub_name="accuracy",
+        factor=100,
+        digits=1,
+    ),
+    "R2": Metric(lambda predicted, truth: float(r2_score(truth, predicted)), _r2_interval, "r2", 1, 3),
+    "mIoU": Metric(
+        lambda predicted, truth: mean_iou(*_pixel_counts(predicted, truth)), _mean_iou_interval, "mean_iou", 100, 1
+    ),
+    "IoU": Metric(
+        lambda predicted, truth: float(box_iou(predicted, truth).mean()),
+        lambda predicted, truth, seed: mean_interval(box_iou(predicted, truth), seed),
+        "iou",
+        100,
+        1,
+    ),
+}
+
+
+# -- what a method is given, and what it gives ------------------------------------------------------------------------
+
+
+class Targets(NamedTuple):
+    """What is to be predicted of n training and m test images.
+
+    Args:
+        columns: Names of the columns that the targets are from.
+        train: Classes int64 `[n]`, numbers float64 `[n, len(columns)]`, maps of classes uint8 `[n, height, width]`
+            (255 where a pixel does not count), or boxes float64 `[n, 4]`.
+        test: The same of the test images.
+        names: Of the classes, where the targets are classes.
+        splits: Names of both splits, for errors.
+    """
+
+    columns: Sequence[str]
+    train: np.ndarray
+    test: np.ndarray
+    names: Sequence[str] = ()
+    splits: tuple[str, str] = ("train", "test")
+
+
+class Inputs(NamedTuple):
+    """What a method is given.
+
+    Args:
+        train: Features of n training images: float32 `[n, D]`, or of their patches `[n, rows, columns, D]`.
+        test: Features of m test images.
+        targets: What is to be predicted.
+        settings: The flags that the method's record names, and `seed`.
+        device: Where torch trains.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    targets: Targets
+    settings: Mapping[str, Any]
+    device: torch.device | str = "cpu"
+
+    def labelled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns what most probes take first: training features, training targets and test features."""
+        return self.train, self.targets.train, self.test
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method says of one target of the test images.
+
+    Args:
+        target: The column.
+        metric: One of `METRICS`.
+        predicted: As the metric takes it; of several draws of labels `[draws, m]`.
+        truth: The same of the test images.
+        settings: What the method has decided, beside what it was given.
+        num_train_images: Images that it was fitted to, where they are not all of them.
+    """
+
+    target: str
+    metric: str
+    predicted: np.ndarray
+    truth: np.ndarray
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_train_images: int | None = None
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def _knn(given: Inputs) -> np.ndarray:
+    settings = given.settings
+    return predict_knn(*given.labelled(), k=settings["k"], temperature=settings["temperature"])
+
+
+def _linear(given: Inputs) -> np.ndarray:
+    return predict_linear(*given.labelled(), seed=given.settings["seed"])
+
+
+def _linear_sgd(given: Inputs) -> np.ndarray:
+    return predict_linear_sgd(*given.labelled(), seed=given.settings["seed"], device=given.device)
+
+
+def _attentive(given: Inputs) -> np.ndarray:
+    train, test = (patches.reshape(len(patches), -1, patches.shape[-1]) for patches in (given.train, given.test))
+    return predict_attentive(train, given.targets.train, test, seed=given.settings["seed"], device=given.device)
+
+
+def _segmentation(given: Inputs) -> np.ndarray:
+    train, masks, test = given.labelled()
+    num_classes = int(masks[masks != IGNORED].max()) + 1
+    return predict_segmentation(
+        train, masks, test, num_classes=num_classes, mask_shape=masks.shape[1:], seed=given.settings["seed"],
+        device=given.device,
+    )  # fmt: skip
+
+
+def _boxes(given: Inputs) -> np.ndarray:
+    return predict_boxes(*given.labelled(), seed=given.settings["seed"])
+
+
+def _of_one_target(predict: Callable[[Inputs], np.ndarray], metric: str) -> Callable[[Inputs], list[Prediction]]:
+    def run(given: Inputs) -> list[Prediction]:
+        targets = given.targets
+        return [Prediction(targets.columns[0], metric, predict(given), targets.test)]
+
+    return run
+
+
+def _few_labels(targets: Targets, settings: Mapping[str, Any]) -> list[np.ndarray]:
+    """Draws the labelled images of each draw of `low_shot`."""
+    few = (settings["samples_per_class"], settings["label_fraction"])
+    return [
+        choose_labelled(targets.train, *few, settings["seed"] + number, names=targets.names)
+        for number in range(settings["num_label_draws"])
+    ]
+
+
+def _low_shot(given: Inputs) -> list[Prediction]:
+    train, labels, test = given.labelled()
+    draws = _few_labels(given.targets, given.settings)
+    predicted = [predict_linear(train[rows], labels[rows], test, seed=given.settings["seed"]) for rows in draws]
+    targets = given.targets
+    return [
+        Prediction(
+            targets.columns[0], "top-1", np.stack(predicted), targets.test, num_train_images=len(draws[0])
+        )
+    ]  # fmt: skip
+
+
+def _regression(given: Inputs) -> list[Prediction]:
+    """Predicts numbers by ridge regression, and as in the paper's table the same numbers as classes."""
+    targets, seed = given.targets, given.settings["seed"]
+    quantities = predict_ridge(*given.labelled(), seed=seed)
+    found = []
+    for place, column in enumerate(targets.columns):
+        train_y, test_y = targets.train[:, place], targets.test[:, place]
+        found.append(Prediction(column, "R2", quantities[:, place], test_y))
+        train_classes, test_classes, classes = numbers_as_classes(train_y, test_y)
+        predicted = predict_linear(given.train, train_classes, given.test, seed=seed)
+        found.append(Prediction(column, "top-1", predicted, test_classes, {"classes": classes}))
+    return found
+
+
+# -- what is refused before features are extracted --------------------------------------------------------------------
+
+
+def _check_k(targets: Targets, settings: Mapping[str, Any]) -> None:
+    number = len(targets.train)
+    if settings["k"] > number:
+        raise ValueError(f"k={settings['k']}, but there are {number} training images; use --k {number} or less.")
+
+
+def _check_enough(targets: Targets, settings: Mapping[str, Any]) -> None:
+    number = len(targets.train)
+    if number < _LEAST_LABELS:
+        raise ValueError(
+            f"there are {number} training images; a probe needs at least {_LEAST_LABELS}: use more "
+            "(--max_train_samples), or --method knn."
+        )
+
+
+def _check_few_labels(targets: Targets, settings: Mapping[str, Any]) -> None:
+    _check_enough(targets, settings)
+    for draw in _few_labels(targets, settings):
+        if len(draw) < _LEAST_LABELS:
+            raise ValueError(
+                f"low_shot would be fitted to {len(draw)} labelled images, and a probe needs at least "
+                f"{_LEAST_LABELS}: use a larger --samples_per_class or --label_fraction."
+            )
+
+
+def _check_numbers(targets: Targets, settings: Mapping[str, Any]) -> None:
+    """R2 is a share of how much the test numbers vary, so they must, in every draw of the interval."""
+    _check_enough(targets, settings)
+    for place, column in enumerate(targets.columns):
+        train_y, test_y = targets.train[:, place], targets.test[:, place]
+        for split, values in zip(targets.splits, (train_y, test_y), strict=True):
+            if np.ptp(values) == 0:
+                raise ValueError(
+                    f"{column!r} is {values[0]:g} in each of the {len(values)} images of the split {split!r}: there "
+                    f"is nothing to predict. Leave it out of --target_columns, or use more images ({_ENOUGH_NUMBERS} "
+                    "whose numbers differ are enough)."
+                )
+        try:
+            numbers_as_classes(train_y, test_y)
+        except ValueError as error:
+            raise ValueError(
+                f"{column!r} cannot be cut into bins with as many training images each: it has "
+                f"{len(np.unique(train_y))} different values in {len(train_y)} images. Leave it out of "
+                "--target_columns, or use more images."
+            ) from error
+
+        def spread(weights: np.ndarray, test_y: np.ndarray = test_y) -> np.ndarray:
+            low, high = (np.where(weights > 0, test_y, end) for end in (np.inf, -np.inf))
+            found = high.max(axis=1) - low.min(axis=1)
+            return np.where(found > 0, found, np.nan)
+
+        try:
+            bootstrap_interval(spread, len(test_y), settings["seed"])
+        except ValueError as error:
+            raise ValueError(
+                f"R2 of {column!r} can have no interval: in some of {RESAMPLES} draws of the {len(test_y)} test "
+                f"images all numbers are equal. Use at least {_ENOUGH_NUMBERS} test images (--max_eval_samples) whose "
+                "numbers differ."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Method:
+    """An evaluation method.
+
+    Args:
+        features: What it needs of an image: `pooled` (one vector), `patches` (one vector for each patch), or `None`:
+            it trains the network itself, which `evaluate` does.
+        targets: What it predicts: `classes`, `numbers`, `maps` or `boxes`.
+        settings: Flags that change its scores; `seed` always does.
+        run: Predicts.
+        check: Raises `ValueError` where the targets are not what the method needs.
+        task: What the Hub calls such a task.
+    """
+
+    features: str | None
+    targets: str
+    settings: tuple[str, ...]
+    run: Callable[[Inputs], list[Prediction]] | None
+    check: Callable[[Targets, Mapping[str, Any]], None] | None = _check_enough
+    task: str = "image-classification"
+
+
+_POOLED = ("pooling", "layers")
+METHODS = {
+    "knn": Method("pooled", "classes", ("k", "temperature", *_POOLED), _of_one_target(_knn, "top-1"), _check_k),
+    "linear": Method("pooled", "classes", _POOLED, _of_one_target(_linear, "top-1")),
+    "linear_sgd": Method("pooled", "classes", _POOLED, _of_one_target(_linear_sgd, "top-1")),
+    "attentive": Method("patches", "classes", ("layers",), _of_one_target(_attentive, "top-1")),
+    "low_shot": Method(
+        "pooled", "classes", ("samples_per_class", "label_fraction", "num_label_draws", *_POOLED), _low_shot,
+        _check_few_labels,
+    ),
+    "regression": Method("pooled", "numbers", _POOLED, _regression, _check_numbers, "image-feature-extraction"),
+    "segmentation": Method(
+        "patches", "maps", ("layers",), _of_one_target(_segmentation, "mIoU"), task="image-segmentation"
+    ),
+    "localization": Method("patches", "boxes", ("layers",), _of_one_target(_boxes, "IoU"), task="object-detection"),
+    "finetune": Method(None, "classes", ("num_train_epochs",), None, None),
+}  # fmt: skip

@@ -18,16 +18,12 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ijepa_hf.escaping import on_one_line
 from ijepa_hf.evaluation.feature_store import differences
-from ijepa_hf.files import write_atomically, write_json_atomically
+from ijepa_hf.evaluation.methods import METHODS, METRICS
+from ijepa_hf.files import read_json, write_atomically, write_json_atomically
 
 EVALUATION_FILE = "evaluation.json"
 MODEL, UNTRAINED, RAW_PIXELS = "model", "untrained", "raw pixels"
 ROWS = (MODEL, UNTRAINED, RAW_PIXELS)
-# What the Hub calls each metric, and its unit for people: a factor and digits after the point.
-METRICS = {"top-1": ("accuracy", 100, 1), "R2": ("r2", 1, 3), "mIoU": ("mean_iou", 100, 1), "IoU": ("iou", 100, 1)}
-_TASKS = {
-    "segmentation": "image-segmentation", "localization": "object-detection", "regression": "image-feature-extraction",
-}  # fmt: skip
 _HUB_DIGITS = 4
 
 
@@ -78,13 +74,13 @@ def read_scores(path: Path, model: Mapping[str, Any], data: Mapping[str, Any]) -
     Raises:
         ValueError: If the file is damaged, or of another model or of other images; names what differs.
     """
-    if not path.is_file():
+    stored = read_json(path)
+    if stored is None:
         return []
     try:
-        stored = json.loads(path.read_text("utf-8"))
         theirs = {"model": dict(stored["model"]), "data": dict(stored["data"])}
         scores = [Score(**{**row, "interval": tuple(row["interval"])}) for row in stored["scores"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); delete it, or choose another --output_dir.") from error
     mine: dict[str, dict[str, Any]] = {"model": dict(model), "data": dict(data)}
     for part, name in (("model", "name"), ("data", "dataset_name")):
@@ -170,8 +166,8 @@ def _group(score: Score) -> str:
 
 
 def _number(score: Score, value: float) -> str:
-    _, factor, digits = METRICS[score.metric]
-    return f"{factor * value:.{digits}f}"
+    metric = METRICS[score.metric]
+    return f"{metric.factor * value:.{metric.digits}f}"
 
 
 def _spread(score: Score) -> str:
@@ -222,14 +218,14 @@ def update_card(card: Path, model_name: str, dataset: Mapping[str, str], scores:
 def _eval_result(score: Score, dataset: Mapping[str, str]) -> EvalResult:
     settings = ", ".join(f"{name} {value}" for name, value in score.settings.items() if value is not None)
     # the Hub keeps all scores of one task and one data set together, so that the method is in the metric's name
-    task = _TASKS.get(score.method, "image-classification")
+    task = METHODS[score.method].task
     return EvalResult(
         task_type=task,
         task_name=task.replace("-", " ").capitalize(),
         dataset_type=dataset["type"],
         dataset_name=dataset["name"],
         dataset_split=dataset["split"],
-        metric_type=METRICS[score.metric][0],
+        metric_type=METRICS[score.metric].hub_name,
         metric_name=f"{score.metric}, {score.method} of {score.target}{' with ' if settings else ''}{settings}",
         metric_value=round(score.value, _HUB_DIGITS),
         metric_args={"interval_95": [round(end, _HUB_DIGITS) for end in score.interval], **score.settings},

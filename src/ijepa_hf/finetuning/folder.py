@@ -4,15 +4,14 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError, safe_open
 
+from ijepa_hf.files import read_json
 from ijepa_hf.finetuning.arguments import FinetuningArguments, FinetuningFlags
 from ijepa_hf.recipes.arguments import differing_arguments
 from ijepa_hf.runs.folder import FINETUNING_FILE
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 _FREE_ARGUMENTS = {
     entry.name for entry in dataclasses.fields(FinetuningFlags) if entry.metadata["changes"] in ("speed", "place")
 }
+_OVERWRITE = "Choose another --output_dir, or add --overwrite_output_dir to delete that one."
 _RUN_ENTRIES = (
     ARGUMENTS_FILE, FINETUNING_FILE, REPOCARD_NAME, "config.json", "model.safetensors", "preprocessor_config.json",
     "figures",
@@ -42,13 +42,8 @@ def check_output_dir(output_dir: Path, arguments: FinetuningArguments) -> None:
         ValueError: If the folder is not empty and holds no fine-tuning, another one, or this one unfinished and not to
             be resumed; or if overwriting it would delete the model or the checkpoint that is to be read.
     """
-    if not output_dir.exists() or not any(output_dir.iterdir()):
+    if not holds_a_run(output_dir):
         return
-    if not (output_dir / ARGUMENTS_FILE).is_file():
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} is not empty and holds no fine-tuning of ijepa-hf; choose another "
-            "--output_dir."
-        )
     if arguments.overwrite_output_dir:
         for name, path in (("model", arguments.model), ("resume_from_checkpoint", arguments.resume_from_checkpoint)):
             if path not in (None, "latest"):
@@ -58,7 +53,7 @@ def check_output_dir(output_dir: Path, arguments: FinetuningArguments) -> None:
                         f"overwrite_output_dir would delete {name}={path!r}; choose another --output_dir."
                     )
         return
-    _check_same_run(output_dir, dataclasses.asdict(arguments))
+    check_same_run(output_dir, arguments, _OVERWRITE)
     if arguments.resume_from_checkpoint is None and not (output_dir / FINETUNING_FILE).is_file():
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds this fine-tuning, unfinished. Add --resume_from_checkpoint latest "
@@ -66,24 +61,43 @@ def check_output_dir(output_dir: Path, arguments: FinetuningArguments) -> None:
         )
 
 
-def differences_from(folder: Path, values: Mapping[str, Any]) -> list[str]:
-    """Names the arguments in which a fine-tuning differs from the one in a folder.
+def holds_a_run(folder: Path) -> bool:
+    """Says whether a folder holds a fine-tuning, finished or not.
+
+    Args:
+        folder: The folder; it need not exist.
+
+    Returns:
+        `False` where it is missing or empty.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / ARGUMENTS_FILE).is_file():
+        raise ValueError(
+            f"output_dir={str(folder)!r} is not empty and holds no fine-tuning of ijepa-hf; choose another "
+            "--output_dir."
+        )
+    return True
+
+
+def check_same_run(folder: Path, arguments: FinetuningArguments, advice: str) -> None:
+    """Refuses a folder that holds another fine-tuning.
 
     Args:
         folder: Holds a fine-tuning, finished or not.
-        values: Arguments of `FinetuningArguments`; those that a continuation is free to change do not count.
-
-    Returns:
-        Such as "seed is 0 there, 1 here"; nothing where the two are one.
+        arguments: Of this one; those that a continuation is free to change do not count.
+        advice: The last sentence of the error.
 
     Raises:
-        ValueError: If the file of its arguments is damaged.
+        ValueError: If they differ, naming in what; or if the file of its arguments is damaged.
     """
-    try:
-        stored = json.loads((folder / ARGUMENTS_FILE).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / ARGUMENTS_FILE} is damaged ({error}); choose another --output_dir.") from error
-    return differing_arguments(stored, values, _FREE_ARGUMENTS, {})
+    stored = read_json(folder / ARGUMENTS_FILE)
+    differing = differing_arguments(stored or {}, dataclasses.asdict(arguments), _FREE_ARGUMENTS, {})
+    if differing:
+        raise ValueError(f"{str(folder)!r} holds another fine-tuning: {'; '.join(differing)}. {advice}")
 
 
 def find_checkpoint(output_dir: Path, arguments: FinetuningArguments) -> Path | None:
@@ -110,7 +124,7 @@ def find_checkpoint(output_dir: Path, arguments: FinetuningArguments) -> Path | 
                 f"resume_from_checkpoint={asked!r}: there is no complete and undamaged checkpoint."
             )
         if (folder.parent / ARGUMENTS_FILE).is_file():
-            _check_same_run(folder.parent, dataclasses.asdict(arguments))
+            check_same_run(folder.parent, arguments, _OVERWRITE)
         return folder
     found = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for folder in reversed(found):
@@ -132,15 +146,6 @@ def delete_run(output_dir: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
-
-
-def _check_same_run(folder: Path, values: Mapping[str, Any]) -> None:
-    differing = differences_from(folder, values)
-    if differing:
-        raise ValueError(
-            f"{str(folder)!r} holds another fine-tuning: {'; '.join(differing)}. Choose another --output_dir, or add "
-            "--overwrite_output_dir to delete that one."
-        )
 
 
 def _is_complete(checkpoint: Path) -> bool:

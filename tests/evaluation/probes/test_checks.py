@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from ijepa_hf.evaluation.probes.checks import check_classes, check_features, check_test_labels, hold_out, in_pieces
+from ijepa_hf.evaluation.probes.checks import (
+    ProbeTraining,
+    check_classes,
+    check_features,
+    check_test_labels,
+    hold_out,
+    in_pieces,
+)
 
 
 def test_a_fifth_is_held_out_in_the_proportion_of_the_classes():
@@ -80,3 +87,17 @@ def test_test_labels_must_be_as_many_as_test_images():
     for wrong in (np.zeros(2), np.zeros((3, 1))):
         with pytest.raises(ValueError, match="must have the same n, and test_y one axis"):
             check_test_labels(np.zeros((3, 2)), wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs=0 and batch_size=64 must be at least 1"),
+        ({"learning_rates": (-1.0,)}, r"learning_rates=\(-1.0,\) must hold one or more numbers above 0"),
+        ({"learning_rates": ()}, r"learning_rates=\(\) must hold"),
+        ({"weight_decays": (-0.1,)}, r"weight_decays=\(-0.1,\) must hold one or more numbers of 0 or more"),
+    ],
+)
+def test_a_training_that_cannot_be_is_named(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ProbeTraining(**{"epochs": 20, "batch_size": 64, "learning_rates": (1e-3,), **change})

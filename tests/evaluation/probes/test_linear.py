@@ -1,6 +1,7 @@
 """The linear probes against scikit-learn used directly, and what they may not look at."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ from sklearn.linear_model import LogisticRegression
 
 from ijepa_hf.evaluation import knn_accuracy, linear_accuracy
 from ijepa_hf.evaluation.probes import linear
-from ijepa_hf.evaluation.probes.linear import predict_linear, predict_linear_sgd
+from ijepa_hf.evaluation.probes.linear import TRAINING, predict_linear, predict_linear_sgd
+
+
+def trained(**changes) -> dict:
+    """The defaults of SGD with changes, as an argument."""
+    return {"training": replace(TRAINING, **changes)}
 
 
 def digits(train: int = 400, test: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -143,7 +149,7 @@ def gaussian_classes(n: int, *, distance: float, seed: int = 0) -> tuple[np.ndar
     return (distance * np.eye(4, 16)[y] + generator.normal(size=(n, 16))).astype(np.float32), y
 
 
-@pytest.mark.parametrize("probe", [predict_linear, lambda *split: predict_linear_sgd(*split, epochs=20)])
+@pytest.mark.parametrize("probe", [predict_linear, lambda *split: predict_linear_sgd(*split, **trained(epochs=20))])
 def test_planted_classes_are_found_and_shuffled_labels_give_chance(probe):
     x, y = gaussian_classes(1600, distance=4.0)
     assert np.mean(probe(x[:600], y[:600], x[600:]) == y[600:]) > 0.95
@@ -155,7 +161,7 @@ def test_planted_classes_are_found_and_shuffled_labels_give_chance(probe):
 def test_predictions_are_labels_one_for_each_image_and_the_accuracy_counts_them():
     train_x, train_y, test_x, test_y = digits()
     names = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
-    for probe in (predict_linear, lambda *split: predict_linear_sgd(*split, epochs=15)):
+    for probe in (predict_linear, lambda *split: predict_linear_sgd(*split, **trained(epochs=15))):
         numbers = probe(train_x, train_y, test_x)
         assert numbers.shape == (200,)
         assert numbers.dtype == train_y.dtype
@@ -175,7 +181,8 @@ def test_a_long_run_of_sgd_ends_at_the_minimum_that_scikit_learn_finds():
     x, y = gaussian_classes(5000, distance=1.5)
     train_x, train_y, test_x = x[:120], y[:120], x[120:]
     features, targets = torch.from_numpy(train_x), torch.from_numpy(train_y)
-    (plain,) = linear._train_heads(features, targets, 4, [linear._Setting(False, 0.4, 0.05)], 4000, 120, 0)
+    training = replace(TRAINING, epochs=4000, batch_size=120)
+    (plain,) = linear._train_heads(features, targets, 4, [linear._Setting(False, 0.4, 0.05)], training, 0)
     ours = plain(torch.from_numpy(test_x)).detach().numpy()
 
     def with_ones(rows: np.ndarray) -> np.ndarray:
@@ -191,9 +198,10 @@ def test_each_head_is_trained_as_if_it_were_alone():
     x, y = gaussian_classes(300, distance=1.0)
     features, targets = torch.from_numpy(x), torch.from_numpy(y)
     settings = [linear._Setting(*made) for made in [(False, 0.05, 0.0), (True, 0.05, 5e-4), (False, 0.001, 0.1)]]
-    together = linear._train_heads(features, targets, 4, settings, 5, 64, 0)
+    training = replace(TRAINING, epochs=5, batch_size=64)
+    together = linear._train_heads(features, targets, 4, settings, training, 0)
     for head, setting in zip(together, settings, strict=True):
-        (alone,) = linear._train_heads(features, targets, 4, [setting], 5, 64, 0)
+        (alone,) = linear._train_heads(features, targets, 4, [setting], training, 0)
         torch.testing.assert_close(head(features), alone(features), rtol=0, atol=1e-6)
 
 
@@ -207,12 +215,13 @@ def test_the_learning_rate_falls_tenfold_after_15_30_and_45_of_50_epochs_and_sca
 
     monkeypatch.setattr(torch.optim.SGD, "step", recording)
     x, y = gaussian_classes(80, distance=1.0)
-    predict_linear_sgd(x, y, x, batch_size=32, learning_rates=(0.08,), weight_decays=(0.0,))
+    predict_linear_sgd(x, y, x, **trained(batch_size=32, learning_rates=(0.08,), weight_decays=(0.0,)))
     assert len(rates) == 50 * (64 // 32) + 50 * (80 // 32)
     expected = np.repeat(0.01 * 0.1 ** np.repeat([0, 1, 2, 3], [15, 15, 15, 5]), 2)
     np.testing.assert_allclose(rates, np.concatenate([expected, expected]), rtol=1e-9)
     rates.clear()
-    predict_linear_sgd(x, y, x, batch_size=4096, learning_rates=(0.256,), weight_decays=(0.0,), epochs=1)
+    settings = {"batch_size": 4096, "learning_rates": (0.256,), "weight_decays": (0.0,), "epochs": 1}
+    predict_linear_sgd(x, y, x, **trained(**settings))
     np.testing.assert_allclose(rates, [0.064, 0.080], rtol=1e-9)  # 64 images to choose on, 80 in the end
 
 
@@ -233,49 +242,48 @@ def test_the_batch_normalised_head_is_chosen_where_columns_differ_in_scale_and_t
 
 def test_a_setting_that_diverges_is_not_chosen_and_if_all_do_it_is_said():
     train_x, train_y, test_x, _ = digits()
-    sane = predict_linear_sgd(train_x, train_y, test_x, learning_rates=(0.01,), epochs=5)
-    both = predict_linear_sgd(train_x, train_y, test_x, learning_rates=(1e38, 0.01), epochs=5)
+    sane = predict_linear_sgd(train_x, train_y, test_x, **trained(learning_rates=(0.01,), epochs=5))
+    both = predict_linear_sgd(train_x, train_y, test_x, **trained(learning_rates=(1e38, 0.01), epochs=5))
     np.testing.assert_array_equal(both, sane)
     # NaN looks like class 0 to argmax, which is nearly always right here.
     x, rare = gaussian_classes(200, distance=0.0)[0], np.arange(200) % 20 == 0
-    assert predict_linear_sgd(x, rare, x, learning_rates=(1e38, 0.01), epochs=5).mean() < 0.3
+    assert predict_linear_sgd(x, rare, x, **trained(learning_rates=(1e38, 0.01), epochs=5)).mean() < 0.3
     with pytest.raises(ValueError, match=r"diverged with learning_rates=\(1e\+38,\): give lower ones"):
-        predict_linear_sgd(train_x, train_y, test_x, learning_rates=(1e38,), epochs=5)
+        predict_linear_sgd(train_x, train_y, test_x, **trained(learning_rates=(1e38,), epochs=5))
 
 
 def test_sgd_is_a_function_of_the_seed_alone_and_leaves_the_global_generator_alone():
     x, y = gaussian_classes(400, distance=0.7)
     state = torch.get_rng_state()
-    first = predict_linear_sgd(x[:200], y[:200], x[200:], seed=1, epochs=2, batch_size=16)
+    few = trained(epochs=2, batch_size=16)
+    first = predict_linear_sgd(x[:200], y[:200], x[200:], seed=1, **few)
     torch.manual_seed(77)
-    again = predict_linear_sgd(x[:200], y[:200], x[200:], seed=1, epochs=2, batch_size=16)
+    again = predict_linear_sgd(x[:200], y[:200], x[200:], seed=1, **few)
     np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, predict_linear_sgd(x[:200], y[:200], x[200:], seed=2, epochs=2, batch_size=16))
+    assert not np.array_equal(first, predict_linear_sgd(x[:200], y[:200], x[200:], seed=2, **few))
     features, targets = torch.from_numpy(x), torch.from_numpy(y)
     setting = [linear._Setting(False, 0.05, 0.0)]
-    heads = [linear._train_heads(features, targets, 4, setting, 2, 16, seed)[0] for seed in (0, 0, 1)]
+    heads = [linear._train_heads(features, targets, 4, setting, few["training"], seed)[0] for seed in (0, 0, 1)]
     torch.testing.assert_close(heads[0][0].weight, heads[1][0].weight, rtol=0, atol=0)
     assert not torch.allclose(heads[0][0].weight, heads[2][0].weight, rtol=1e-3)  # another order of the images
     torch.set_rng_state(state)
-    predict_linear_sgd(x[:200], y[:200], x[200:], epochs=1)
+    predict_linear_sgd(x[:200], y[:200], x[200:], **trained(epochs=1))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_sgd_judges_each_test_image_by_itself():
     x, y = gaussian_classes(400, distance=0.7)
-    together = predict_linear_sgd(x[:200], y[:200], x[200:], epochs=3)
-    alone = np.concatenate([predict_linear_sgd(x[:200], y[:200], x[i : i + 1], epochs=3) for i in range(200, 205)])
+    together = predict_linear_sgd(x[:200], y[:200], x[200:], **trained(epochs=3))
+    alone = np.concatenate(
+        [predict_linear_sgd(x[:200], y[:200], x[i : i + 1], **trained(epochs=3)) for i in range(200, 205)]
+    )
     np.testing.assert_array_equal(together[:5], alone)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs=0 must be at least 1"),
-        ({"batch_size": 1}, "batch_size=1 at least 2"),
-        ({"learning_rates": (0.0,)}, r"learning_rates=\(0.0,\) must hold one or more numbers above 0"),
-        ({"learning_rates": ()}, r"learning_rates=\(\) must hold"),
-        ({"weight_decays": (-1.0,)}, r"weight_decays=\(-1.0,\) must hold one or more numbers of 0 or more"),
+        (trained(batch_size=1), "batch_size=1 must be at least 2"),
         ({"train_y": np.zeros(200)}, "200 labels of 1 classes"),
         ({"test_x": np.full((3, 16), np.inf)}, "test_x holds NaN or infinity"),
     ],

@@ -5,6 +5,7 @@ A linear probe on the mean of the patches misses what only few patches show. Her
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ijepa_hf.evaluation.probes.checks import check_classes, check_features, hold_out
+from ijepa_hf.evaluation.probes.checks import ProbeTraining, check_classes, check_features, hold_out
 
 logger = logging.getLogger(__name__)
 
+TRAINING = ProbeTraining(20, 64, (3e-4, 1e-3, 3e-3), (0.01,))
+
 _LEAST_LABELS = 5  # four to fit and one to choose on
 _WARMUP_SHARE = 0.1  # of the steps
-_HEAD_WIDTH = 64
+_HEAD_WIDTH = 64  # least columns of an attention head; the number of heads divides the width
 _MLP_RATIO = 4
 
 
@@ -28,11 +31,7 @@ def predict_attentive(
     test_patches: np.ndarray,
     *,
     seed: int = 0,
-    epochs: int = 20,
-    batch_size: int = 64,
-    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
-    weight_decay: float = 0.01,
-    num_heads: int | None = None,
+    training: ProbeTraining = TRAINING,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Predicts labels of test images by an attentive probe that is trained on frozen patch features.
@@ -50,11 +49,7 @@ def predict_attentive(
         train_y: [n_train] labels of two classes or more.
         test_patches: [n_test, N, D] patch features, finite.
         seed: of the split, the initial weights and the order of the images.
-        epochs: passes over the training images, 1 or more.
-        batch_size: images a step, 1 or more; the last step of an epoch may have fewer.
-        learning_rates: to choose from, each above 0.
-        weight_decay: of matrices, 0 or more.
-        num_heads: attention heads, a divisor of D; by default the largest divisor that leaves each 64 columns or more.
+        training: how the probe is trained; one weight decay, of matrices.
         device: where torch trains.
 
     Returns:
@@ -71,22 +66,13 @@ def predict_attentive(
         train_patches, train_y, test_patches, layout="n, N, D", names=("train_patches", "train_y", "test_patches")
     )
     check_classes(train_y, _LEAST_LABELS)
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1.")
-    if not learning_rates or not all(0 < rate < np.inf for rate in learning_rates):
-        raise ValueError(f"learning_rates={learning_rates} must hold one or more numbers above 0.")
-    if not 0 <= weight_decay < np.inf:
-        raise ValueError(f"weight_decay={weight_decay} must be 0 or more.")
-    width = train_patches.shape[2]
-    if num_heads is None:
-        num_heads = max(heads for heads in range(1, max(1, width // _HEAD_WIDTH) + 1) if width % heads == 0)
-    elif num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads={num_heads} must divide the width of the features, {width}.")
+    width, learning_rates, batch_size = train_patches.shape[2], training.learning_rates, training.batch_size
+    num_heads = max(heads for heads in range(1, max(1, width // _HEAD_WIDTH) + 1) if width % heads == 0)
     labels, codes = np.unique(train_y, return_inverse=True)
 
     def trained(rows: np.ndarray, rates: Sequence[float]) -> nn.ModuleList:
         probes = _new_probes(len(rates), width, num_heads, len(labels), seed).to(device)
-        _train(probes, train_patches, codes, rows, rates, weight_decay, epochs, batch_size, seed)
+        _train(probes, train_patches, codes, rows, replace(training, learning_rates=rates), seed)
         return probes.eval()
 
     fit, held_out = hold_out(len(codes), seed=seed, labels=codes)
@@ -149,26 +135,23 @@ def _train(
     patches: np.ndarray,
     codes: np.ndarray,
     rows: np.ndarray,
-    rates: Sequence[float],
-    weight_decay: float,
-    epochs: int,
-    batch_size: int,
+    training: ProbeTraining,
     seed: int,
 ) -> None:
-    """Train on these rows, all probes on the same batches; their losses are summed, so none influences another."""
-    groups = []
-    for probe, rate in zip(probes, rates, strict=True):
+    """Trains a probe for each learning rate on the same batches of rows; none influences another: losses are summed."""
+    groups, batch_size = [], training.batch_size
+    for probe, rate in zip(probes, training.learning_rates, strict=True):
         for decays in (True, False):
             # The query is a token with a place of its own, and no matrix.
             chosen = [p for name, p in probe.named_parameters() if (p.ndim == 2) == decays]
-            decay = weight_decay if decays else 0.0
+            decay = training.weight_decays[0] if decays else 0.0
             groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(groups)
-    steps = epochs * -(-len(rows) // batch_size)
+    steps = training.epochs * -(-len(rows) // batch_size)
     # The schedule starts at its second step and ends one step late: steps with a rate of 0 would be idle.
     schedule = get_cosine_schedule_with_warmup(optimizer, int(_WARMUP_SHARE * steps), steps + 1, last_epoch=0)
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(epochs), desc=f"attentive probe, {len(probes)} at once", unit="epoch", disable=None):
+    for _ in tqdm(range(training.epochs), desc=f"attentive probe, {len(probes)} at once", unit="epoch", disable=None):
         order = rows[torch.randperm(len(rows), generator=generator).numpy()]
         for start in range(0, len(order), batch_size):
             batch = np.sort(order[start : start + batch_size])  # in the order of a memory-mapped file

@@ -1,13 +1,42 @@
-"""What every probe asks of its arrays before it starts, and the part of train that choices are made on."""
+"""Checks the arrays and settings of probes, and splits off the training images on which settings are chosen."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
 HELD_OUT_SHARE = 0.2
 _NUMBERS_AT_ONCE = 2**22  # 32 MB in float64
+
+
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How a probe is trained by gradient descent.
+
+    Args:
+        epochs: passes over the training images, 1 or more.
+        batch_size: images a step, 1 or more; the last step of an epoch may have fewer.
+        learning_rates: to choose from, each above 0.
+        weight_decays: to choose from, each 0 or more.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rates: Sequence[float]
+    weight_decays: Sequence[float] = (0.0,)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"epochs={self.epochs} and batch_size={self.batch_size} must be at least 1.")
+        if not self.learning_rates or not all(0 < rate < np.inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates={self.learning_rates} must hold one or more numbers above 0.")
+        if not self.weight_decays or not all(0 <= decay < np.inf for decay in self.weight_decays):
+            raise ValueError(f"weight_decays={self.weight_decays} must hold one or more numbers of 0 or more.")
 
 
 def check_features(
@@ -18,7 +47,7 @@ def check_features(
     layout: str = "n, D",
     names: tuple[str, str, str] = ("train_x", "train_y", "test_x"),
 ) -> None:
-    """Refuse features that a probe cannot work with: no labels for them, NaN, or test features of another kind.
+    """Refuses features that a probe cannot work with: no labels for them, NaN, or test features of another kind.
 
     Reads each array once, some rows at a time, so that a memory-mapped one stays on disk.
 
@@ -60,7 +89,7 @@ def check_features(
 
 
 def check_classes(train_y: np.ndarray, least: int = 1) -> None:
-    """Refuse labels that are no classification.
+    """Refuses labels that are no classification.
 
     Args:
         train_y: labels, whole numbers or words.
@@ -83,7 +112,7 @@ def check_classes(train_y: np.ndarray, least: int = 1) -> None:
 
 
 def share_correct(predicted: np.ndarray, test_y: np.ndarray) -> float:
-    """Top-1 accuracy.
+    """Computes the top-1 accuracy.
 
     Args:
         predicted: [n_test] predicted labels.
@@ -96,7 +125,7 @@ def share_correct(predicted: np.ndarray, test_y: np.ndarray) -> float:
 
 
 def check_test_labels(test_x: np.ndarray, test_y: np.ndarray) -> None:
-    """Refuse test labels of another number than the test images, before any work.
+    """Refuses test labels of another number than the test images, before any work.
 
     Args:
         test_x: [n_test, ...] features.
@@ -113,7 +142,7 @@ def check_test_labels(test_x: np.ndarray, test_y: np.ndarray) -> None:
 
 
 def hold_out(count: int, *, seed: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Split the training images in two, to choose a setting on the second part.
+    """Splits the training images in two, to choose a setting on the second part.
 
     Args:
         count: number of training images, 2 or more.
@@ -139,7 +168,7 @@ def hold_out(count: int, *, seed: int, labels: np.ndarray | None = None) -> tupl
 
 
 def in_pieces(array: np.ndarray, numbers: int = _NUMBERS_AT_ONCE) -> Iterator[slice]:
-    """Cut an array along its first axis into pieces of bounded size.
+    """Cuts an array along its first axis into pieces of bounded size.
 
     Args:
         array: [n, ...], possibly memory-mapped.

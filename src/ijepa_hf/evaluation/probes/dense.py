@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ijepa_hf.evaluation.probes.checks import check_features, hold_out, in_pieces
+from ijepa_hf.evaluation.probes.checks import ProbeTraining, check_features, hold_out, in_pieces
 from ijepa_hf.evaluation.probes.ridge import predict_ridge
 
 logger = logging.getLogger(__name__)
+
+IGNORED = 255  # label of pixels that do not count
+TRAINING = ProbeTraining(20, 16, (1e-3, 1e-2, 1e-1))
 
 _LAYOUT = "n, rows, columns, D"
 _LEAST_IMAGES = 5  # four to fit and one to choose on
@@ -27,12 +30,9 @@ def predict_segmentation(
     test_patches: np.ndarray,
     *,
     num_classes: int,
-    mask_shape: tuple[int, int],
+    mask_shape: tuple[int, ...],
     seed: int = 0,
-    ignore_index: int = 255,
-    epochs: int = 20,
-    batch_size: int = 16,
-    learning_rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
+    training: ProbeTraining = TRAINING,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Predicts the class of each pixel by a linear layer on frozen patch features.
@@ -48,15 +48,12 @@ def predict_segmentation(
 
     Args:
         train_patches: [n_train, rows, columns, D] patch features, finite; n_train at least 5.
-        train_masks: integers [n_train, height, width], 0 to num_classes - 1, or `ignore_index`.
+        train_masks: integers [n_train, height, width], 0 to num_classes - 1, or 255 for a pixel that does not count.
         test_patches: [n_test, rows, columns, D] patch features, finite.
-        num_classes: 2 or more, the background included.
+        num_classes: 2 to 255, the background included.
         mask_shape: (height, width) of the predicted masks, usually that of `train_masks`.
         seed: of the split and of the order of the images.
-        ignore_index: label of pixels that are left out, outside 0 to num_classes - 1.
-        epochs: passes over the training images, 1 or more.
-        batch_size: images a step, 1 or more; the last step of an epoch may have fewer.
-        learning_rates: to choose from, each above 0.
+        training: how the layer is trained; without weight decay.
         device: where torch trains.
 
     Returns:
@@ -72,11 +69,9 @@ def predict_segmentation(
     """
     if len(mask_shape) != 2 or min(mask_shape) < 1:
         raise ValueError(f"mask_shape={mask_shape} must be (height, width), 1 or more.")
-    rows = _learnable_images(train_patches, train_masks, test_patches, num_classes, ignore_index)
-    probe = _SegmentationProbe(
-        train_patches, train_masks, num_classes, ignore_index, epochs, batch_size, seed, torch.device(device)
-    )
-    probe.check(learning_rates)
+    rows = _learnable_images(train_patches, train_masks, test_patches, num_classes)
+    learning_rates = training.learning_rates
+    probe = _SegmentationProbe(train_patches, train_masks, num_classes, training, seed, torch.device(device))
     fit, held_out = (rows[part] for part in hold_out(len(rows), seed=seed))
     scores = [probe.score(layer, held_out) for layer in probe.train(fit, learning_rates)]
     best = int(np.argmax(scores))
@@ -94,9 +89,9 @@ def predict_segmentation(
 
 
 def _learnable_images(
-    train_patches: np.ndarray, train_masks: np.ndarray, test_patches: np.ndarray, num_classes: int, ignore_index: int
+    train_patches: np.ndarray, train_masks: np.ndarray, test_patches: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """Checks the arrays; the numbers of the training images that have a pixel to learn from."""
+    """Checks the arrays; returns the numbers of the training images that have a pixel to learn from."""
     check_features(
         train_patches,
         train_masks,
@@ -111,11 +106,11 @@ def _learnable_images(
         )
     if np.ndim(train_masks) != 3:
         raise ValueError(f"train_masks of shape {np.shape(train_masks)} must be [n, height, width].")
-    _check_masks("train_masks", train_masks, num_classes, ignore_index)
-    learnable = [index for index, mask in enumerate(train_masks) if np.any(mask != ignore_index)]
+    _check_masks("train_masks", train_masks, num_classes, IGNORED)
+    learnable = [index for index, mask in enumerate(train_masks) if np.any(mask != IGNORED)]
     if len(learnable) < _LEAST_IMAGES:
         raise ValueError(
-            f"train_masks has {len(learnable)} images with a pixel that is not ignore_index={ignore_index}: take at "
+            f"train_masks has {len(learnable)} images with a pixel that is not {IGNORED}, which does not count: take at "
             f"least {_LEAST_IMAGES}."
         )
     return np.array(learnable)
@@ -132,18 +127,9 @@ class _SegmentationProbe:
     patches: np.ndarray
     masks: np.ndarray
     num_classes: int
-    ignore_index: int
-    epochs: int
-    batch_size: int
+    training: ProbeTraining
     seed: int
     device: torch.device
-
-    def check(self, learning_rates: Sequence[float]) -> None:
-        """Raises `ValueError` for a bad setting."""
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs={self.epochs} and batch_size={self.batch_size} must be at least 1.")
-        if not learning_rates or not all(0 < rate < np.inf for rate in learning_rates):
-            raise ValueError(f"learning_rates={learning_rates} must hold one or more numbers above 0.")
 
     @functools.cached_property
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -153,8 +139,9 @@ class _SegmentationProbe:
     def batches(self, patches: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Numbers of images and their standardised patches, a batch at a time."""
         mean, deviation = self.statistics
-        for start in range(0, len(rows), self.batch_size):
-            batch = np.sort(rows[start : start + self.batch_size])  # in the order of a memory-mapped file
+        batch_size = self.training.batch_size
+        for start in range(0, len(rows), batch_size):
+            batch = np.sort(rows[start : start + batch_size])  # in the order of a memory-mapped file
             standardised = (np.asarray(patches[batch], dtype=np.float32) - mean) / deviation
             yield batch, torch.as_tensor(standardised, device=self.device)
 
@@ -172,16 +159,18 @@ class _SegmentationProbe:
             for layer, rate in zip(layers, rates, strict=True)
         ]
         optimizer = torch.optim.Adam(groups)
-        steps = self.epochs * -(-len(rows) // self.batch_size)
+        steps = self.training.epochs * -(-len(rows) // self.training.batch_size)
         # The cosine starts at its second step and ends one step late: a step with a rate of 0 would be idle.
         schedule = get_cosine_schedule_with_warmup(optimizer, 0, steps + 1, last_epoch=0)
         generator = torch.Generator().manual_seed(self.seed)
-        for _ in tqdm(range(self.epochs), desc=f"segmentation, {len(rates)} at once", unit="epoch", disable=None):
+        for _ in tqdm(
+            range(self.training.epochs), desc=f"segmentation, {len(rates)} at once", unit="epoch", disable=None
+        ):
             order = rows[torch.randperm(len(rows), generator=generator).numpy()]
             for batch, patches in self.batches(self.patches, order):
                 masks = torch.as_tensor(np.asarray(self.masks[batch], dtype=np.int64), device=patches.device)
                 optimizer.zero_grad()
-                losses = [_pixel_loss(layer, patches, masks, self.ignore_index) for layer in layers]
+                losses = [_pixel_loss(layer, patches, masks) for layer in layers]
                 torch.stack(losses).sum().backward()
                 optimizer.step()
                 schedule.step()
@@ -195,14 +184,14 @@ class _SegmentationProbe:
         for batch, patches in self.batches(self.patches, rows):
             masks = np.asarray(self.masks[batch])
             predicted = _resized_logits(layer, patches, masks.shape[1:]).argmax(dim=1).cpu().numpy()
-            counts.append(confusion_counts(predicted, masks, self.num_classes, self.ignore_index))
+            counts.append(confusion_counts(predicted, masks, self.num_classes))
         return mean_iou(*(np.concatenate(parts) for parts in zip(*counts, strict=True)))
 
 
 def confusion_counts(
-    predicted: np.ndarray, truth: np.ndarray, num_classes: int, ignore_index: int = 255
+    predicted: np.ndarray, truth: np.ndarray, num_classes: int, ignore_index: int = IGNORED
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each image and class, the pixels that prediction and truth share, and those that either has.
+    """Counts for each image and class the pixels that prediction and truth share, and those that either has.
 
     Kept by image, so that the mean IoU of any selection of images can be computed from them.
 
@@ -238,7 +227,7 @@ def confusion_counts(
 
 
 def mean_iou(intersections: np.ndarray, unions: np.ndarray) -> float:
-    """Mean over the classes of intersection over union, pixels of all images taken together.
+    """Computes the mean over classes of intersection over union, pixels of all images taken together.
 
     A class that occurs neither in the truth nor in the predictions has no IoU and is left out.
 
@@ -268,7 +257,7 @@ def mean_iou(intersections: np.ndarray, unions: np.ndarray) -> float:
 def predict_boxes(
     train_patches: np.ndarray, train_boxes: np.ndarray, test_patches: np.ndarray, *, seed: int = 0
 ) -> np.ndarray:
-    """The box of the largest object of each image, by ridge regression on coarse cells of frozen patch features.
+    """Predicts the box of the largest object of each image, by ridge regression on coarse cells of patch features.
 
     The patches are averaged in at most 4 x 4 cells, as equal as the grid allows; the four edges of the box are each
     regressed on all cells' features side by side (`predict_ridge`, with its choice of the penalty on train). Cells
@@ -309,7 +298,7 @@ def predict_boxes(
 
 
 def box_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union of two boxes an image.
+    """Computes the intersection over union of two boxes for each image.
 
     Args:
         predicted: [m, 4] left, top, right, bottom, in order; it may be empty, which gives 0.
@@ -335,7 +324,7 @@ def box_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _check_masks(name: str, masks: np.ndarray, num_classes: int, ignore_index: int | None) -> None:
-    """Refuse masks that hold something else than 0 to num_classes - 1 and `ignore_index`."""
+    """Refuses masks that hold something else than 0 to num_classes - 1 and `ignore_index`."""
     if ignore_index is not None and 0 <= ignore_index < num_classes:
         raise ValueError(f"ignore_index={ignore_index} must be none of the classes, 0 to {num_classes - 1}.")
     if np.asarray(masks).dtype.kind not in "iub":
@@ -352,7 +341,7 @@ def _check_masks(name: str, masks: np.ndarray, num_classes: int, ignore_index: i
 
 
 def _check_boxes(name: str, boxes: np.ndarray) -> None:
-    """Refuse boxes that are no left, top, right, bottom in [0, 1] with something inside."""
+    """Refuses boxes that are no left, top, right, bottom in [0, 1] with something inside."""
     array = np.asarray(boxes)
     if array.ndim != 2 or array.shape[1] != 4 or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise ValueError(f"{name} of dtype {array.dtype} and shape {array.shape} must hold finite numbers [n, 4].")
@@ -385,9 +374,9 @@ def _resized_logits(layer: nn.Module, patches: Tensor, shape: tuple[int, ...]) -
     return nn.functional.interpolate(layer(patches).permute(0, 3, 1, 2), size=shape, mode="bilinear")
 
 
-def _pixel_loss(layer: nn.Module, patches: Tensor, masks: Tensor, ignore_index: int) -> Tensor:
+def _pixel_loss(layer: nn.Module, patches: Tensor, masks: Tensor) -> Tensor:
     logits = _resized_logits(layer, patches, masks.shape[1:])
-    return nn.functional.cross_entropy(logits, masks, ignore_index=ignore_index)
+    return nn.functional.cross_entropy(logits, masks, ignore_index=IGNORED)
 
 
 def _cells(patches: np.ndarray) -> np.ndarray:

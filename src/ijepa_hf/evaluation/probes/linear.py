@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ijepa_hf.evaluation.probes.checks import (
+    ProbeTraining,
     check_classes,
     check_features,
     check_test_labels,
@@ -30,6 +30,7 @@ _MAX_ITERATIONS = 5000
 _LEAST_LABELS = 5  # four to fit and one to choose on
 _REFERENCE_BATCH = 256  # of the learning rates, as in the paper's sources
 _MOMENTUM = 0.9
+TRAINING = ProbeTraining(50, _REFERENCE_BATCH, (0.01, 0.05, 0.001), (5e-4, 0.0))
 
 
 def predict_linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -77,7 +78,7 @@ def predict_linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray,
 def linear_accuracy(
     train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, *, seed: int = 0
 ) -> float:
-    """Share of test images that `predict_linear` gets right.
+    """Computes the share of test images that `predict_linear` gets right.
 
     Args:
         train_x: [n_train, D] features, finite; n_train at least 5.
@@ -108,10 +109,7 @@ def predict_linear_sgd(
     test_x: np.ndarray,
     *,
     seed: int = 0,
-    epochs: int = 50,
-    batch_size: int = _REFERENCE_BATCH,
-    learning_rates: Sequence[float] = (0.01, 0.05, 0.001),
-    weight_decays: Sequence[float] = (5e-4, 0.0),
+    training: ProbeTraining = TRAINING,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Predicts labels by the paper's linear probe: a sweep of heads trained by SGD, the best one chosen on train.
@@ -136,10 +134,8 @@ def predict_linear_sgd(
         train_y: [n_train] labels of two classes or more.
         test_x: [n_test, D] features, finite.
         seed: of the split and of the order of the images.
-        epochs: passes over the training images, 1 or more.
-        batch_size: images a step, 2 or more.
-        learning_rates: to choose from, each above 0, for a batch of 256.
-        weight_decays: to choose from, each 0 or more; they act on all weights.
+        training: how heads are trained; `batch_size` 2 or more, learning rates for a batch of 256, weight decays of
+            all weights.
         device: where torch trains.
 
     Returns:
@@ -154,20 +150,18 @@ def predict_linear_sgd(
     """
     check_features(train_x, train_y, test_x)
     check_classes(train_y, _LEAST_LABELS)
-    if epochs < 1 or batch_size < 2:
-        raise ValueError(f"epochs={epochs} must be at least 1 and batch_size={batch_size} at least 2.")
-    if not learning_rates or not all(0 < rate < np.inf for rate in learning_rates):
-        raise ValueError(f"learning_rates={learning_rates} must hold one or more numbers above 0.")
-    if not weight_decays or not all(0 <= decay < np.inf for decay in weight_decays):
-        raise ValueError(f"weight_decays={weight_decays} must hold one or more numbers of 0 or more.")
+    if training.batch_size < 2:
+        raise ValueError(f"batch_size={training.batch_size} must be at least 2.")
     labels, codes = np.unique(train_y, return_inverse=True)
     features = torch.as_tensor(np.asarray(train_x, dtype=np.float32), device=device)
     targets = torch.as_tensor(codes, device=device)
-    settings = [_Setting(*made) for made in itertools.product((False, True), learning_rates, weight_decays)]
+    settings = [
+        _Setting(*made) for made in itertools.product((False, True), training.learning_rates, training.weight_decays)
+    ]
     fit, held_out = (torch.as_tensor(rows, device=device) for rows in hold_out(len(codes), seed=seed, labels=codes))
 
     def trained(rows: Tensor, chosen: list[_Setting]) -> nn.ModuleList:
-        return _train_heads(features[rows], targets[rows], len(labels), chosen, epochs, batch_size, seed)
+        return _train_heads(features[rows], targets[rows], len(labels), chosen, training, seed)
 
     logits = [head(features[held_out]) for head in trained(fit, settings)]
     # A head that diverged has no score, whatever class argmax makes of NaN.
@@ -180,7 +174,7 @@ def predict_linear_sgd(
     (head,) = trained(torch.arange(len(codes), device=device), [best])
     final = head(torch.as_tensor(np.asarray(test_x, dtype=np.float32), device=device))
     if max(scores) < 0 or not final.isfinite().all():
-        raise ValueError(f"the linear probe diverged with learning_rates={learning_rates}: give lower ones.")
+        raise ValueError(f"the linear probe diverged with learning_rates={training.learning_rates}: give lower ones.")
     return labels[final.argmax(dim=1).cpu().numpy()]
 
 
@@ -189,13 +183,12 @@ def _train_heads(
     targets: Tensor,
     num_classes: int,
     settings: list[_Setting],
-    epochs: int,
-    batch_size: int,
+    training: ProbeTraining,
     seed: int,
 ) -> nn.ModuleList:
-    """One head a setting, all trained on the same batches; none influences another, for their losses are summed."""
+    """Trains a head for each setting on the same batches; none influences another, for their losses are summed."""
     heads, groups = nn.ModuleList(), []
-    batch_size = min(batch_size, len(features))
+    batch_size, epochs = min(training.batch_size, len(features)), training.epochs
     for setting in settings:
         linear = nn.utils.skip_init(nn.Linear, features.shape[1], num_classes)
         nn.init.zeros_(linear.weight)  # the loss is convex: there is nothing to draw

@@ -71,7 +71,7 @@ def predict_ridge(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, 
 
 
 def distance_bins(train_values: np.ndarray, num_bins: int = 6) -> np.ndarray:
-    """Edges that cut a quantity into bins with the same number of training images, as nearly as its ties allow.
+    """Computes edges that cut a quantity into bins with the same number of training images, as far as ties allow.
 
     Args:
         train_values: [n] finite quantities of the training images.
@@ -100,7 +100,7 @@ def distance_bins(train_values: np.ndarray, num_bins: int = 6) -> np.ndarray:
 
 
 def to_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The bin of each quantity: the number of edges that it reaches.
+    """Finds the bin of each quantity: the number of edges that it reaches.
 
     Args:
         values: quantities, finite, of any shape.
@@ -120,7 +120,7 @@ def to_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def numbers_as_classes(train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Numbers as classes: few whole ones are their own (test numbers are rounded), others are cut into bins.
+    """Turns numbers into classes: few whole ones are their own (test numbers are rounded), others are cut into bins.
 
     Args:
         train_y: [n] numbers of the training images.
