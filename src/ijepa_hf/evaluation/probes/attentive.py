@@ -138,7 +138,7 @@ def _train(
     training: ProbeTraining,
     seed: int,
 ) -> None:
-    """Trains a probe for each learning rate on the same batches of rows; none influences another: losses are summed."""
+    """Trains a probe for each learning rate on the same batches; losses are summed, so none influences another."""
     groups, batch_size = [], training.batch_size
     for probe, rate in zip(probes, training.learning_rates, strict=True):
         for decays in (True, False):

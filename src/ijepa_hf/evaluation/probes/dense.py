@@ -110,7 +110,7 @@ def _learnable_images(
     learnable = [index for index, mask in enumerate(train_masks) if np.any(mask != IGNORED)]
     if len(learnable) < _LEAST_IMAGES:
         raise ValueError(
-            f"train_masks has {len(learnable)} images with a pixel that is not {IGNORED}, which does not count: take at "
+            f"train_masks has {len(learnable)} images with a pixel that is not {IGNORED} (does not count): take at "
             f"least {_LEAST_IMAGES}."
         )
     return np.array(learnable)
