@@ -78,12 +78,12 @@ def test_the_table_has_a_heading_for_a_method_and_a_line_for_a_row():
     ]  # fmt: skip
     assert render_scores(scores[::-1]) == (
         "regression of count, R2 (7 training images)\n"
-        "    model         -0.250   95 %: -0.350 to -0.150   2 draws: -0.500 to 0.000\n"
+        "    model  -0.250  95 %: -0.350 to -0.150  2 draws: -0.500 to 0.000\n"
         "\n"
         "knn of label, top-1 (7 training images, k 3)\n"
-        "    model           97.5   95 %: 87.5 to 107.5\n"
-        "    untrained       50.0   95 %: 40.0 to 60.0\n"
-        "    raw pixels      25.0   95 %: 15.0 to 35.0"
+        "    model       97.5  95 %: 87.5 to 107.5\n"
+        "    untrained   50.0  95 %: 40.0 to 60.0\n"
+        "    raw pixels  25.0  95 %: 15.0 to 35.0"
     )
 
 

@@ -26,7 +26,7 @@ from ijepa_hf.data.labelled import load_labelled_splits
 from ijepa_hf.data.targets import SegmentationMaps, load_target_splits
 from ijepa_hf.evaluation.arguments import EvaluationArguments
 from ijepa_hf.evaluation.backbones import Backbone
-from ijepa_hf.evaluation.methods import METHODS, METRICS, Inputs, Method, Prediction, Targets
+from ijepa_hf.evaluation.methods import METHODS, METRICS, Inputs, Method, Prediction, Targets, predict
 from ijepa_hf.evaluation.probes.dense import IGNORED
 from ijepa_hf.evaluation.results import (
     EVALUATION_FILE,
@@ -224,11 +224,10 @@ def _scores(
             backbone = load_row(UNTRAINED, subject, arguments)
         features = RowFeatures(row, backbone, arguments, subject, images)
         for name, method in frozen.items():
-            assert method.run is not None
             assert method.features is not None
             settings = _settings(method, arguments)
             given = Inputs(*features.of(method.features), targets[method.targets], settings, device)
-            yield [_score(name, row, each, settings, len(images.train)) for each in method.run(given)]
+            yield [_score(name, row, each, settings, len(images.train)) for each in predict(name, given)]
     if "finetune" in methods:
         for row in (MODEL, UNTRAINED):
             wanted = _finetuning(row, arguments, subject, targets["classes"].columns[0])

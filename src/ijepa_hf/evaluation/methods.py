@@ -348,3 +348,18 @@ METHODS = {
     "localization": Method("patches", "boxes", ("layers",), _of_one_target(_boxes, "IoU"), task="object-detection"),
     "finetune": Method(None, "classes", ("num_train_epochs",), None, None),
 }  # fmt: skip
+
+
+def predict(name: str, given: Inputs) -> list[Prediction]:
+    """Runs a method on frozen features.
+
+    Args:
+        name: One of `METHODS` that works on features.
+        given: What the method needs.
+
+    Returns:
+        A prediction for each target and metric.
+    """
+    run = METHODS[name].run
+    assert run is not None, f"{name} trains the network itself"
+    return run(given)

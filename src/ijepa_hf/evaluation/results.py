@@ -1,4 +1,4 @@
-"""What an evaluation found: scores with their intervals, `evaluation.json`, the printed table, and the card's entries.
+"""Keeps the scores of an evaluation, with their intervals: `evaluation.json`, the printed table, the card's entries.
 
 `evaluation.json` grows: a later call on the same model and images adds its scores, and takes the place of those that
 it made again with the same settings. It never holds scores of two models or of two sets of images.
@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, metadata_load
 from huggingface_hub.repocard import metadata_save
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from ijepa_hf.escaping import on_one_line
+from ijepa_hf.escaping import on_one_line, text_table
 from ijepa_hf.evaluation.feature_store import differences
 from ijepa_hf.evaluation.methods import METHODS, METRICS
 from ijepa_hf.files import read_json, write_atomically, write_json_atomically
@@ -56,7 +56,7 @@ class Score:
     draws: list[float] = field(default_factory=list)
 
     def place(self) -> str:
-        """What a later score replaces this one by: all but the numbers."""
+        """Returns what a later score must share with this one to replace it: all but the numbers."""
         return json.dumps([self.method, self.features, self.target, self.metric, self.settings], sort_keys=True)
 
 
@@ -96,7 +96,7 @@ def read_scores(path: Path, model: Mapping[str, Any], data: Mapping[str, Any]) -
 
 
 def merged(old: Sequence[Score], new: Sequence[Score]) -> list[Score]:
-    """Old scores, with new ones in their places or after them.
+    """Merges old scores with new ones, which take their places or follow them.
 
     Args:
         old: Of earlier calls.
@@ -134,7 +134,7 @@ def write_scores(
 
 
 def render_scores(scores: Sequence[Score]) -> str:
-    """The scores as text for the screen.
+    """Renders scores as text for the screen.
 
     Args:
         scores: At least one.
@@ -152,11 +152,11 @@ def render_scores(scores: Sequence[Score]) -> str:
         target = on_one_line(group[0].target)  # a column's name, which the data set's author has chosen
         images = f"{group[0].num_train_images} training images"
         lines.append(f"{group[0].method} of {target}, {group[0].metric} ({', '.join([images, *settings])})")
+        rows = []
         for score in sorted(group, key=lambda score: ROWS.index(score.features)):
             low, high = (_number(score, value) for value in score.interval)
-            lines.append(
-                f"    {score.features:12}{_number(score, score.value):>8}   95 %: {low} to {high}{_spread(score)}"
-            )
+            rows.append([score.features, _number(score, score.value), f"95 %: {low} to {high}", _spread(score)])
+        lines += text_table(rows, align="<><", indent="    ")
         lines.append("")
     return "\n".join(lines[:-1])
 
@@ -174,7 +174,7 @@ def _spread(score: Score) -> str:
     if not score.draws:
         return ""
     low, high = (_number(score, value) for value in (min(score.draws), max(score.draws)))
-    return f"   {len(score.draws)} draws: {low} to {high}"
+    return f"{len(score.draws)} draws: {low} to {high}"
 
 
 # -- the card --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How good features are, in a few numbers: the scores of a run and its report, and of many encoders side by side.
+"""Scores features in a few numbers: those of a run and its report, and of many encoders side by side.
 
 What `ijepa-hf evaluate` does for one model with intervals, files and baselines, this does in memory, in seconds. The
 report of a run sets the trained encoder beside rows that keep it honest: the weights that it started from, if any, the
@@ -18,7 +18,6 @@ from ijepa_hf.data.labelled import (
     LabelledReading,
     LabelledSource,
     LabelledSplits,
-    choose_labelled,
     load_labelled_splits,
 )
 from ijepa_hf.data.reading import ImageRows, resized_pixels
@@ -28,10 +27,9 @@ from ijepa_hf.data.targets import load_target_splits
 from ijepa_hf.data.transforms import resize, stack_images
 from ijepa_hf.diagnosis.measures import rankme
 from ijepa_hf.evaluation.backbones import raw_pixels
-from ijepa_hf.evaluation.probes.checks import share_correct
+from ijepa_hf.evaluation.methods import METRICS, Inputs, Targets, predict
 from ijepa_hf.evaluation.probes.knn import knn_accuracy
-from ijepa_hf.evaluation.probes.linear import linear_accuracy, predict_linear
-from ijepa_hf.evaluation.probes.ridge import numbers_as_classes, predict_ridge
+from ijepa_hf.evaluation.probes.linear import linear_accuracy
 from ijepa_hf.model.configuration_ijepa import IJepaConfig
 from ijepa_hf.model.features import extract_features
 from ijepa_hf.model.modeling_ijepa import IJepaForPretraining, new_model
@@ -89,8 +87,8 @@ def load_scored_images(
         num_channels: Channels of an image.
         train_split_name: Split that probes are fitted to.
         eval_split_name: Held-out split.
-        max_train: Use at most so many images to fit probes.
-        max_test: Use at most so many held-out images.
+        max_train: Most images to fit probes with.
+        max_test: Most held-out images.
 
     Returns:
         The images.
@@ -124,7 +122,7 @@ def load_scored_images(
 def pooled_features(
     encode: Callable[[Tensor], Tensor], pixels: Tensor, prepare: Callable[[Tensor], Tensor], *, batch_size: int = 256
 ) -> np.ndarray:
-    """Features of images, a batch at a time, without gradients.
+    """Computes features of images, a batch at a time, without gradients.
 
     Args:
         encode: Normalised images, float `[B, C, height, width]`, to one vector each, `[B, D]`.
@@ -171,7 +169,7 @@ def score_classes(
 def score_features(
     train_x: np.ndarray, test_x: np.ndarray, images: ScoredImages, *, seed: int = 0
 ) -> dict[str, float]:
-    """Scores of frozen features. Nothing is chosen on test labels.
+    """Scores frozen features by classes, few labels and numbers. Nothing is chosen on test labels.
 
     Args:
         train_x: `[n, D]`, of `images.train_pixels`.
@@ -185,20 +183,17 @@ def score_features(
         paper's table 4) and its name with `_r2` (of a ridge regression); `rankme` of the test features.
     """
     scores = score_classes(train_x, images.train_labels, test_x, images.test_labels, seed=seed)
-    right = []
-    for number in range(LOW_SHOT_DRAWS):
-        chosen = choose_labelled(images.train_labels, LOW_SHOT_SAMPLES, None, seed + number)
-        predicted = predict_linear(train_x[chosen], images.train_labels[chosen], test_x, seed=seed)
-        right.append(share_correct(predicted, images.test_labels))
-    scores["low_shot"] = float(np.mean(right))
-    for name, (train_y, test_y) in images.numbers.items():
-        train_classes, test_classes, _ = numbers_as_classes(train_y, test_y)
-        predicted = predict_linear(train_x, train_classes, test_x, seed=seed)
-        scores[name] = share_correct(predicted, test_classes)
-        quantities = predict_ridge(train_x, train_y[:, None], test_x, seed=seed)[:, 0]
-        scores[f"{name}_r2"] = float(
-            1 - np.square(quantities - test_y).sum() / np.square(test_y - test_y.mean()).sum()
+    few = {"samples_per_class": LOW_SHOT_SAMPLES, "label_fraction": None, "num_label_draws": LOW_SHOT_DRAWS}
+    classes = Targets(["low_shot"], images.train_labels, images.test_labels)
+    found = predict("low_shot", Inputs(train_x, test_x, classes, {**few, "seed": seed}))
+    if images.numbers:
+        train_y, test_y = (np.stack(part, axis=1) for part in zip(*images.numbers.values(), strict=True))
+        found += predict(
+            "regression", Inputs(train_x, test_x, Targets([*images.numbers], train_y, test_y), {"seed": seed})
         )
+    for each in found:
+        name = f"{each.target}_r2" if each.metric == "R2" else each.target
+        scores[name] = METRICS[each.metric].value(each.predicted, each.truth)
     return scores
 
 
@@ -242,7 +237,7 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> LabelledSp
 def evaluate_encoder(
     encoder: nn.Module, evaluation: LabelledSplits, config: IJepaConfig, arguments: Mapping[str, Any]
 ) -> dict[str, float]:
-    """What is scored while a run goes on: seconds where `score_encoder`, with its linear probes, takes minutes.
+    """Scores an encoder while a run goes on: in seconds, where `score_encoder` with its linear probes takes minutes.
 
     Args:
         encoder: A target encoder.
@@ -269,7 +264,7 @@ def score_encoder(
     *,
     starting_encoder: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """KNN and linear top-1 and RankMe of the target encoder, of what it began as, and of raw pixels.
+    """Scores the target encoder, what it began as, and raw pixels by kNN, a linear probe and RankMe.
 
     Args:
         model: The trained model.
@@ -326,7 +321,7 @@ def _all_features(
 def first_readable_pixels(
     images: ImageRows, config: IJepaConfig, mean: Sequence[float], std: Sequence[float], limit: int
 ) -> Tensor:
-    """Some whole images, spread evenly over a split; those that cannot be read are left out.
+    """Reads some whole images, spread evenly over a split; those that cannot be read are left out.
 
     Args:
         images: A split.
