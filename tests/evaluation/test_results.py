@@ -61,7 +61,7 @@ def test_scores_of_another_model_or_of_other_images_are_never_mixed_in(tmp_path,
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {}, "data": {}, "scores": [{"value": 1}]}'])
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "evaluation.json").write_text(text)
-    with pytest.raises(ValueError, match=r"evaluation.json (is damaged|holds no object)"):
+    with pytest.raises(ValueError, match=r"evaluation.json (is damaged|holds no JSON object)"):
         read_scores(tmp_path / "evaluation.json", OF_MODEL, OF_DATA)
 
 
