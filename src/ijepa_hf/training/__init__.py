@@ -1,1 +1,1 @@
-"""The pretraining loop and all that surrounds it while it runs."""
+"""Runs a pretraining: the loop, and what goes on beside it (logs, checkpoints, signals, uploads, reports)."""

@@ -9,12 +9,12 @@ from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 
 def enable_gradient_checkpointing(model: IJepaForPretraining, *, selective: bool = False) -> None:
-    """Recompute activations in the backward pass, in the context encoder and the predictor.
+    """Recomputes activations in the backward pass, in the context encoder and the predictor.
 
     Args:
         model: The model; the target encoder has no backward pass.
-        selective: Recompute only what is cheap (layer norms, the activation function, sums); keep what products of
-            matrices and attention gave.
+        selective: Recompute only what is cheap (layer norms, the activation function, sums); keep the results of
+            matrix products and of attention.
 
     Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv 2205.05198.
     """

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def announce(setup: RunSetup, model: IJepaForPretraining, start_step: int) -> None:
-    """Prints what is going to be trained, on what, with what masks, and what it is compared with.
+    """Prints the settings of a run before its first step: model, images, masks, and the band that it is compared with.
 
     Args:
         setup: The run.

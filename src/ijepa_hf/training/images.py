@@ -1,8 +1,8 @@
 """Reads the images of a run, at random or as a stream, deals them out to the ranks, and counts the unreadable ones.
 
 The loop sees no difference between the two ways of reading: `TrainingImages.loader` gives a rank's micro-batches from
-any step on. Of a stream a checkpoint keeps more, `TrainingImages.stream_state`: how many readers the run has had, and
-since when.
+any step on. For a stream, a checkpoint also keeps `TrainingImages.stream_state`: how many readers the run has had, and
+since which step.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 
 
 class TooManyUnreadableError(ValueError):
-    """More images than `max_broken_share` cannot be read."""
+    """The share of images that cannot be read is larger than `max_broken_share`."""
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The images that a run trains on, undecoded.
+    """Holds the images that a run trains on, undecoded, and makes their loaders.
 
     Args:
         num_images: How many there are.

@@ -1,4 +1,4 @@
-"""Logs a run while it goes on: lines of `metrics.jsonl`, which the screen and the trackers get too."""
+"""Logs a run while it goes on: writes lines of `metrics.jsonl`, and sends them to the screen and the trackers."""
 
 import contextlib
 import logging
@@ -47,14 +47,14 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+        """Counts the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Does not count the time inside, which is no training: saving, scoring."""
+        """Leaves out the time inside the block, which is not training time: saving, scoring."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -79,7 +79,7 @@ class Clock:
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl`, shows a bar of progress and tells the trackers.
+    """Writes `metrics.jsonl`, shows a progress bar and sends the numbers to the trackers.
 
     A tracker that fails is dropped with a warning; the run goes on.
 
@@ -134,7 +134,7 @@ class MetricsLog:
         Args:
             step: Optimiser steps done.
             result: Of the last of them.
-            values: What the schedules said for it.
+            values: Values of the schedules at that step.
 
         Returns:
             The line.
@@ -164,7 +164,7 @@ class MetricsLog:
         return line
 
     def tell_trackers(self, line: dict[str, Any], step: int) -> None:
-        """Passes a line's numbers on; a tracker that fails is dropped."""
+        """Sends a line's numbers to the trackers; a tracker that fails is dropped."""
         for tracker in list(self.trackers):
             try:
                 tracker.log({name: value for name, value in line.items() if name != "step"}, step=step)

@@ -77,7 +77,7 @@ def run_steps(state: RunState, loader: PlainLoader, start_step: int) -> None:
 
 
 def skipped_before(output_dir: Path, step: int) -> int:
-    """Counts the steps right before one that were skipped, in an earlier life of the run.
+    """Counts the skipped steps directly before a step, for a run that is resumed there.
 
     Args:
         output_dir: The run's folder.
@@ -94,7 +94,7 @@ def skipped_before(output_dir: Path, step: int) -> int:
 
 
 def _fetch(state: RunState, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
-    """Waits for the micro-batches of a step; none where a signal came meanwhile, or they cannot be read."""
+    """Waits for the micro-batches of a step; returns none if a signal came meanwhile or they cannot be read."""
     if state.failure is not None:
         return []
     signals = state.setup.signals
@@ -112,7 +112,7 @@ def _fetch(state: RunState, batches: Iterator[Batch], clock: Clock) -> list[Batc
 
 
 def _take_step(state: RunState, step: int, micro_batches: list[Batch], values: StepValues) -> StepResult | None:
-    """Takes one optimiser step; `None` where it had to be skipped because its numbers were not finite."""
+    """Takes one optimiser step; returns `None` if it was skipped because its numbers were not finite."""
     _seed_dropout(state, step)
     inputs: list[dict[str, Tensor]] = []
     try:
@@ -146,7 +146,7 @@ def _seed_dropout(state: RunState, step: int) -> None:
 def _skip_step(
     state: RunState, step: int, error: NonFiniteLossError, inputs: list[dict[str, Tensor]], values: StepValues
 ) -> None:
-    """Leaves weights, optimiser and moving average as they are, logs where the numbers broke, and counts.
+    """Skips a step: logs which numbers are not finite, counts it, and changes neither weights nor optimiser.
 
     Raises:
         NonFiniteLossError: On every process, if more steps in a row were skipped than `max_skipped_steps`; the last
@@ -232,7 +232,7 @@ def _evaluate(state: RunState, step: int, log: MetricsLog) -> None:
 
 
 def _diagnose(state: RunState, step: int, log: MetricsLog) -> None:
-    """Measures and judges the features where that is due; ends the run where it was asked to.
+    """Measures and judges the features if a measurement is due; stops a collapsed run if `on_collapse` is `stop`.
 
     Raises:
         CollapseError: On every rank, after a checkpoint, if a failure was found and `on_collapse` is `stop`.
@@ -291,7 +291,7 @@ def _judge_unreadable(state: RunState, step: int) -> None:
 
 
 def _export_again(state: RunState, start_step: int) -> None:
-    """Writes the two-part folder if the last life of this run was cut short between checkpoint and export."""
+    """Writes the two-part folder if this run was killed earlier between its last checkpoint and its export."""
     if start_step and exported_step(state.setup.output_dir) != start_step:
         tensors = collect_state(state.model, state.ready.optimizer, keep=state.is_main)
         if state.is_main:

@@ -1,4 +1,4 @@
-"""Finds how many images of a micro-batch fit into memory, by trying forward and backward pass beside AdamW's state."""
+"""Finds how many images of a micro-batch fit into memory, by trial forward and backward passes."""
 
 import contextlib
 import dataclasses
@@ -39,9 +39,9 @@ def largest_micro_batch(
 ) -> int | None:
     """Finds the largest micro-batch that fits, among the divisors of the one that was asked for.
 
-    A trial is a forward and backward pass with the largest masks that the first steps draw. Meanwhile as much memory
-    is held as AdamW's two moments take and, with several ranks, the buffers in which gradients are averaged. Weights
-    stay as they are; gradients are cleared.
+    A trial is a forward and backward pass with the largest masks of the first steps. During a trial, extra memory is
+    allocated in the size of AdamW's two moments and, with several ranks, of the buffers in which gradients are
+    averaged. Weights stay as they are; gradients are cleared.
 
     Args:
         model: On its device, not sharded; in training mode, with its checkpointing set.

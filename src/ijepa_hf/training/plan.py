@@ -12,13 +12,13 @@ from ijepa_hf.data.order import global_batch_size
 from ijepa_hf.recipes.arguments import PretrainingArguments
 from ijepa_hf.training.schedules import ema_momentum_at, learning_rate_at, weight_decay_at
 
-PREDICTOR_WARMUP_SHARE = 0.05  # of the run, where the predictor is new and nobody says otherwise
+PREDICTOR_WARMUP_SHARE = 0.05  # of the run, where the predictor is new and `predictor_warmup_steps` is not given
 PREDICTOR_RAMP_SHARE = 0.1  # of the predictor's warm-up, in which the learning rate rises to its highest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Length of a run and of its schedules, in optimiser steps.
+    """Holds the length of a run and of its schedules, in optimiser steps.
 
     Args:
         global_batch_size: Images in an optimiser step.
@@ -105,7 +105,7 @@ def _finite(name: str, value: float, times: int) -> float:
 
 @dataclass(frozen=True)
 class StepValues:
-    """Values of the schedules for one optimiser step.
+    """Holds the values of the schedules for one optimiser step.
 
     Args:
         learning_rate: AdamW's learning rate.

@@ -1,8 +1,8 @@
 """Pretrains a model: check, build, restore, loop, report.
 
-Everything that can be wrong is found before any work. Schedules, the order of images, crops and masks are pure
-functions of the step. So a resumed run needs weights, optimiser state and the step's number (for a stream also who has
-read it so far), and gives the bits of an uninterrupted one.
+Wrong arguments and data are found before any work. Schedules, the order of images, crops and masks are pure functions
+of the step. So a resumed run needs weights, optimiser state and the step's number (for a stream also the readers it
+has had), and gives bit for bit the results of an uninterrupted one.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ def _train(setup: RunSetup, start: Start) -> None:
 
 
 def _layouts(setup: RunSetup, start: Start) -> list[StreamLayout]:
-    """Lists who has read the stream so far, and who reads it from now on."""
+    """Lists the readers that the stream has had so far, and those that it has from now on."""
     run, workers = setup.run, setup.data.dataloader_num_workers
     today = StreamLayout(
         start.step, setup.ranks.number, workers, run.per_device_train_batch_size, run.gradient_accumulation_steps

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 # The main process alone scores and draws, while the others wait for its message.
 WAIT_AT_MOST = timedelta(hours=4)
-# Words of gloo and NCCL for a peer that is gone; both raise plain RuntimeErrors.
+# Parts of the messages of gloo and NCCL about a lost process; both raise plain RuntimeErrors.
 _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused",
     "remote process exited", "Timed out waiting", "TCPStore",
@@ -26,7 +26,7 @@ class LostRankError(RuntimeError):
 
 
 class Ranks:
-    """The processes of a run.
+    """Exchanges numbers and messages between the processes of a run.
 
     Args:
         number: How many.
@@ -73,7 +73,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def naming_the_lost(self, advice: str) -> Iterator[None]:
-        """Turns the errors inside that the loss of another process causes into `LostRankError`.
+        """Raises `LostRankError` in place of the errors that the loss of another process causes inside the block.
 
         Args:
             advice: The end of the message: how to go on.

@@ -1,6 +1,6 @@
-"""What a finished run says of itself: scores, figures, `report.json`, the card's files, and the text on the screen.
+"""Writes the report of a finished run: scores, figures, `report.json`, the card's files, and the text on the screen.
 
-Scores are made where the data have labels and a held-out split (`eval_split_name`); see `evaluation/scorecard`.
+There are scores if the data have labels and a held-out split (`eval_split_name`); see `evaluation/scorecard`.
 """
 
 import json
@@ -92,7 +92,7 @@ def write_report(setup: RunSetup, model: IJepaForPretraining, starting_encoder: 
 
 
 def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
-    """What a run was trained with, for its report and card.
+    """Describes the machine and the versions of a run, for its report and card.
 
     Args:
         device: Of this process.
@@ -125,7 +125,7 @@ def _cpu_name() -> str:
 
 
 def _on_the_hub(name: str | None) -> str | None:
-    """The name, if it is a repository's: neither built in nor a path of this machine."""
+    """Returns the name if it is a repository on the Hub; `None` for a built-in set or a path on this machine."""
     return name if name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
@@ -148,7 +148,7 @@ def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def render_report(output_dir: Path) -> str:
-    """The report of a finished run, as printed at its end.
+    """Renders the report of a finished run, as it is printed at the end.
 
     Args:
         output_dir: The run's folder.

@@ -1,13 +1,12 @@
-"""Learning rate, weight decay and EMA momentum, each a pure function of the optimiser step.
+"""Computes learning rate, weight decay and EMA momentum, each as a pure function of the optimiser step.
 
-Nothing here remembers where it is: the training loop asks for the values of a step and writes them into the optimiser,
-so a resumed run needs no scheduler state and cannot disagree with an uninterrupted one. The formulas are those of the
-published runs; two of their habits are kept because they move the values: learning rate and weight decay are asked for
-steps 1, 2, 3, ... (the first optimiser step is 1), while the momentum counts 0, 1, 2, ...
+There is no scheduler state: the training loop asks for the values of a step and writes them into the optimiser, so a
+resumed run gets the same values as an uninterrupted one. The formulas are those of the published runs. As there,
+learning rate and weight decay count steps from 1 (the first optimiser step is 1), and the momentum counts from 0.
 
 Past the end of a schedule (a run longer than its `total_steps`, for example with `schedule_scale` below 1) the final
-value is held. The published code lets the cosine turn round there, so that the learning rate climbs back and the
-weight decay falls back; nobody asks for that on purpose.
+value is held. In the published code the cosine turns round there: the learning rate rises again, and the weight decay
+falls again.
 """
 
 import math
@@ -22,7 +21,7 @@ def learning_rate_at(
     warmup_steps: int,
     total_steps: int,
 ) -> float:
-    """Learning rate of one optimiser step: a linear warm-up, then half a cosine down to the final value.
+    """Computes the learning rate of an optimiser step: a linear warm-up, then half a cosine down to the final value.
 
     Args:
         step: optimiser step, 1 for the first one.
@@ -54,7 +53,7 @@ def learning_rate_at(
 
 
 def weight_decay_at(step: int, *, weight_decay: float, final_weight_decay: float, total_steps: int) -> float:
-    """Weight decay of one optimiser step: half a cosine from the first value to the final one, without warm-up.
+    """Computes the weight decay of an optimiser step: half a cosine from first to final value, without warm-up.
 
     Args:
         step: optimiser step, 1 for the first one.
@@ -79,7 +78,7 @@ def weight_decay_at(step: int, *, weight_decay: float, final_weight_decay: float
 
 
 def ema_momentum_at(step0: int, *, ema_momentum: float, final_ema_momentum: float, total_steps: float) -> float:
-    """Momentum of the target encoder's moving average at one update: linear from the first value to the final one.
+    """Computes the momentum of the target encoder's moving average at an update: linear from first to final value.
 
     Args:
         step0: number of updates already made, so 0 for the first; one less than the optimiser step.

@@ -1,4 +1,4 @@
-"""Holds what does not change while a run goes on: arguments, plan, images, processes; takes accelerator and lock."""
+"""Holds what does not change during a run: arguments, plan, images, processes; starts accelerate, locks the folder."""
 
 import contextlib
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What does not change while a run goes on.
+    """Holds what does not change during a run.
 
     Args:
         output_dir: The run's folder.
@@ -83,7 +83,7 @@ class RunSetup:
         return CropReader(self.images.column, self.config.image_shape, self.data.min_crop_scale, self.run.seed)
 
     def batch_maker(self, global_batch_size: int | None = None) -> BatchMaker:
-        """Returns what makes batches of cropped rows; the device normalises them, so pixels travel as bytes.
+        """Returns the function that makes batches of cropped rows; pixels stay bytes and are normalised on the device.
 
         Args:
             global_batch_size: Images in an optimiser step; `None` takes the run's.

@@ -72,7 +72,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Lets what is inside run to its end: a signal is only noted in `received`."""
+        """Lets the block run to its end: a signal during it is only noted in `received`."""
         before, self._defers = self._defers, True
         try:
             yield
@@ -81,7 +81,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Lets a signal raise again, inside `deferred`: for waits that leave nothing half done, such as for data."""
+        """Lets a signal raise at once, inside `deferred`: for waits that can be cut short, such as for data."""
         self.raise_if_received()
         before, self._defers = self._defers, False
         try:

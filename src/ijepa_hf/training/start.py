@@ -1,8 +1,8 @@
 """Finds what a run begins with: its own checkpoint, weights that exist, or fresh weights.
 
-In a run from weights, every setting of the model that neither recipe nor flag gives is as in the weights. The run's
-record (`run.json`, and each checkpoint) then holds the whole configuration. So the weights are needed only once: a run
-that goes on, also on another machine, reads its own record.
+In a run from weights, every setting of the model that neither recipe nor flag gives is taken from the weights. The
+run's record (`run.json`, and each checkpoint) then holds the whole configuration. So the weights are needed only once:
+a resumed run, also on another machine, reads its own record.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint, weights or nothing, and the arguments of a run that begins with it.
+    """Holds what a run begins with (a checkpoint, weights, or nothing) and the arguments that follow from it.
 
     Args:
         config: The model's configuration.
@@ -209,7 +209,7 @@ def _find_checkpoint(run: PretrainingArguments, output_dir: Path) -> Checkpoint 
 
 
 def _newest_of_hub_and_folder(run: PretrainingArguments, output_dir: Path) -> Checkpoint | None:
-    """Finds the Hub's last checkpoint, or the folder's if that is as new; so one command serves every machine."""
+    """Finds the Hub's last checkpoint, or the folder's if that is as new; one command works on every machine."""
     assert run.hub_model_id is not None  # PretrainingArguments.check
     # a run that uploads makes its repository, so the first start finds none
     path = fetch_checkpoint(run.hub_model_id, revision=run.hub_revision, missing_ok=run.push_to_hub)

@@ -1,7 +1,7 @@
-"""Holds a run between two steps: all its processes agree whether to go on, and its state is saved.
+"""Holds the state of a run between two steps: its processes agree whether to go on, and its state is saved.
 
-`RunState.agree` is the only place where a signal, failing data or a full disk stops a run. So what is saved is always
-the state after a whole step. `RunState.writing` is the only place that deals with what cannot be written.
+Only `RunState.agree` stops a run, for a signal, failing data or a full disk. So the saved state is always that after a
+whole step. Only `RunState.writing` handles failed writes.
 """
 
 import contextlib
@@ -44,18 +44,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunState:
-    """What changes while a run goes on, and the ways to save it and to stop.
+    """Holds what changes during a run, saves it, and stops the run.
 
     Args:
         setup: What does not change.
         ready: Model and optimiser.
         last_save: The step at which a save was last tried.
         skipped_in_a_row: Steps skipped since the last good one.
-        stream: Who has read the stream so far, as a checkpoint keeps it; `None` for a map-style set.
+        stream: The readers that the stream has had, as a checkpoint keeps them; `None` for a map-style set.
         uploader: Uploads beside the training, on the main process, if the run is pushed.
         diagnostics: Measures the features, on the main process, if they are measured.
         expected: Compares the run with the band of its recipe, on the main process, if there is one.
-        saved: Step and folder of the last checkpoint that this life of the run has written, on the main process.
+        saved: Step and folder of the last checkpoint written since the start or resume, on the main process.
         failure: Why this process cannot go on; `agree` passes it on to all processes.
     """
 
@@ -125,15 +125,15 @@ class RunState:
         raise _plain_type(error)(f"stopped {where}: {error} {kept[0].upper()}{kept[1:]}")
 
     def _gather_failures(self) -> list[tuple[type[Exception], str] | None]:
-        """Type and message of each process's failure, by rank."""
+        """Gathers type and message of each process's failure, by rank."""
         return self.setup.ranks.gather(
             None if self.failure is None else (_plain_type(self.failure), str(self.failure))
         )
 
     def what_is_kept(self, step: int) -> str:
-        """Says what is saved and how the run goes on: the end of a message.
+        """Returns the end of a message: which state is saved, and how to continue the run.
 
-        Reads checkpoints only where this life of the run has not written the step's.
+        Reads checkpoints only if this step's was not written since the start or resume.
         """
         if not self.is_main:
             return f"{GOES_ON}."
@@ -150,7 +150,7 @@ class RunState:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Wraps whatever writes: a failure ends the run at the next `agree`, or is only logged."""
+        """Catches errors of the block that writes: they end the run at the next `agree`, or are only logged."""
         try:
             yield
         except FloatingPointError as error:  # a weight is not finite: what was saved before is the last good state
@@ -194,7 +194,7 @@ class RunState:
                 self.uploader.submit(step)
 
     def save_at_the_end(self, step: int, metrics: RowFile) -> None:
-        """Tries for an hour to write the last state, where that failed; a signal ends the trying, see `agree`.
+        """Retries for an hour to write the last state if that has failed; a signal ends the retries, see `agree`.
 
         Args:
             step: The run's last.
@@ -230,9 +230,9 @@ class RunState:
         return whole if self.is_main else None
 
     def evaluate(self, model: IJepaForPretraining, step: int) -> dict[str, Any] | None:
-        """Scores a target encoder as that of a step, logs the scores and returns them. On the main process only.
+        """Scores the target encoder of a step, logs the scores and returns them. On the main process only.
 
-        `None` where the images cannot be read any more, which ends the run at the next `agree`.
+        Returns `None` if the images cannot be read any more, which ends the run at the next `agree`.
         """
         setup = self.setup
         assert setup.evaluation is not None  # parse_arguments
@@ -271,6 +271,6 @@ class RunState:
 
 
 def _plain_type(error: Exception) -> type[Exception]:
-    """The type of an error, or the nearest of its base classes that is made of a message alone."""
+    """Returns the type of an error, or its nearest base class whose constructor takes only a message."""
     plain = (DataSourceError, DataWorkerError, SaveError, OutputDirInUseError, NonFiniteLossError, OSError, ValueError)
     return next(kind for kind in plain if isinstance(error, kind))

@@ -22,7 +22,7 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass
 class StepResult:
-    """The numbers of one optimiser step.
+    """Holds the numbers of one optimiser step.
 
     Args:
         loss: Mean over the global batch.
@@ -42,7 +42,7 @@ class StepResult:
 
 @dataclass
 class ReadyModel:
-    """A model that is ready to take optimiser steps, made by `set_up_model`.
+    """Takes optimiser steps with a model that `set_up_model` has prepared.
 
     Args:
         accelerator: Runs the backward pass and averages over ranks.

@@ -1,4 +1,4 @@
-"""Starts what goes on beside the steps of a run: uploads, the measuring of features, the comparison with a band."""
+"""Starts what runs beside the steps: uploads, measurements of features, the comparison with a recipe's band."""
 
 import contextlib
 import logging
@@ -75,7 +75,7 @@ def finish_upload(uploader: HubUploader | None, setup: RunSetup) -> None:
 
 
 def watch_band(setup: RunSetup) -> BandWatch | None:
-    """Compares a run with the band of its recipe; begins with the lines that an earlier life of the run has logged.
+    """Compares a run with the band of its recipe; begins with the lines that the run logged before it was resumed.
 
     Args:
         setup: The run.
@@ -91,7 +91,7 @@ def watch_band(setup: RunSetup) -> BandWatch | None:
 
 
 def make_diagnostics(setup: RunSetup) -> RunDiagnostics | None:
-    """Chooses the images that are measured: held-out ones where a split was named, else some that are trained on.
+    """Chooses the images whose features are measured: held-out ones if a split was named, else training images.
 
     Args:
         setup: The run.
