@@ -1,1 +1,1 @@
-"""Uploads and downloads, in a process of their own."""
+"""Uploads to the Hub and downloads from it, in a separate process."""

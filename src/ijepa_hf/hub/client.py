@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class HubProcess:
     """Starts the process that makes the requests, gives it jobs and reads their events.
 
-    Every job raises a `ValueError` where the user has to change something, and a `ConnectionError` where it failed
-    otherwise. `watch` gets the events `sent` and `retry`.
+    Every job raises a `ValueError` if the user has to change something, and a `ConnectionError` if it failed for
+    another reason. The events `sent` and `retry` are passed to `watch`.
 
     Args:
         quiet: Show neither the libraries' messages nor their progress bars.
@@ -85,7 +85,7 @@ class HubProcess:
     def push(
         self, staged: StagedFolder, held: RepositoryContents, *, revision: str | None, watch: Watch
     ) -> dict[str, Any]:
-        """Makes a repository hold what was gathered, in one commit whose message names the step.
+        """Pushes the gathered files in one commit, whose message names the step.
 
         Args:
             staged: What was gathered; its card gets the repository's name.
@@ -114,9 +114,9 @@ class HubProcess:
 
         Args:
             repo_id: The repository.
-            patterns: Of names; a repository without a file of the first pattern has nothing to fetch.
+            patterns: Patterns of file names; without a file of the first pattern, nothing is fetched.
             revision: Branch, tag or commit; `None` is the newest of `main`.
-            missing_ok: A repository or revision that does not exist has nothing to fetch, instead of an error.
+            missing_ok: Return `None` if the repository or revision does not exist, instead of raising an error.
 
         Returns:
             The folder; `None` where there is nothing to fetch.
@@ -126,16 +126,16 @@ class HubProcess:
         return self._run(job, lambda event: None)["path"]
 
     def is_alive(self) -> bool:
-        """Whether it can take a job."""
+        """Returns whether the process can take a job."""
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """Ends it, whatever it does."""
+        """Kills the process, even during a job."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Ends it and closes its pipes; no job may be running in another thread any more."""
+        """Ends the process and closes its pipes; no other thread may be running a job."""
         self.kill()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:

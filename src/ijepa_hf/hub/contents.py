@@ -1,4 +1,4 @@
-"""Gathers what is pushed to a repository of the Hub, and reads what a repository holds already.
+"""Gathers the files to push to a repository on the Hub, and reads what the repository already holds.
 
 A folder's model is gathered in a hidden folder (`.push-<label>.partial`) with the names that it will have in the
 repository, weights as hard links, so that the run may overwrite and prune its files while they travel. What a
@@ -54,8 +54,8 @@ _OWNED_BY_RUN = (
     *_OWNED_WEIGHTS, RUN_FILE, REPORT_FILE, RECIPE_FILE, CONVERSION_FILE, *GROWING_FILES,
     f"{PRETRAINING_SUBFOLDER}/*", f"{LAST_CHECKPOINT}/*",
 )  # fmt: skip
-# Deleted too where they are about another run, or about the end of one that is not at its end; else they stay, others
-# may have added to them.
+# Deleted too if they are about another run, or about the end of a run that has not ended yet. Else they stay, because
+# others may have added to them.
 ABOUT_THE_MODEL = (REPOCARD_NAME, f"{EVAL_RESULTS_FOLDER}/*", "figures/*.png")
 # What shows whose a repository is, and at which step.
 STATE_FILES = (RUN_FILE, REPORT_FILE, _CHECKPOINT_RECORD)
@@ -64,7 +64,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 
 @dataclass(frozen=True)
 class RepositoryContents:
-    """Says what a repository, or a branch of it, holds.
+    """Holds the file names of a repository, or of a branch of it, and the text of those that show its state.
 
     Args:
         repo_id: With its owner.
@@ -77,7 +77,7 @@ class RepositoryContents:
     texts: Mapping[str, str] = field(default_factory=dict)
 
     def other_than(self, arguments: Mapping[str, Any]) -> str | None:
-        """Says what it holds that is not this run.
+        """Describes what the repository holds, if that is not this run.
 
         Args:
             arguments: Of the run, as `run.json` keeps them.
@@ -96,12 +96,12 @@ class RepositoryContents:
 
     @property
     def checkpoint_step(self) -> int:
-        """Step of the last checkpoint, -1 where there is none."""
+        """Returns the step of the last checkpoint; -1 if there is none."""
         return self._step(_CHECKPOINT_RECORD)
 
     @property
     def report_step(self) -> int:
-        """Step of the report, -1 where there is none."""
+        """Returns the step of the report; -1 if there is none."""
         return self._step(REPORT_FILE)
 
     def _step(self, name: str) -> int:
@@ -118,7 +118,7 @@ class RepositoryContents:
 
 @dataclass(frozen=True)
 class StagedFolder:
-    """Holds what is to be pushed where nobody changes it.
+    """Holds a copy of the files to push, which the run does not change.
 
     Args:
         path: A folder with the names that the repository is to have.
@@ -169,7 +169,7 @@ class StagedFolder:
         return cls(target, owned, None if run is None else run["arguments"])
 
     def check_kind(self, held: RepositoryContents) -> None:
-        """Refuses to push a classifier or the like over pretraining, which would leave half of each.
+        """Refuses to push another kind of model, such as a classifier, over a pretrained one: files of both would mix.
 
         Args:
             held: What the repository holds.
@@ -186,14 +186,14 @@ class StagedFolder:
             )
 
     def replaces(self, held: RepositoryContents) -> bool:
-        """Whether the card, scores and pictures of the repository are about another model, so that they have to go."""
+        """Returns whether card, scores and pictures in the repository are about another model and must be deleted."""
         if self.arguments is None:  # a converted model takes the place of a run; others are refused
             return RUN_FILE in held.files and (self.path / PRETRAINING_SUBFOLDER).is_dir()
         ended = REPORT_FILE in held.files and not (self.path / REPORT_FILE).is_file()
         return ended or held.other_than(self.arguments) is not None
 
     def address(self, repo_id: str, revision: str | None) -> None:
-        """Writes the repository's name into the lines of the card that are made for it.
+        """Writes the repository's name into the lines of the card that hold the model's address.
 
         Args:
             repo_id: With its owner.
@@ -209,7 +209,7 @@ class StagedFolder:
 
 
 def _check_link(source: Path, folder: Path) -> None:
-    """Refuses a link out of the folder: somebody else's folder could have a private file of this disk published."""
+    """Refuses a link that leads out of the folder: it could publish a private file of this disk."""
     home = folder.resolve()
     allowed = [home]
     if home.parent.name == "snapshots":  # the Hub's cache keeps the contents of a snapshot's files beside it

@@ -1,10 +1,10 @@
-"""Talks to the Hub in a process of its own, so that nothing there can slow, hang or end a run.
+"""Makes the requests to the Hub in a separate process, so that no request can slow, hang or end a run.
 
 `hub/client.py` starts this file as a script, gives it jobs and reads events, both as lines of JSON:
 
     {"job": "prepare", ...}   makes the repository and the branch where they are missing, checks the licence and the
                               permission to write, and returns what they hold
-    {"job": "push", ...}      makes a prepared repository hold what a folder holds, in one commit
+    {"job": "push", ...}      pushes the files of a folder to a prepared repository, in one commit
     {"job": "fetch", ...}     downloads a part of the repository into the cache
 
     {"event": "sent", "bytes": 1000, "total": 2000}
@@ -13,10 +13,10 @@
 
 Why a process: huggingface_hub waits for ever for a server that has stalled, uploads in threads that Python waits for
 at exit, and closes connections that a streamed data set may be reading from. A process can be killed at any time.
-This one imports nothing but huggingface_hub, so it starts in a third of a second and takes 40 MB.
+This one imports only huggingface_hub, so it starts in a third of a second and takes 40 MB.
 
-Why retries of our own: the library's `http_backoff` serves some requests and not others (not the commit), reports
-nothing and waits as long as a server says.
+Why retries of our own: the library's `http_backoff` covers only some requests (not the commit), reports nothing and
+waits as long as a server says.
 
 No event holds the token.
 """
@@ -94,7 +94,7 @@ def bound_requests(seconds: float) -> None:
 
     class BoundedClient(client_class):
         def send(self, request: Any, **options: Any) -> Any:
-            """Sends a request as the library does, within the limit; what may pass is a `TemporaryError`."""
+            """Sends a request as the library does, within the limit; failures that may pass are `TemporaryError`s."""
             limits = request.extensions.get("timeout") or {}
             bounded = {name: limits.get(name) or seconds for name in ("connect", "read", "write", "pool")}
             request.extensions = {**request.extensions, "timeout": bounded}
@@ -113,7 +113,7 @@ def bound_requests(seconds: float) -> None:
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds that a server asks to wait, in either of the Hub's headers; `None` where it does not."""
+    """Returns the seconds that a server asks to wait, from either of the Hub's headers; `None` if it does not ask."""
     text = headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)
@@ -122,7 +122,7 @@ def _asked_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def retrying(attempt: Callable[[Report], dict[str, Any]], job: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Tries a job until it works, cannot work, or has failed once more than there are waits.
+    """Tries a job until it succeeds, until no retry can help, or until all waits are used up.
 
     Args:
         attempt: Does the job once. An event `sent` with more bytes than before starts the count of failures again.
@@ -157,15 +157,15 @@ def retrying(attempt: Callable[[Report], dict[str, Any]], job: Mapping[str, Any]
 
 
 def explain(error: BaseException, repo_id: str) -> tuple[str, str, float | None]:
-    """Says what went wrong, for a person.
+    """Explains an error in a sentence for the user.
 
     Args:
         error: What was raised, by huggingface_hub or here.
         repo_id: The repository.
 
     Returns:
-        Whose fault it is (`user`, `server`, which may pass, or `program`), a sentence, and the seconds that the server
-        asked to wait.
+        The cause (`user`; `server`, which may pass; or `program`), the sentence, and the seconds that the server asked
+        to wait.
     """
     for link in _chain(error):
         if isinstance(link, TemporaryError):
@@ -180,7 +180,7 @@ def explain(error: BaseException, repo_id: str) -> tuple[str, str, float | None]
             return _explain_status(link, repo_id)
         if type(link).__name__ == "XetAuthenticationError":
             return "user", f"the token may not write to {repo_id!r}", None
-        # JSON that is none is a proxy's page; a RuntimeError without a cause is a request of hf_xet's that failed
+        # invalid JSON is a proxy's page; a RuntimeError without a cause is a failed request of hf_xet
         passing = isinstance(link, HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError)
         if passing or (type(link) is RuntimeError and link.__cause__ is None):
             return "server", f"{type(link).__name__}: {link}", None
@@ -222,7 +222,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def do(job: Mapping[str, Any], report: Report) -> None:
-    """Does a job and reports how it ended; raises nothing.
+    """Does a job and reports its result as an event; raises nothing.
 
     Args:
         job: See the module's description.
@@ -266,7 +266,7 @@ def _prepare(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
         )
     if revision is not None:
         _make_branch(api, repo_id, revision)
-    # creating what exists is answered kindly, so ask for what only those who may write get; sends nothing
+    # creating an existing repository is no error even without permission to write: check that here; sends nothing
     api.preupload_lfs_files(repo_id, [CommitOperationAdd(REPOCARD_NAME, b"# A model\n")], revision=revision)
     head = _head(api, repo_id, revision)
     files = sorted(_list_files(api, repo_id, head))
@@ -285,7 +285,7 @@ def _make_branch(api: HfApi, repo_id: str, revision: str) -> None:
 
 
 def _push(api: HfApi, job: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Pushes once; what is there already, also by a try whose answer was lost, is not sent again."""
+    """Pushes once; files that are already there, also from a try whose answer was lost, are not sent again."""
     repo_id, revision, folder = job["repo_id"], job["revision"], Path(job["folder"])
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     head = _head(api, repo_id, revision)
@@ -363,7 +363,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _send(api: HfApi, repo_id: str, revision: str | None, additions: list[CommitOperationAdd], report: Report) -> None:
-    """Sends the contents, which shows only in the commit that follows."""
+    """Sends the contents of files; they become visible with the commit that follows."""
     small = [addition for addition in additions if addition.upload_info.size < SMALL_FILE]
     large = [addition for addition in additions if addition.upload_info.size >= SMALL_FILE]
     total, sent = sum(addition.upload_info.size for addition in additions), 0

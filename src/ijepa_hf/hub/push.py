@@ -9,7 +9,7 @@ from ijepa_hf.hub.contents import LAST_CHECKPOINT, StagedFolder
 from ijepa_hf.runs.checkpoints import find_latest
 from ijepa_hf.runs.folder import GROWING_FILES, RUN_FILE
 
-# What is fetched: the checkpoint, and the logs, which the run's folder takes over.
+# The files to fetch: the checkpoint, and the logs, which the run's folder takes over.
 _FETCHED = (f"{LAST_CHECKPOINT}/*", *GROWING_FILES, RUN_FILE)
 
 logger = logging.getLogger(__name__)

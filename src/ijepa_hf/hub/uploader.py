@@ -1,9 +1,8 @@
-"""Uploads a run's states while it trains; whatever happens to an upload, the run goes on.
+"""Uploads a run's states while it trains; no failure of an upload stops the run.
 
-A push makes the repository hold what the folder holds, in one commit, so that no revision is half of one state and
-half of another, and a push that is cut short changes nothing. The repository is looked at first: it may hold another
-run, a later step of this one, or another kind of model (`hub/contents.py`). A process of its own makes the requests
-(`hub/process.py`).
+A push is one commit, after which the repository holds the files of the folder. So no revision mixes two states, and an
+interrupted push changes nothing. The repository is checked first: it may hold another run, a later step of this one,
+or another kind of model (`hub/contents.py`). A separate process makes the requests (`hub/process.py`).
 """
 
 import json
@@ -28,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class UploadIncompleteError(OSError):
-    """The training is finished and on disk, but not all of it arrived on the Hub; names the command that helps."""
+    """The training is finished and on disk, but the upload is incomplete; the message has the command to finish it."""
 
 
 @dataclass
 class _Upload:
-    """A state that is to be uploaded, and what became of it."""
+    """Holds a state to upload, and the result of its upload."""
 
     step: int
     staged: StagedFolder
@@ -47,7 +46,7 @@ class _Upload:
 
 
 class HubUploader:
-    """Uploads beside the training; whatever happens to an upload, the run goes on.
+    """Uploads states during the training; no failure of an upload stops the run.
 
     `start` comes first, `finish` or `stop` last; all are called by one thread. A thread of the uploader waits for
     states and pushes one after the other.
@@ -84,7 +83,7 @@ class HubUploader:
     # -- what the run calls --
 
     def start(self, arguments: Mapping[str, Any], start_step: int, *, replace: bool = False) -> None:
-        """Makes the repository and the branch where they are missing, and looks at what they hold.
+        """Makes the repository and the branch if they are missing, and checks what they hold.
 
         Args:
             arguments: Of the run, as in `run.json`.
@@ -94,7 +93,7 @@ class HubUploader:
         Raises:
             ValueError: If the user has to change something: no token, no permission, a bad name, a licence that the
                 Hub does not know, offline mode, or a repository that holds another run, a later step of this one or
-                another model. A server that cannot be reached is a warning; the look is made up for later.
+                another model. A server that cannot be reached is a warning; the check is then made later.
         """
         for left_over in self._output_dir.glob(".push-*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -125,16 +124,16 @@ class HubUploader:
                 logger.warning("step %d is not uploaded: %s", step, error)
 
     def finish(self, step: int) -> str:
-        """Uploads the final state and waits for it, for as long as there is news of it.
+        """Uploads the final state, and waits for it as long as the upload makes progress or is retried.
 
         Args:
             step: Of the export, and with strategy `checkpoint` of `checkpoint-<step>`.
 
         Returns:
-            A sentence that says where it is.
+            A sentence with the address of the upload.
 
         Raises:
-            UploadIncompleteError: If it did not arrive; says what did, and the command that finishes it.
+            UploadIncompleteError: If it did not arrive; names what did, and the command that finishes it.
         """
         try:
             upload = self._add(step, f"{step}-final")
@@ -160,8 +159,8 @@ class HubUploader:
             wait: Seconds, at most, for the upload under way and the one that waits; 0 ends them at once.
 
         Returns:
-            `None` if the newest submitted state has arrived; else a sentence that says what did not, and the command
-            that finishes it.
+            `None` if the newest submitted state has arrived; else a sentence that names the missing state and the
+            command that finishes its upload.
         """
         try:
             self._wait_until_idle(wait)
@@ -214,7 +213,7 @@ class HubUploader:
                     raise TimeoutError(f"nothing arrived for {NO_NEWS_LIMIT:g} s")
 
     def _end(self) -> None:
-        """Ends whatever is under way, at once, and removes what was gathered for it."""
+        """Ends all uploads at once, and removes the files that were gathered for them."""
         with self._changed:
             self._has_ended = True
             process, self._process = self._process, None
@@ -300,7 +299,7 @@ class HubUploader:
         waits: Sequence[float] | None = None,
         watch: client.Watch = lambda event: None,
     ) -> None:
-        """Makes sure that the repository may be written to, and holds nothing else and no later step than `step`."""
+        """Checks that the repository may be written to, and holds only this run, at no later step than `step`."""
         options = {"private": self._private, "revision": self._revision, "license": self._arguments.get("license")}
         try:
             held = process.prepare(self._repo_id, **options, waits=waits, watch=watch)

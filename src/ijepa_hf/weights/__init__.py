@@ -1,1 +1,1 @@
-"""Weights that exist: published checkpoints both ways, and starts from them or from any ViT."""
+"""Converts published checkpoints to model folders and back, and starts models from existing weights."""

@@ -1,8 +1,8 @@
 """Converts a published I-JEPA checkpoint (`*.pth.tar`) into a model folder.
 
-If asked, it also writes the optimiser's state, as a `checkpoint-<step>/` to go on from. `official_checkpoint.py` reads
-the file. What is written is read back and compared, tensor by tensor, so that the peak of memory stays near the size
-of the weights.
+If asked, it also writes the optimiser's state, as a `checkpoint-<step>/` to resume from. `official_checkpoint.py`
+reads the file. Written files are read back and compared tensor by tensor, so that the peak of memory stays near the
+size of the weights.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def convert(
 
 @contextlib.contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """Makes a folder beside the target that becomes the target at the end, or is gone if anything goes wrong."""
+    """Makes a hidden folder beside the target; renames it to the target at the end, or deletes it after an error."""
     target = target.resolve()
     hidden = target.with_name(f".{target.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -147,8 +147,8 @@ def _write_folder(
 def _write_checkpoint(folder: Path, model: IJepaForPretraining, state: OptimizerState) -> Path:
     """Writes the checkpoint that a run goes on from, with the writer of all checkpoints.
 
-    Its arguments say what no published file does and all have in common, so that the run keeps it: the licence, and
-    how images are normalised.
+    Its arguments hold two things that no published file has and that are the same for all of them, so that the resumed
+    run keeps them: the licence, and the normalisation of images.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)  # only carries names and state: the groups are those of the run to come
@@ -185,7 +185,7 @@ def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are float32 of one shape and equal bit for bit, NaN and the sign of 0 included."""
+    """Returns whether two tensors are float32 of one shape and equal bit for bit, with NaN and the sign of 0."""
     if one.shape != other.shape or one.dtype != other.dtype or one.dtype != torch.float32:
         return False
     return torch.equal(one.detach().reshape(-1).view(torch.int32), other.detach().reshape(-1).view(torch.int32))
@@ -201,7 +201,7 @@ def _describe(
     model: IJepaForPretraining,
     state: OptimizerState | None,
 ) -> dict[str, Any]:
-    """Makes the report, without what is known only when everything is written."""
+    """Makes the report, without the results of the comparison."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     pairs = []
     for part in PARTS:

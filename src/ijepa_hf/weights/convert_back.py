@@ -59,7 +59,7 @@ def convert_to_official(folder: str | Path, target: str | Path, *, with_optimize
 
     Raises:
         FileNotFoundError: If the folder holds no model, or no checkpoint where one is needed.
-        ValueError: If the target exists, or the model cannot be said in the published format. Nothing is written then.
+        ValueError: If the target exists, or the published format cannot hold the model. Nothing is written then.
     """
     folder, target = Path(folder), Path(target)
     if target.exists():
@@ -111,7 +111,7 @@ def _newest_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _check_is_published_architecture(config: IJepaConfig) -> None:
-    """What the published code has no way to say would be lost, or computed otherwise there."""
+    """Refuses a model that the published code cannot build, or would compute differently."""
     predictor_heads = config.predictor_num_attention_heads or config.num_attention_heads
     rules = {
         f"image_size={config.image_size} and patch_size={config.patch_size} are not square": (
@@ -133,7 +133,7 @@ def _check_is_published_architecture(config: IJepaConfig) -> None:
 
 
 def _networks_from_ours(path: Path, config: IJepaConfig) -> dict[str, dict[str, Tensor]]:
-    """The three networks under their published names, in the published order; mapped, but for what is joined."""
+    """Returns the three networks under their published names and in that order; only joined tensors are copies."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in IJepaForPretraining(config).state_dict().items()}
     tensors = _read_tensors(path)
@@ -163,13 +163,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _join(tensors: Mapping[str, Tensor], part: str, name: str, slot: str = "") -> Tensor:
-    """The published tensor of a name: ours, or three of ours one below the other."""
+    """Returns the published tensor of a name: our tensor, or three of ours concatenated along the first axis."""
     pieces = [tensors[f"{key}{slot}"] for key in our_names(part, name)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _entries_of(folder: Path, checkpoint: Checkpoint | None) -> dict[str, int | float | None]:
-    """The numbers beside the networks: those of the file that a folder came from, or of the run; else `None`."""
+    """Returns the numbers beside the networks, from the converted file or from the run; unknown ones are `None`."""
     report = read_json(folder / CONVERSION_FILE)
     if report is not None:
         return {name: report.get("entries", {}).get(name) for name in SCALARS}
@@ -188,13 +188,13 @@ def _entries_of(folder: Path, checkpoint: Checkpoint | None) -> dict[str, int | 
 
 
 def _epoch_length(arguments: Mapping[str, Any]) -> int | None:
-    """Optimiser steps of an epoch of a run; `None` where its arguments do not say."""
+    """Returns the optimiser steps in an epoch; `None` if the run's arguments do not give them."""
     batch, images = arguments.get("global_batch_size"), arguments.get("num_train_images")
     return images // batch if batch and images else None
 
 
 def _learning_rate(arguments: Mapping[str, Any]) -> float | None:
-    """The highest of a run, which 0 can be; `None` where its arguments do not say."""
+    """Returns the highest learning rate of a run, which may be 0; `None` if its arguments do not give it."""
     rate, base, batch = (arguments.get(name) for name in ("learning_rate", "base_learning_rate", "global_batch_size"))
     if rate is not None:
         return float(rate)
@@ -202,7 +202,7 @@ def _learning_rate(arguments: Mapping[str, Any]) -> float | None:
 
 
 def _official_optimizer(checkpoint: Checkpoint, networks: Networks) -> dict[str, Any]:
-    """What the published optimiser's `state_dict()` would be."""
+    """Builds the `state_dict()` that the published optimiser would have."""
     tensors = _read_tensors(checkpoint.path / OPTIMIZER_FILE)
     arguments = checkpoint.arguments
     blank = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]  # every field that torch knows

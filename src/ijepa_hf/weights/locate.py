@@ -32,7 +32,7 @@ def named(name_or_path: str) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder on this disk, or a repo on the Hub.
+    """Names a folder on this disk or a repo on the Hub, and finds files in it.
 
     Args:
         name: As the user wrote it.
@@ -49,11 +49,11 @@ class Place:
 
     @property
     def is_offline(self) -> bool:
-        """Whether only the cache of the Hub can be asked."""
+        """Returns whether only the cache of the Hub can be read."""
         return self.folder is None and huggingface_hub.is_offline_mode()
 
     def find(self, filename: str) -> Path | None:
-        """Returns a file's path, downloaded if need be; `None` where there is none, or offline none in the cache."""
+        """Returns a file's path, downloaded if needed; `None` if it does not exist or, offline, is not cached."""
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
@@ -71,7 +71,7 @@ class Place:
             _explain(self, error)
 
     def read_json(self, filename: str) -> dict[str, Any] | None:
-        """Reads a JSON file; returns `None` where there is none, or offline none in the cache."""
+        """Reads a JSON file; returns `None` if it does not exist or, offline, is not in the cache."""
         path = self.find(filename)
         try:
             return None if path is None else read_json(path)
@@ -79,7 +79,7 @@ class Place:
             raise ValueError(f"{self}: {error}") from error
 
     def is_known_to_lack(self, filename: str) -> bool:
-        """Whether there is no such file, as opposed to: none in the cache."""
+        """Returns whether it is certain that the file does not exist; offline, a missing cache entry is not proof."""
         if not self.is_offline:
             return self.find(filename) is None
         cached = huggingface_hub.try_to_load_from_cache(self.name, filename, revision=self.revision)
@@ -87,7 +87,7 @@ class Place:
 
 
 def _explain(place: Place, error: Exception) -> NoReturn:
-    """Raises what the Hub's answer means to a user."""
+    """Raises an error that explains the Hub's answer to the user."""
     if isinstance(error, hub.GatedRepoError):
         raise PermissionError(
             f"{place} is gated: accept its terms on its page, and log in with `hf auth login` or HF_TOKEN."
@@ -111,7 +111,7 @@ def _explain(place: Place, error: Exception) -> NoReturn:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, and its names in the model."""
+    """Holds the name of a tensor in a file, and its names in the model."""
 
     file: Path
     name: str  # in the file

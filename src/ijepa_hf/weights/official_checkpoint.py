@@ -1,12 +1,12 @@
 """Reads a published I-JEPA checkpoint (`*.pth.tar`) without running code in it.
 
 A file holds three networks (context encoder, target encoder, predictor), numbers about the run, and the state of its
-optimiser (`official_optimizer.py`). The table in `official_names.py` says where each tensor goes. All three networks
-are taken, nothing is loaded in part. The file stores no architecture: width, depth, MLP width, patch and grid follow
-from shapes, the number of heads from the published sizes.
+optimiser (`official_optimizer.py`). The table in `official_names.py` gives our name of each tensor. All three networks
+are read, or none. The file stores no architecture: width, depth, MLP width, patch and grid follow from shapes, the
+number of heads from the published sizes.
 
-A file is unpickled with `weights_only=True`. It is mapped into memory, not read; the format that torch wrote before
-1.6 cannot be: such a file is read whole.
+A file is unpickled with `weights_only=True`. It is mapped into memory; only a file that torch wrote before 1.6 cannot
+be mapped and is read whole.
 """
 
 import math
@@ -102,14 +102,14 @@ def networks_of(contents: Mapping[str, Any], path: Path) -> dict[str, dict[str, 
 
 
 def read_contents(path: Path) -> dict[str, Any]:
-    """Reads everything in a checkpoint, and looks at its checksums first, where the format has them.
+    """Reads everything in a checkpoint; first checks its checksums, if the format has them.
 
     Args:
         path: The `.pth.tar` file.
 
     Returns:
-        The dictionary in it, as it is: what its entries are is not looked at. Tensors are mapped from the file where
-        its format allows that; it must stay as it is while they are used.
+        The dictionary in it; its entries are not checked. Tensors are mapped from the file if its format allows that;
+        the file must not change while they are used.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -135,7 +135,7 @@ def read_contents(path: Path) -> dict[str, Any]:
 
 
 def unpickle(path: Path) -> Any:
-    """Reads a file that is known to be sound, without a look at its checksums; no code in it is run.
+    """Reads a file without checking its checksums; no code in it is run.
 
     Args:
         path: The `.pth.tar` file.
@@ -151,7 +151,7 @@ def unpickle(path: Path) -> Any:
 
 
 def _check_records(path: Path) -> None:
-    """Checksums, which torch does not look at: a download with a hole in it has wrong weights and no other sign."""
+    """Checks the checksums, which torch ignores: a damaged download can have wrong weights and no other sign."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -164,7 +164,7 @@ def _check_records(path: Path) -> None:
 
 
 def unlike_published(value: Any, owners: Mapping[int, str]) -> str | None:
-    """Says why a value is no tensor of a published file; `None` if it is one. Shapes are checked elsewhere."""
+    """Returns why a value is no tensor of a published file; `None` if it is one. Shapes are checked elsewhere."""
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}, no tensor"
     if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_neg():
@@ -344,7 +344,7 @@ def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
 
 
 def cut(tensor: Tensor, pieces: int) -> Sequence[Tensor]:
-    """Cuts along the first axis; a tensor that cannot be cut comes back whole, so that its shape is found wrong."""
+    """Cuts a tensor along its first axis; returns it whole if that is impossible, so that its shape is refused."""
     if pieces == 1 or tensor.ndim == 0:
         return [tensor] * pieces
     return tensor.tensor_split(pieces)
@@ -364,7 +364,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _misplaced_tables(state: Mapping[str, Tensor], config: IJepaConfig) -> Iterator[str]:
-    """A table that is not the fixed sin-cos one means another layout, which loading would hide."""
+    """Finds position tables that are not the fixed sin-cos ones: the file then has another layout of patches."""
     for name, table in state.items():
         if not name.endswith("position_embeddings"):
             continue

@@ -86,7 +86,7 @@ ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def translate(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Our names of a published tensor.
+    """Translates the published name of a tensor into ours.
 
     Args:
         name: E.g. `blocks.3.attn.qkv.weight`.
@@ -103,7 +103,7 @@ def translate(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...
 
 
 def our_names(part: str, name: str) -> list[str]:
-    """Where a published tensor goes in our model.
+    """Returns our full names of a published tensor.
 
     Args:
         part: Of the file: `encoder`, `predictor` or `target_encoder`.
@@ -118,7 +118,7 @@ def our_names(part: str, name: str) -> list[str]:
 
 
 def official_names(config: IJepaConfig) -> dict[str, list[str]]:
-    """The names in a published file of this architecture, in its order: that of the modules and of the optimiser.
+    """Returns the names in a published file of this architecture, in the order of its modules and optimiser.
 
     Args:
         config: The architecture.
@@ -139,7 +139,7 @@ def official_names(config: IJepaConfig) -> dict[str, list[str]]:
 
 
 def optimizer_groups(networks: Networks) -> list[list[tuple[str, str]]]:
-    """Which tensors the published optimiser holds, group by group; its state numbers them through in this order.
+    """Returns the tensors of each group of the published optimiser; its state numbers them in this order.
 
     Encoder decayed, predictor decayed, encoder not decayed, predictor not decayed; biases and 1-D tensors do not
     decay. The frozen position tables take part in the numbering and have no state.

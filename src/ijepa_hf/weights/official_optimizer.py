@@ -24,7 +24,7 @@ from ijepa_hf.weights.official_names import (
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """AdamW's state under our names.
+    """Holds AdamW's state under our names.
 
     Args:
         step: Optimiser steps done, the same for every tensor.
@@ -42,7 +42,7 @@ class OptimizerState:
 def read_optimizer_state(
     contents: Mapping[str, Any], networks: Networks, config: IJepaConfig, path: Path
 ) -> OptimizerState:
-    """Reads AdamW's state, tells its numbers apart, and cuts joined tensors as the model's are cut.
+    """Reads AdamW's state, finds the tensor of each number in it, and cuts joined tensors as the model's are cut.
 
     Args:
         contents: As `read_contents` returns them.
@@ -95,7 +95,7 @@ def read_optimizer_state(
 def _check_numbering(
     opt: Any, groups: list[list[tuple[str, str]]], networks: Networks, config: IJepaConfig, path: Path
 ) -> None:
-    """Numbers mean the order of the modules: the file has to have it, and the published groups."""
+    """Refuses a file whose tensors or optimiser groups are not in the published order, which the numbers refer to."""
     if not isinstance(opt, Mapping) or not isinstance(opt.get("state"), Mapping) or not opt["state"]:
         raise ValueError(f"{path} holds no state of an optimiser to go on from; convert it without with_optimizer.")
     names = official_names(config)
@@ -139,7 +139,7 @@ def _state_problems(entry: Any, weight: Tensor, owners: dict[int, str]) -> Itera
 
 
 def _steps_per_epoch(epoch: Any, step: int, path: Path) -> int | None:
-    """Optimiser steps of an epoch, or `None` where they are no whole number, or no epoch is done.
+    """Returns the optimiser steps in an epoch; `None` if they are no whole number, or no epoch is done.
 
     `epoch` in a file is the number of epochs that are done (the number in the file's *name* is one higher). A file
     that `convert_to_official` made of a run before its first epoch's end has 0. Under a gradient scaler some steps

@@ -1,7 +1,7 @@
-"""Starts a model from weights that exist, to continue pretraining on images of one's own.
+"""Starts a model from existing weights, to continue pretraining on other images.
 
-Each tensor of the weights is taken bit for bit (in float32), or is one of the changes that the notes of `start_model`
-name, or is an error.
+Each tensor of the weights is copied bit for bit (in float32), or the notes of `start_model` name the change, or there
+is an error.
 """
 
 from collections.abc import Iterator, Mapping
@@ -115,7 +115,7 @@ def start_model(
 
 
 def adapt_channels(kernels: Tensor, num_channels: int) -> Tensor:
-    """Patch kernels for another number of channels: the average over the C old ones, times C / C', for each new one.
+    """Adapts patch kernels to C' channels: each new kernel is the average of the C old ones, times C / C'.
 
     An image whose channels are all alike (gray, repeated) then gives the same response before and after, whatever C
     and C' are: 3 to 1 is the sum over the channels, 1 to 3 a third in each. Repeating the old kernels in turn would do
@@ -139,7 +139,7 @@ def adapt_channels(kernels: Tensor, num_channels: int) -> Tensor:
 
 
 def _read(weights: StartingWeights) -> Iterator[tuple[str, Tensor]]:
-    """All tensors under their names in the model, float32, each in memory of its own (a file's map can go away)."""
+    """Yields all tensors under their names in the model, as float32 copies (a mapped file can disappear)."""
     for name, tensor in (weights.published or {}).items():
         yield name, _own(tensor)
     for file in dict.fromkeys(tensor.file for tensor in weights.stored):
@@ -170,7 +170,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _drift(table: Tensor, grid_size: tuple[int, int]) -> tuple[float, float]:
-    """How far a table is from the fixed one of its grid, largest and mean; a class token's row does not count."""
+    """Returns the largest and the mean distance of a table from the fixed one of its grid, without a class token."""
     fixed = sincos_position_table(table.shape[-1], grid_size)
     distance = (table[:, -fixed.shape[1] :] - fixed).abs()
     return float(distance.max()), float(distance.mean())

@@ -1,4 +1,4 @@
-"""Opens weights that a model can be started from: configuration, names and shapes are checked, nothing is loaded.
+"""Opens weights that a model can be started from: checks configuration, names and shapes, and loads no tensor.
 
 One name says where they are: a Hub repo, a folder, or a published `.pth.tar` file. What can be used:
 
@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _EncoderKind:
-    """A stock class whose encoder can be taken."""
+    """Describes a stock class whose encoder can be taken."""
 
     words: str
     config_class: type[PreTrainedConfig]
@@ -106,7 +106,7 @@ _ENCODER_KINDS = {
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """Weights that a model can be started from, checked by name and shape, and not loaded yet.
+    """Describes weights that a model can be started from; names and shapes are checked, tensors are not loaded yet.
 
     Args:
         source: Where they are, as the user wrote it.
@@ -122,7 +122,7 @@ class StartingWeights:
         image_mean: Mean of each channel that their images were normalised with, of pixels in [0, 1]; `None` where no
             image processor comes with them.
         image_std: The standard deviation, in the same way.
-        license_is_known: Whether it is known what their card says; not where the cache, offline, does not hold it.
+        license_is_known: `False` if, offline, the card is not in the cache, so that its licence is not known.
         stored: Their tensors, in files; none of a published file.
         dropped: What is left out -> its number of tensors.
         published: Tensors of a published file, mapped from it where its format allows that.
@@ -146,7 +146,7 @@ class StartingWeights:
 def open_starting_weights(
     name_or_path: str, *, revision: str | None = None, num_attention_heads: int | None = None
 ) -> StartingWeights:
-    """Finds weights and checks what can be checked without reading them: configuration, names and shapes.
+    """Finds weights, and checks their configuration, names and shapes without reading them.
 
     Files of a Hub repo are downloaded into the cache of `huggingface_hub`, all of one commit.
 
@@ -250,7 +250,8 @@ def _open_published(source: str, path: Path, heads: int | None) -> StartingWeigh
 def _with_companions(weights: StartingWeights, place: Place) -> StartingWeights:
     """Adds what the files beside the weights say: the card's licence, the image processor's normalisation.
 
-    Offline, a file that is merely not in the cache must not pass for one that does not exist.
+    Offline, a file that is not in the cache may still exist on the Hub: for the image processor that is an error, for
+    the card a warning.
     """
     card = place.find(REPOCARD_NAME)
     if place.find(IMAGE_PROCESSOR_NAME) is None and not place.is_known_to_lack(IMAGE_PROCESSOR_NAME):
@@ -346,7 +347,7 @@ def _is_whole(fields: Mapping[str, Any]) -> bool:
 
 
 def _check_lacks_pretraining(place: Place, root: Mapping[str, Any]) -> None:
-    """Offline, a repo of ours whose second part is merely not in the cache must not pass for an encoder only."""
+    """Refuses, offline, a repo of ours whose `pretraining/` is not in the cache: it is not an encoder only."""
     wanted = f"{PRETRAINING_SUBFOLDER}/{CONFIG_NAME}"
     if "predictor_hidden_size" in root and not place.is_known_to_lack(wanted):
         raise FileNotFoundError(
