@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -200,27 +201,30 @@ def _flags(words: list[str]) -> list[str]:
     return [word.partition("=")[0] for word in words if re.match(r"--\w", word)]
 
 
-def run_blocks(blocks: list[Block], folder: Path, environment: dict[str, str]) -> None:
+def run_blocks(
+    blocks: list[Block], folder: Path, environment: dict[str, str], python: Sequence[str] = (sys.executable,)
+) -> None:
     """Run the marked blocks of one document, in order.
 
     Args:
         blocks: The document's blocks; those without the tag `run` are passed over.
         folder: An empty folder, in which they all run.
         environment: The environment of their processes.
+        python: What stands before a program's arguments.
 
     Raises:
         AssertionError: A block ended with an error, ran for too long, or is of a language that cannot be run. The
             message names its line and shows the end of its output.
     """
     programs = folder / ".document-programs"
-    _write_short_ijepa_hf(programs)
+    _write_short_ijepa_hf(programs, python)
     environment = {**environment, "PATH": f"{programs}:{environment['PATH']}"}
     for block in blocks:
         if "run" not in block.tags:
             continue
         source = programs / f"{block.document.stem}_line_{block.line}"
         if block.language == "python":
-            command = [sys.executable, str(source)]
+            command = [*python, str(source)]
         elif block.language in {"bash", "sh"}:
             command = ["bash", "-euo", "pipefail", str(source)]
         else:
@@ -246,7 +250,7 @@ def _end(output: bytes | None) -> str:
     return (output or b"").decode("utf-8", "replace")[-4000:]
 
 
-def _write_short_ijepa_hf(folder: Path) -> None:
+def _write_short_ijepa_hf(folder: Path, python: Sequence[str]) -> None:
     """Write an `ijepa-hf` that cuts a `pretrain` to a few steps, unless the block itself says how many."""
     folder.mkdir()
     (folder / "short_ijepa_hf.py").write_text(
@@ -258,7 +262,7 @@ def _write_short_ijepa_hf(folder: Path) -> None:
         "utf-8",
     )
     program = folder / "ijepa-hf"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/short_ijepa_hf.py" "$@"\n', "utf-8")
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(python)} "{folder}/short_ijepa_hf.py" "$@"\n', "utf-8")
     program.chmod(0o755)
 
 

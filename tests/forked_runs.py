@@ -22,7 +22,14 @@ import thrift
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["ijepa_hf.training.pretrain", "ijepa_hf.commands.main", "ijepa_hf.training.html_report", "forked_runs", "thrift"]
+    [
+        "ijepa_hf.training.pretrain",
+        "ijepa_hf.commands.main",
+        "ijepa_hf.training.html_report",
+        "forked_runs",
+        "warm_python",
+        "thrift",
+    ]
 )
 AT_MOST = 60.0  # seconds that anything here is waited for
 
@@ -56,7 +63,8 @@ def _pretrain(flags: list[str], prepare: Callable[[], None] | None) -> int:
     return main(["pretrain", *flags])
 
 
-def _start(work: Callable[[], int | None], log: Path, environment: Mapping[str, str]) -> BaseProcess:
+def start(work: Callable[[], int | None], log: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """Has a process call something; its output is added to a file."""
     # no daemon: its loading processes are its children
     process = _CONTEXT.Process(target=_in_child, args=(work, str(log), dict(environment)))
     process.start()
@@ -80,7 +88,7 @@ def start_run(
     Returns:
         The process; `exitcode` is the command's, or -n where signal n ended it.
     """
-    return _start(functools.partial(_pretrain, flags, prepare), log, environment or {})
+    return start(functools.partial(_pretrain, flags, prepare), log, environment or {})
 
 
 def start_ranks(number: int, work: Callable[[], int | None] | list[str], log: Path) -> list[BaseProcess]:
@@ -101,7 +109,7 @@ def start_ranks(number: int, work: Callable[[], int | None] | list[str], log: Pa
     common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     work = functools.partial(_pretrain, work, None) if isinstance(work, list) else work
     return [
-        _start(work, log.with_name(f"{log.name}-{rank}"), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(work, log.with_name(f"{log.name}-{rank}"), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(number)
     ]
 

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -16,6 +15,7 @@ from image_zoo import BROKEN, BROKEN_BYTES, write_broken, write_zoo
 from PIL import Image
 from tiny import final_weights, logged, signal_in_step, tiny_flags, tiny_run
 from transformers import AutoModel
+from warm_python import warm_python
 
 from ijepa_hf.commands import main
 from ijepa_hf.data import decoding
@@ -174,7 +174,7 @@ print(json.dumps([found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 def test_every_way_to_be_broken_has_a_reason_and_costs_neither_time_nor_memory(tmp_path, child_environment):
     paths = [str(path) for path in write_broken(tmp_path / "broken")]
     assert len(paths) == len(BROKEN_BYTES) + 5
-    command = [sys.executable, "-c", MEASURES_BROKEN, *paths]
+    command = [*warm_python(), "-c", MEASURES_BROKEN, *paths]
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=60, check=True)
     found, kilobytes = json.loads(done.stdout)
     assert sorted(found) == sorted(paths)

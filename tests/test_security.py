@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, ViTConfig, ViTModel
+from warm_python import warm_python
 
 from ijepa_hf import escaping
 from ijepa_hf.commands.main import main
@@ -621,7 +622,7 @@ print(json.dumps(seen))
 def test_a_server_that_sends_us_elsewhere_does_not_make_us_show_the_token_there():
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     done = subprocess.run(
-        [sys.executable, "-c", _REDIRECT.format(source=str(ROOT / "src"))],
+        [*warm_python(), "-c", _REDIRECT.format(source=str(ROOT / "src"))],
         capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "0"}, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

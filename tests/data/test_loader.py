@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils import signal_handling
+from warm_python import warm_python
 
 from ijepa_hf.data.loader import DataWorkerError, PlainLoader, _describe_deaths
 from ijepa_hf.data.retrying import DataSourceError
@@ -236,7 +237,7 @@ time.sleep(600)
 @pytest.mark.parametrize("kind", ["", "stuck"])
 def test_workers_end_with_a_main_process_that_is_killed_even_in_the_middle_of_a_read(kind, child_environment):
     environment = {**child_environment, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    command = [sys.executable, "-W", "ignore", "-c", ORPHANS, kind]
+    command = [*warm_python(), "-W", "ignore", "-c", ORPHANS, kind]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         pids = list(map(int, process.stdout.readline().split()))
         assert len(pids) == 2

@@ -3,7 +3,6 @@
 import json
 import logging
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import ViTConfig, ViTModel
+from warm_python import warm_python
 
 from ijepa_hf.data.reading import ImageRows
 from ijepa_hf.data.sources.builtin import load_digits
@@ -119,7 +119,7 @@ for place in sys.argv[3:]:
 
 def test_a_kill_between_any_two_steps_of_writing_loses_and_mixes_nothing(tmp_path, child_environment):
     steps = range(18)  # a shard and the manifest after it are six of them, for each of three shards
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent), *map(str, steps)]
+    command = [*warm_python(), "-c", KILLED, str(tmp_path), str(Path(__file__).parent), *map(str, steps)]
     subprocess.run(command, env=child_environment, check=True)
     for left in steps:
         features = stored(tmp_path / str(left), rest := Extraction())

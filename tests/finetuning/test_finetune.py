@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from warm_python import warm_python
 
 from ijepa_hf.data.labelled import load_labelled_splits
 from ijepa_hf.data.sources.builtin import load_digits
@@ -195,7 +195,7 @@ def test_the_pipeline_has_the_accuracy_of_the_report_where_the_package_cannot_be
         digits[index]["image"].convert("RGB").save(tmp_path / f"{index}.png")
     pictures = [str(tmp_path / f"{index}.png") for index in chosen]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), *pictures],
+        [*warm_python(package=False), "-c", PROGRAM, str(folder), *pictures],
         env=child_environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tiny import scrambled_model
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
+from warm_python import warm_python
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.commands.main import main
@@ -727,7 +728,7 @@ def test_a_process_that_is_killed_while_uploading_leaves_the_previous_revision(f
     write_state(run_folder, 4)
     fake.fail("stall", method="PUT", match="/large/upload/", times=9)
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(run_folder), "wait"], stdout=subprocess.PIPE, text=True
+        [*warm_python(), "-c", PROGRAM, str(run_folder), "wait"], stdout=subprocess.PIPE, text=True
     )
     with process:
         uploading = int(process.stdout.readline())

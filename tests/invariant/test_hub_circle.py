@@ -13,6 +13,7 @@ import torch
 from fakehub import TOKEN, FakeHub
 from safetensors.torch import load_file
 from tiny import final_weights, tiny_flags, tiny_run
+from warm_python import warm_python
 
 from ijepa_hf import IJepaForPretraining
 
@@ -51,27 +52,29 @@ print(model.config.num_labels)
 class Machine:
     """A folder with a Hugging Face folder of its own, on which commands run; keeps all that they print."""
 
-    def __init__(self, folder, hub, environment):
-        self.folder = folder
+    def __init__(self, folder, hub, environment, warm=False):
+        self.folder, self.warm = folder, warm
         folder.mkdir()
         self.environment = {**environment, **hub.environment(TOKEN), "HF_HOME": str(folder / "hf")}
         self.environment.pop("HF_MODULES_CACHE", None)
         self.printed = []
 
-    def start(self, *command):
+    def start(self, *program, package=True):
+        python = warm_python(package) if self.warm else [sys.executable]
+        command = [*python, *program]
         return subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def run(self, *command):
-        process = self.start(*command)
+    def run(self, *program, package=True):
+        process = self.start(*program, package=package)
         text, _ = process.communicate(timeout=240)
         self.printed.append(text)
         assert process.returncode == 0, text[-4000:]
         return text
 
     def python(self, program):
-        return self.run(sys.executable, "-c", program)
+        return self.run("-c", program, package=False)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def uninterrupted(tmp_path_factory):
 
 def command(**changes):
     flags = tiny_flags("tiny", **CHANGES, hub_model_id="me/tiny", hub_strategy="checkpoint", **changes)
-    return [sys.executable, "-m", "ijepa_hf.commands.main", "pretrain", *flags, "--push_to_hub"]
+    return ["-m", "ijepa_hf.commands.main", "pretrain", *flags, "--push_to_hub"]
 
 
 def run_until_killed(machine, hub):
@@ -97,17 +100,20 @@ def run_until_killed(machine, hub):
     assert process.returncode == -9, "the run had ended before it could be killed"
 
 
+@pytest.mark.parametrize(
+    "warm", [pytest.param(True, id="warm"), pytest.param(False, id="cold", marks=pytest.mark.slow)]
+)
 def test_pretrain_push_lose_the_machine_resume_elsewhere_finish_download_fine_tune(
-    uninterrupted, tmp_path, child_environment
+    uninterrupted, tmp_path, child_environment, warm
 ):
     with FakeHub() as hub:
-        first = Machine(tmp_path / "first", hub, child_environment)
+        first = Machine(tmp_path / "first", hub, child_environment, warm)
         run_until_killed(first, hub)
         step = json.loads(hub.files("me/tiny")["last-checkpoint/checkpoint.json"])["step"]
         assert 0 < step < STEPS
         assert "README.md" not in hub.files("me/tiny")  # no card before the end
 
-        second = Machine(tmp_path / "second", hub, child_environment)
+        second = Machine(tmp_path / "second", hub, child_environment, warm)
         text = second.run(*command(resume_from_checkpoint="hub"))
         assert f"continuing at step      {step}" in text
         assert f"Step {STEPS} is on the Hub" in text
@@ -124,7 +130,7 @@ def test_pretrain_push_lose_the_machine_resume_elsewhere_finish_download_fine_tu
             assert files[name] == (finished / name).read_bytes(), name
         assert json.loads(files["last-checkpoint/checkpoint.json"])["step"] == STEPS
 
-        clean = Machine(tmp_path / "clean", hub, child_environment)
+        clean = Machine(tmp_path / "clean", hub, child_environment, warm)
         pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         torch.save(pixels, clean.folder / "pixels.pt")
         clean.python(DOWNLOAD)
@@ -134,13 +140,13 @@ def test_pretrain_push_lose_the_machine_resume_elsewhere_finish_download_fine_tu
             assert torch.equal(answer["features"], model.target_encoder(pixels).last_hidden_state)
             assert torch.equal(answer["context"], model.context_encoder(pixels).last_hidden_state)
 
-        third = Machine(tmp_path / "third", hub, child_environment)
+        third = Machine(tmp_path / "third", hub, child_environment, warm)
         third.run(
-            sys.executable, "-m", "ijepa_hf.commands.main", "finetune", "me/tiny", "--dataset_name", "digits",
+            "-m", "ijepa_hf.commands.main", "finetune", "me/tiny", "--dataset_name", "digits",
             "--output_dir", "classifier", "--max_train_samples", "64", "--max_eval_samples", "40",
             "--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--num_cpu_threads", "1",
         )  # fmt: skip
-        third.run(sys.executable, "-m", "ijepa_hf.commands.main", "push", "classifier", "me/tiny-digits")
+        third.run("-m", "ijepa_hf.commands.main", "push", "classifier", "me/tiny-digits")
         assert clean.python(CLASSIFY).strip().splitlines()[-1] == "10"
         classifier = load_file(third.folder / "classifier" / "model.safetensors")
         logits = torch.load(clean.folder / "logits.pt", weights_only=True)
@@ -183,7 +189,7 @@ def test_a_hub_that_takes_nothing_costs_the_run_nothing_and_the_end_names_the_on
         advice = next(line.strip() for line in text.splitlines() if line.strip().startswith("ijepa-hf push"))
         assert hub.files("me/tiny").keys() <= {"README.md", ".gitattributes"}
         hub.clear_faults()
-        pushed = machine.run(sys.executable, "-m", "ijepa_hf.commands.main", *advice.split()[1:])
+        pushed = machine.run("-m", "ijepa_hf.commands.main", *advice.split()[1:])
         assert hub.endpoint in pushed
         files = hub.files("me/tiny")
         assert files["model.safetensors"] == (machine.folder / "tiny" / "model.safetensors").read_bytes()

@@ -3,7 +3,6 @@ evaluated; the full model runs from the code that lies beside it."""
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from tiny import tiny_batch, tiny_run
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from warm_python import warm_python
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.data.sources.builtin import load_digits
@@ -63,7 +63,14 @@ def test_stock_classes_give_the_runs_own_features_where_the_package_cannot_be_im
 ):
     image = load_digits("test")[0]["image"].resize((50, 41))  # the processor has to resize
     image.save(tmp_path / "digit.png")
-    command = [sys.executable, "-c", PROGRAM, str(run), str(tmp_path / "digit.png"), str(tmp_path / "answer.pt")]
+    command = [
+        *warm_python(package=False),
+        "-c",
+        PROGRAM,
+        str(run),
+        str(tmp_path / "digit.png"),
+        str(tmp_path / "answer.pt"),
+    ]
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report, last = done.stdout.strip().splitlines()[-2:]
@@ -101,7 +108,14 @@ print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is IJepaMo
 def test_the_full_model_runs_from_the_code_in_the_folder_with_the_same_bits(run, tmp_path, child_environment):
     model = IJepaForPretraining.from_pretrained(run)
     torch.save(tiny_batch(model.config), tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", FULL_MODEL, str(run), str(tmp_path / "inputs.pt"), str(tmp_path / "answer.pt")]
+    command = [
+        *warm_python(package=False),
+        "-c",
+        FULL_MODEL,
+        str(run),
+        str(tmp_path / "inputs.pt"),
+        str(tmp_path / "answer.pt"),
+    ]
     environment = {**child_environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

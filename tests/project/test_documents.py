@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from document_blocks import FEW_STEPS, SHELLS, Known, broken_links, code_blocks, commands, problems, run_blocks
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -166,15 +167,16 @@ def test_a_failing_block_is_caught(
 
 
 def test_a_pretrain_in_a_marked_block_is_cut_to_a_few_steps(tmp_path: Path, child_environment: dict[str, str]) -> None:
-    package = tmp_path / "packages" / "ijepa_hf"
+    package = tmp_path / "packages" / "ijepa_hf" / "commands"
     package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "cli.py").write_text("def main(argv):\n    print(*argv, file=open('seen', 'a'))\n", "utf-8")
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "main.py").write_text("def main(argv):\n    print(*argv, file=open('seen', 'a'))\n", "utf-8")
     lines = ["ijepa-hf pretrain digits", "ijepa-hf pretrain digits --max_train_steps 9", "ijepa-hf convert a b"]
     text = "\n".join(["```bash run", *lines, "```", ""])
     folder = tmp_path / "folder"
     folder.mkdir()
-    environment = {**child_environment, "PYTHONPATH": str(package.parent)}
+    environment = {**child_environment, "PYTHONPATH": str(package.parents[1])}
     run_blocks(code_blocks(written(tmp_path, text)), folder, environment)
     assert (folder / "seen").read_text().splitlines() == [
         " ".join(["pretrain", "digits", *FEW_STEPS]),
@@ -264,8 +266,17 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert broken_links(document) == []
 
 
-@pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if any(block.tags for block in code_blocks(path))], ids=name_of
-)
+WITH_MARKED_BLOCKS = [path for path in DOCUMENTS if any(block.tags for block in code_blocks(path))]
+
+
+@pytest.mark.parametrize("document", WITH_MARKED_BLOCKS, ids=name_of)
 def test_marked_blocks_run(document: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
+    run_blocks(code_blocks(document), tmp_path, child_environment, warm_python())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", WITH_MARKED_BLOCKS, ids=name_of)
+def test_marked_blocks_run_in_interpreters_that_have_imported_nothing(
+    document: Path, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
     run_blocks(code_blocks(document), tmp_path, child_environment)

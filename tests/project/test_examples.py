@@ -2,13 +2,13 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 from packaging.version import Version
 from tiny import scrambled_model
+from warm_python import warm_python
 
 from ijepa_hf.data.sources.builtin import load_digits
 from ijepa_hf.data.sources.shapes import draw_shape_scene
@@ -31,7 +31,12 @@ def model(tmp_path):
 
 def run(environment, *command):
     done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [*warm_python(package=False), *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -9,10 +9,10 @@ import json
 import re
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "tutorial.md"
@@ -183,7 +183,7 @@ def test_the_cells_before_the_training_run(page, tmp_path, child_environment):
     assert sum(cell.count("assert ") for cell in cells) > 40
     (tmp_path / "cells.py").write_text("\n\n".join(cells), "utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "cells.py"], cwd=tmp_path, env=child_environment, capture_output=True,
+        [*warm_python(), "-W", "error", "cells.py"], cwd=tmp_path, env=child_environment, capture_output=True,
         text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import asdict
@@ -21,6 +20,7 @@ import pytest
 import torch
 from image_zoo import write_zoo
 from PIL import Image
+from warm_python import warm_python
 
 from ijepa_hf.commands.prepare import build_parser
 from ijepa_hf.data import reading
@@ -475,7 +475,7 @@ rewrite = rows.rewrite_picture
 rows.rewrite_picture = lambda *arguments: time.sleep(0.02) or rewrite(*arguments)
 prepare({str(source)!r}, {str(tmp_path / "out")!r}, PrepareSettings(**{options!r}))
 """
-    child = subprocess.Popen([sys.executable, "-c", code], env=child_environment, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([*warm_python(), "-c", code], env=child_environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:
         manifest = tmp_path / "out" / "manifest.json"
