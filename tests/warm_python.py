@@ -3,7 +3,7 @@
     subprocess.run([*warm_python(), "-c", program, argument], env=environment, ...)
 
 stands for `[sys.executable, "-c", program, argument]`: a process with its own arguments, folder, environment and
-streams. Whoever waits for it gets its exit code; signals reach it. `-c`, `-m`, `-W` and a file's path are understood.
+streams. Whoever waits for it gets its exit code; signals reach it. `-c`, `-m`, `-P`, `-W` and a file are understood.
 The interpreter is not taken down at the end (that takes a second): a test that looks at it starts a real one.
 """
 
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -65,6 +66,14 @@ def warm_python(package: bool = True) -> list[str]:
         assert time.monotonic() < deadline, "imports take too long"
         time.sleep(0.02)
     return [sys.executable, "-I", "-S", __file__, str(place)]
+
+
+def warm_executable(folder: Path, package: bool = True) -> str:
+    """Writes `warm_python` as one program, for `monkeypatch.setattr(sys, "executable", ...)`; returns its path."""
+    program = folder / "warm-python"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(warm_python(package))} "$@"\n', "utf-8")
+    program.chmod(0o755)
+    return str(program)
 
 
 # -- what a test starts ----------------------------------------------------------------------------------------------
@@ -166,13 +175,15 @@ def _become(argv: list[str], folder: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     _read_environment_again()
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    is_safe = argv[0] == "-P"
+    del argv[: int(is_safe)]
     while argv[0] == "-W":
         warnings.simplefilter(argv[1])  # type: ignore[arg-type]
         del argv[:2]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__  # type: ignore[attr-defined]
     if argv[0] in ("-c", "-m"):
-        sys.path.insert(0, "")
+        sys.path[:0] = [] if is_safe else [""]
         source, name = argv.pop(1), "<string>"
         if argv[0] == "-m":
             name = importlib.util.find_spec(source).origin

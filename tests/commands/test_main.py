@@ -1,12 +1,12 @@
 """The command line: exit codes that mean something, messages on one line, help for everything."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_flags, tiny_run
+from warm_python import warm_python
 
 from ijepa_hf.commands import main
 from ijepa_hf.evaluation import evaluate
@@ -29,7 +29,7 @@ def test_importing_the_package_registers_the_model_and_only_the_collator_waits(c
         "assert IJepaDataCollator is sys.modules['ijepa_hf.data.collator'].IJepaDataCollator\n"
         "try:\n    ijepa_hf.IJepaDataColator\nexcept AttributeError as error:\n    print(error)\n"
     )
-    command = [sys.executable, "-c", code]
+    command = [*warm_python(package=False), "-c", code]
     answer = subprocess.run(command, capture_output=True, text=True, env=child_environment, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == "module 'ijepa_hf' has no attribute 'IJepaDataColator'\n"

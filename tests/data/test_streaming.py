@@ -790,7 +790,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_process_that_leaves_early_ends_with_its_own_exit_code(shards, num_workers, child_environment):
     command = [sys.executable, "-W", "ignore", "-c", LEAVES_EARLY, str(shards), str(num_workers)]
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=120, check=False)

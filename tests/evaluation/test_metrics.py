@@ -1,13 +1,13 @@
 """Metrics against scikit-learn and numbers worked out by hand; none of them leaves a file or asks the Hub."""
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, jaccard_score, r2_score
+from warm_python import warm_python
 
 from ijepa_hf.evaluation.metrics import R2, BoxIoU, MeanIoU, Top1, new_metric
 
@@ -64,4 +64,4 @@ def test_nothing_but_the_command_pays_for_the_import_of_evaluate():
         "assert 'evaluate' not in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+    subprocess.run([*warm_python(package=False), "-c", code], cwd=root, check=True)

@@ -22,7 +22,7 @@ from warm_python import warm_python
 
 from ijepa_hf import IJepaForPretraining
 from ijepa_hf.commands.main import main
-from ijepa_hf.hub import client
+from ijepa_hf.hub import client, push
 from ijepa_hf.hub import process as hub_process
 from ijepa_hf.hub import uploader as hub
 from ijepa_hf.hub.push import fetch_checkpoint, push_folder
@@ -52,9 +52,10 @@ CHECKPOINT_FILES = {
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """A Hub that `me` is logged in to, and waits short enough for tests."""
-    monkeypatch.setattr(client, "RETRY_WAITS", (0.01,) * 6)
-    monkeypatch.setattr(client, "START_WAITS", (0.01,) * 2)
-    monkeypatch.setattr(client, "REQUEST_TIMEOUT", 20.0)
+    for name, value in (("RETRY_WAITS", (0.01,) * 6), ("START_WAITS", (0.01,) * 2), ("REQUEST_TIMEOUT", 20.0)):
+        for module in (client, hub, push):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging-face"))
     with FakeHub() as fake:
         for name, value in fake.environment().items():

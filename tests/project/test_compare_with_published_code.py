@@ -7,6 +7,7 @@ from pathlib import Path
 import plain_ijepa
 import pytest
 from plain_ijepa import write_checkout, write_checkpoint
+from warm_python import warm_executable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import compare_with_published_code as script
@@ -15,7 +16,8 @@ HEADS = plain_ijepa.SMALL["heads"]
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_executable(tmp_path, package=False))
     return write_checkpoint(tmp_path / "small.pth.tar")
 
 

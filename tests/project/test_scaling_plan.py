@@ -157,6 +157,7 @@ def test_exchange_that_takes_longer_than_the_work_is_what_a_run_takes(found):
             assert row["hours_not_hidden"] * 3600 == pytest.approx(steps * (work + row["seconds"] + saves))
 
 
+@pytest.mark.slow
 def test_other_assumptions_change_what_they_are_about(plan):
     measured, assumed = plan.read_measured(), plan.Assumed()
     case = plan.CASES[0]

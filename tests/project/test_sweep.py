@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from scipy import stats
+from warm_python import warm_executable
 
 from ijepa_hf.recipes.recipe_files import load_recipe
 
@@ -100,7 +101,8 @@ def test_a_flag_that_pretrain_refuses_is_found_before_any_run(files, capsys):
     assert not (files / "out").exists()
 
 
-def test_a_sweep_trains_and_scores_each_setting_and_finishes_what_is_missing(files, capsys):
+def test_a_sweep_trains_and_scores_each_setting_and_finishes_what_is_missing(files, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_executable(files))
     assert sweeps.main(command(files, "--seeds", "1", "--jobs", "2")) == 0
     first = capsys.readouterr().out
     results = files / "out" / "results"
