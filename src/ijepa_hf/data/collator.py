@@ -132,7 +132,7 @@ class IJepaDataCollator:
 
 
 class Batch(NamedTuple):
-    """One batch of a run: the model's inputs, and the images that were skipped for them."""
+    """Holds one batch of a run: the model's inputs, and the images that were skipped."""
 
     inputs: dict[str, Tensor]
     unreadable: list[UnreadableImage]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-# What Pillow raises on damaged bytes. Beside the three documented ones, its PNG, TIFF and PPM readers let the others
-# through (seen by feeding it 200,000 damaged files of fourteen formats).
+# Errors that Pillow raises on damaged bytes: the three documented ones, and others from its PNG, TIFF and PPM readers
+# (found with 200,000 damaged files of fourteen formats).
 _DAMAGE = (
     Image.UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -129,7 +129,7 @@ def _bytes_and_path(row: Mapping[str, Any]) -> tuple[bytes, str | None]:
 
 
 class _DamageNamed:
-    """Turns every way in which Pillow reports damage into one ValueError that says which image it was."""
+    """Turns every error by which Pillow reports damage into one ValueError that names the image."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -191,7 +191,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _decode_wide(image: Image.Image, num_channels: int) -> np.ndarray:
-    """Single-channel picture of more than 8 bits to float32 [num_channels, height, width]."""
+    """Converts a single-channel picture of more than 8 bits to float32 [num_channels, height, width]."""
     values = np.asarray(image)
     if image.mode.startswith("I"):
         if values.min() < 0 or values.max() > 65535:
@@ -221,7 +221,7 @@ def _decode_array(array: np.ndarray, num_channels: int, channel_axis: int | None
 
 
 def _channels_first(array: np.ndarray, num_channels: int, channel_axis: int | None) -> np.ndarray:
-    """View as [C, height, width], with C equal to num_channels, or 1 where one channel may be repeated."""
+    """Returns a view as [C, height, width]; C is num_channels, or 1 if one channel may be repeated."""
     if array.size == 0:
         raise ValueError(f"an image array of shape {array.shape} has no pixels.")
     if array.ndim == 2:

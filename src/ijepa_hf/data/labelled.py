@@ -1,7 +1,7 @@
-"""Loads images with their classes, and chooses and reads them; numbers, boxes and maps of classes are in `targets`.
+"""Loads images with their classes, chooses and reads them; `targets` loads numbers, boxes and maps of classes.
 
-Every draw is a function of (seed, epoch, image). `LabelledImages` skips no image: one that
-cannot be read stops the work and is named.
+Every draw is a function of (seed, epoch, image). `LabelledImages` skips no image: one that cannot be read is an error,
+which names it.
 """
 
 import math
@@ -59,13 +59,13 @@ class LabelledSource:
 
     @property
     def images(self) -> ImageSource:
-        """The data set, for `load_split`."""
+        """Returns the data set, as `load_split` takes it."""
         return ImageSource(self.dataset_name, self.dataset_config_name, self.image_column_name)
 
 
 @dataclass(frozen=True)
 class LabelledReading:
-    """How labelled images are read.
+    """Holds the options for reading labelled images.
 
     Args:
         streaming: Read `max_train_samples` and `max_eval_samples` rows of a stream, equally many of each shard, and
@@ -81,7 +81,7 @@ class LabelledReading:
 
 
 class LabelledImages(TorchDataset[dict[str, Tensor]]):
-    """Images with their labels, as the model takes them.
+    """Reads images with their labels, as the model takes them.
 
     Args:
         images: n images.
@@ -153,7 +153,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.num_images, self.seed, self.epoch = num_images, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by `Trainer` at the start of an epoch.
+        """Sets the epoch; `Trainer` calls this at its start.
 
         Args:
             epoch: Counted from 0.
@@ -169,7 +169,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
 
 
 class LabelledSplits(NamedTuple):
-    """Both splits of a labelled data set.
+    """Holds both splits of a labelled data set.
 
     Args:
         train: Images to train on.
@@ -197,7 +197,7 @@ def load_labelled_splits(
     seed: int = 0,
     reading: LabelledReading = LabelledReading(),
 ) -> LabelledSplits:
-    """Loads the images that a model is fitted to and is scored with; reads the first held-out image.
+    """Loads the images to train on and the held-out images; reads the first held-out image as a check.
 
     Args:
         labelled: Which images and labels.
@@ -208,7 +208,7 @@ def load_labelled_splits(
         reading: How the images are read.
 
     Returns:
-        The splits, training images cut down to what is asked for.
+        The splits, with the training images that were asked for.
 
     Raises:
         FileNotFoundError: If there is no such data set.
@@ -288,7 +288,7 @@ def choose_labelled(
 
 
 def _take(source: ImageSource, split: str, limit: int | None, reading: LabelledReading) -> datasets.Dataset:
-    """Rows of a split, spread evenly over it or over its shards: sets are often sorted by class."""
+    """Takes rows of a split, spread evenly over it or over its shards: sets are often sorted by class."""
     if not reading.streaming:
         return at_most(load_split(source, split), limit)
     assert limit is not None  # DataArguments.check

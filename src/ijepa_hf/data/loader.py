@@ -1,9 +1,9 @@
 """Loads batches in worker processes; raises a worker's own error, names a dead worker, leaves no worker behind.
 
-`DataLoader` raises a worker's error as the text of its traceback, and for a worker that died an error with its number;
-the latter in a signal handler, which may run in the middle of an optimiser step. Here errors are passed on as values,
-and a death is noticed when the next batch is asked for, so that the weights are those after a whole step. Workers end
-with the process that they work for, however it ends.
+`DataLoader` raises a worker's error as the text of its traceback. For a dead worker it raises an error in a signal
+handler, which may run in the middle of an optimiser step. Here errors are passed on as values, and a dead worker is
+noticed when the next batch is asked for, so that the weights are those after a whole step. Workers end with the main
+process, also if it is killed.
 """
 
 import copy
@@ -41,10 +41,10 @@ class DataWorkerError(RuntimeError):
 
 
 class PlainLoader(DataLoader):
-    """A `DataLoader` that raises the `ValueError`s and `OSError`s of its workers as they were raised there.
+    """Loads batches as `DataLoader` does, but raises the `ValueError`s and `OSError`s of its workers unchanged.
 
-    Its iterators raise `DataWorkerError`, which says what to do, where a worker died or had no memory left; no worker
-    is left after that. Any other exception is a bug and comes as torch raises it, with its traceback. Do not pass the
+    Its iterators raise `DataWorkerError`, which says what to do, if a worker died or ran out of memory; all workers
+    then end. Any other exception is a bug, and is raised as torch raises it, with its traceback. Do not pass the
     loader to `accelerator.prepare`: it has the batches of one rank already.
 
     Args:
@@ -78,7 +78,7 @@ class PlainLoader(DataLoader):
 
 
 class PlainIterator(Iterator[Any]):
-    """The batches of a `PlainLoader`, with the workers that make them.
+    """Iterates over the batches of a `PlainLoader`; holds the workers that make them.
 
     Args:
         loader: The loader.
@@ -173,7 +173,7 @@ def _describe_deaths(dead: Sequence[BaseProcess]) -> str:
 
 
 def _begin_worker(_: int) -> None:
-    """Ignores signals that are meant for the run, and ends when the main process does."""
+    """Makes a worker ignore signals that are meant for the run, and end when the main process ends."""
     for number in _OF_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
@@ -189,7 +189,7 @@ def _end_with_parent() -> None:
 
 
 class _Failed:
-    """An exception in place of a batch."""
+    """Holds an exception in place of a batch."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

@@ -2,8 +2,8 @@
 
 Decoding a small picture and calling the resizer take ten times as long as the work on its pixels. Where all images of
 a set are 8-bit pictures of one size that fit in memory together, they are decoded once, and the crops of a batch are
-two products of matrices. Boxes and substitutes are those of images read one by one; a value of a pixel may be off by 2
-of 255, because nothing is rounded between the two products.
+two products of matrices. The crops' boxes and the replaced images are the same as for images that are read one by one;
+a pixel may differ by 2 of 255, because nothing is rounded between the two products.
 """
 
 import functools
@@ -32,7 +32,7 @@ _RESIZED_AT_ONCE = 64  # of 32 x 32 pixels these, and their weights, stay in a c
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """The pixels of a set of images.
+    """Holds the pixels of a set of images.
 
     Args:
         pixels: uint8 `[n, C, height, width]`; zeros for images that cannot be read.
@@ -44,7 +44,7 @@ class DecodedImages:
 
 
 class CannotKeepError(ValueError):
-    """The images of a set are not 8-bit pictures of one size, or too many."""
+    """The images are not 8-bit pictures of one size, or do not fit in memory."""
 
 
 def decode_all(images: ImageRows, size: tuple[int, int] | None, *, limit: int | None) -> DecodedImages:
@@ -101,7 +101,7 @@ def _room(count: int, size: tuple[int, int], channels: int, limit: int | None) -
 
 
 def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> Tensor:
-    """uint8 [C, height, width]."""
+    """Returns the pixels of a picture, uint8 [C, height, width]."""
     if size is not None:
         return resize(picture, size)
     array = np.array(picture)
@@ -109,7 +109,7 @@ def _pixels(picture: Image.Image, size: tuple[int, int] | None) -> Tensor:
 
 
 class MemoryCrops(TorchDataset[dict[str, Any]]):
-    """The crops of a set in memory; asked with a list of `SampleKey`s.
+    """Makes crops of a set in memory, for a list of `SampleKey`s.
 
     Args:
         images: The decoded images; with `min_crop_scale` 1 already of the crops' size.
@@ -187,7 +187,7 @@ def resize_parts(images: Tensor, boxes: Sequence[tuple[int, int, int, int]], siz
 
 @functools.lru_cache(maxsize=8)
 def _weights(side: int, out: int) -> Tensor:
-    """float32 [side * side, out, side]: how much each pixel of a side counts in each of `out` pixels made of a part.
+    """Computes the weight of each pixel of a side in each of `out` pixels: float32 [side * side, out, side].
 
     The part that begins at pixel p and has n pixels is number p * side + n - 1; numbers whose part would reach beyond
     the side are never used.

@@ -1,4 +1,4 @@
-"""Decides which image stands at which place of which step: the only source of order.
+"""Decides the order of images: which image is at which position of which step.
 
 Map-style sets are permuted as a whole (`StepBatchSampler`), streams by shards and blocks of rows (`StreamOrder`); the
 module `streaming` explains the latter. Both are arithmetic on numbers: nothing is opened here.
@@ -15,7 +15,7 @@ from ijepa_hf.randomness import DRAW_BLOCK, DRAW_ORDER, keyed_generator
 
 
 class SampleKey(NamedTuple):
-    """Where a sample stands: which epoch and optimiser step, which place in the global batch, which image."""
+    """Names a sample: its epoch and optimiser step, its slot in the global batch, and its image."""
 
     epoch: int
     step: int
@@ -108,7 +108,7 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """Who reads a stream, and since when.
+    """Describes the readers of a stream, and the step since which they read it.
 
     Args:
         start_step: The optimiser step, counted from 0, from which on it holds.
@@ -135,13 +135,13 @@ class StreamLayout:
         return self.num_ranks * self.batch_size * self.accumulation_steps
 
     def same_readers(self, other: "StreamLayout") -> bool:
-        """Whether both give each reader the same rows, so that one can go on where the other stopped."""
+        """Returns whether both layouts give each reader the same rows, so that one can continue the other."""
         mine, theirs = asdict(self), asdict(other)
         return {**mine, "start_step": 0} == {**theirs, "start_step": 0}
 
 
 class Rows:
-    """Ascending rows of an epoch's line, kept as segments; a place among them is a *position*.
+    """Holds ascending rows of an epoch's line, as segments; the index of a row among them is its *position*.
 
     Args:
         segments: int64 `[n, 2]`, rows from .. up to, not including; ascending and disjoint.
@@ -171,7 +171,7 @@ class Rows:
 
 
 class Stretch(NamedTuple):
-    """What a reader has to read in an epoch: the positions first .. last (not including) of some rows."""
+    """Holds the rows that a reader reads in an epoch: the positions first .. last (not including) of some rows."""
 
     rows: Rows
     first: int

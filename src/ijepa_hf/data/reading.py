@@ -1,12 +1,12 @@
 """Reads a row of a data set as a crop; takes another image in place of one that cannot be read.
 
-A crop is a function of (seed, optimiser step, slot), where slot is its place in the *global* batch. So a run is the
-same for any number of workers, and of ranks at a fixed global batch, and resuming at a step needs that step's number
-alone.
+A crop is a function of (seed, optimiser step, slot), where slot is its index in the *global* batch. So a run is the
+same for any number of workers, and of ranks at a fixed global batch, and resuming at a step needs only that step's
+number.
 
-An image that cannot be read never stops a run by itself: another one, drawn from the same numbers, stands in for it,
-and the batch names it. Where the image is sound but its disk or server fails (`retrying`), it is read again until that
-works: with another image it would be another run.
+A single image that cannot be read never stops a run: another one, drawn from the same numbers, replaces it, and the
+batch names it. If not the image but its disk or server fails (`retrying`), the read is repeated: another image would
+change the run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ _Read = TypeVar("_Read")
 
 
 class UnreadableImage(NamedTuple):
-    """An image that was skipped: its number in the data set, and why, with its file name where it has one."""
+    """Names an image that was skipped: its number in the data set, the reason, and its file name if it has one."""
 
     image: int
     reason: str
@@ -52,7 +52,7 @@ class UnreadableImage(NamedTuple):
 def too_many_unreadable(
     count: int, lines: Iterable[str], num_seen: int, num_images: int, max_share: float
 ) -> str | None:
-    """Judges whether too many images cannot be read.
+    """Checks whether too many images cannot be read.
 
     Args:
         count: Images that could not be read.
@@ -141,7 +141,7 @@ def _read_remote_file(address: str) -> bytes:
 
 
 class ImageRows:
-    """The images of a data set, decoded one at a time.
+    """Decodes the images of a data set, one at a time.
 
     Args:
         dataset: A map-style data set.
@@ -201,7 +201,7 @@ def first_readable(
     another: Callable[[int], tuple[int, _Row]],
     read: Callable[[int, _Row], _Read],
 ) -> tuple[int, _Row, _Read, list[UnreadableImage]]:
-    """Reads an image or, where that cannot be done, others drawn from (seed, epoch, image).
+    """Reads an image or, if it cannot be read, others drawn from (seed, epoch, image).
 
     Args:
         key: Says epoch and image.
@@ -232,10 +232,10 @@ def first_readable(
 
 
 def crop_numbers(seed: int, keys: Sequence[SampleKey]) -> list[list[float]]:
-    """Draws the numbers that say where the crops of some samples lie.
+    """Draws the random numbers that decide the boxes of some samples' crops.
 
-    A step has one generator, of which each slot of the global batch has its own stretch. So the numbers of a sample
-    depend on no other, however many are asked for together.
+    A step has one generator, and each slot of the global batch has its own part of its numbers. So the numbers of a
+    sample do not depend on the other samples.
 
     Args:
         seed: The run's seed.
@@ -315,7 +315,7 @@ class CropReader:
 
 
 class PretrainingImages(TorchDataset[dict[str, Any]]):
-    """The crops of a map-style data set. Asked with a `SampleKey`.
+    """Makes the crops of a map-style data set, for `SampleKey`s.
 
     Args:
         images: The images.

@@ -1,8 +1,8 @@
 """Reads files under a time limit, and repeats reads whose disk, network or server fails.
 
-A failure of the *source* (a disk, a network, a server) may be over in a minute, and a run that went on without the
-image would silently be another run. A bad *file* stays bad. `RetryPolicy.call` repeats reads after the first, and
-raises the second at once. The waits follow from the number of failures alone; nothing is drawn from a generator.
+A failure of the *source* (a disk, a network, a server) may be over in a minute, and skipping the image would silently
+change the run. A damaged *file* stays damaged. `RetryPolicy.call` repeats a read after a failure of the source, and
+raises the error of a damaged file at once. The waits depend only on the number of failures, not on a random generator.
 """
 
 import errno
@@ -45,7 +45,7 @@ class StalledReadError(TimeoutError):
 
 
 def is_source_failure(error: BaseException) -> bool:
-    """Judges whether a read failed because of its disk, network or server, and may succeed when repeated.
+    """Returns whether a read failed because of its disk, network or server, and may succeed when repeated.
 
     Args:
         error: What a read raised.
@@ -64,7 +64,7 @@ def is_source_failure(error: BaseException) -> bool:
 
 
 def is_shard_failure(error: BaseException) -> bool:
-    """Judges whether reading on in a shard failed because of its source.
+    """Returns whether reading further in a shard failed because of its source.
 
     Args:
         error: What a read raised.
@@ -95,7 +95,7 @@ def describe(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long reads of a source are repeated, and how long each may take.
+    """Repeats failing reads of a source for some time, and limits the time of each read.
 
     Args:
         seconds: Time for which a failing read is repeated, at least 0; 0 does not repeat it. It includes the waits of
@@ -112,7 +112,7 @@ class RetryPolicy:
         read: Callable[[], _Result],
         is_failure: Callable[[BaseException], bool] = is_source_failure,
     ) -> _Result:
-        """Reads, and repeats the read while the source fails; each failure is logged as a warning.
+        """Calls a read, and repeats it while the source fails; each failure is logged as a warning.
 
         Args:
             what: Names the file, for messages.
@@ -207,7 +207,7 @@ DEFAULT_RETRIES = RetryPolicy()
 
 
 class LimitedFile:
-    """A binary file whose reads are under a time limit; has the methods that Arrow needs.
+    """Wraps a binary file so that its reads have a time limit; has the methods that Arrow needs.
 
     Args:
         file: The opened file.
@@ -243,7 +243,7 @@ class LimitedFile:
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed."""
+        """Returns whether the file is closed."""
         return self.is_stuck or self.file.closed
 
     def close(self) -> None:
@@ -262,7 +262,7 @@ class LimitedFile:
 
 
 class _ReadingThread:
-    """A thread that reads for another one, which waits; it ends with the last reference to this object."""
+    """Runs a thread that reads for a waiting thread; it ends with the last reference to this object."""
 
     def __init__(self) -> None:
         self.process = os.getpid()

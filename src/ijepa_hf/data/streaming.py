@@ -1,15 +1,15 @@
-"""Reads images shard by shard, in an order that any restart can work out again without reading.
+"""Reads images shard by shard, in an order that a restart can compute again without reading.
 
-A stream is a row of shards whose lengths are known. An epoch permutes the shards and lays their rows out on a line;
-the line is cut into one stretch a *reader*, a reader being one worker of one rank. Stretches are cut by rows, not by
-shards, so that all readers have equal work however uneven the shards are: a reader has its shards to itself, but for
-the two at the ends of its stretch. A reader goes along its stretch in blocks of `shuffle_buffer_size` rows and
-permutes each.
+A stream is a sequence of shards whose lengths are known. An epoch permutes the shards and puts their rows on a line.
+The line is cut into one stretch for each *reader*; a reader is one worker of one rank. Stretches are cut by rows, not
+by shards, so that all readers have equal work even if the shards are uneven. A reader shares at most the two shards at
+the ends of its stretch with other readers. It reads its stretch in blocks of `shuffle_buffer_size` rows and permutes
+each block.
 
-Every part of that is a function of (seed, epoch) and of the *layouts*: how many ranks and workers the run has had, and
-since which step. So where each reader stands at a step follows from the step's number: blocks that lie behind it are
-not decoded, whole shards behind it are not opened, and a run that goes on with other readers deals out the rows that
-are left, none of them twice.
+All of this is a function of (seed, epoch) and of the *layouts*: the numbers of ranks and workers that the run has had,
+each with its first step. So the position of each reader follows from the number of the step: earlier blocks are not
+decoded, and earlier shards are not opened. A run that is resumed with other readers deals the remaining rows out to
+them, none twice.
 """
 
 import contextlib
@@ -154,7 +154,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def warn_of_one_shard(stream: ImageStream) -> None:
-    """Warns where a stream cannot be read in parallel.
+    """Warns if a stream has one shard only, and so cannot be read in parallel.
 
     Args:
         stream: The stream.
@@ -183,7 +183,7 @@ def _pick(images: list[int], rows: list[dict[str, Any]], draw: int) -> tuple[int
 
 
 class StreamedBatches(TorchIterableDataset[list[dict[str, Any]]]):
-    """The micro-batches of one rank, from a step on; each worker of a `DataLoader` reads its own stretch.
+    """Reads the micro-batches of one rank, from a step on; each worker of a `DataLoader` reads its own stretch.
 
     Load it with `batch_size=None` and as many workers as the last layout of `order` has. Without workers, call `close`
     when the loader is left, early or not.
@@ -337,10 +337,9 @@ def _name_of(stream: ImageStream, shard: int) -> str:
 
 
 def _read_patiently(stream: ImageStream, shard: int, first: int, retries: RetryPolicy) -> _Batches:
-    """Yields the rows of a shard from row `first` on, some at once.
+    """Yields the rows of a shard from row `first` on, several at once.
 
-    Where its source fails, the shard is opened again at the row where it was: the rows are those of one that never
-    failed.
+    If its source fails, the shard is opened again at the same row, so that the rows are the same as without a failure.
     """
     name = _name_of(stream, shard)
     batches: _Batches | None = None
@@ -369,7 +368,7 @@ def _read_patiently(stream: ImageStream, shard: int, first: int, retries: RetryP
 
 
 def _read_shard(stream: ImageStream, shard: int, first: int, retries: RetryPolicy = DEFAULT_RETRIES) -> _Batches:
-    """Yields the rows of a shard from row `first` on, some at once; each read is under the time limit."""
+    """Yields the rows of a shard from row `first` on, several at once; each read has the time limit."""
     if _are_parquet(stream.files):
         yield from _read_parquet(stream.files[shard], stream.rows.features, first, retries)
         return

@@ -20,7 +20,7 @@ _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombEr
 
 
 class SplitPart(NamedTuple):
-    """The rows of a split that are used, and their names in errors.
+    """Holds the used rows of a split, and names them in errors.
 
     Args:
         rows: The rows.
@@ -35,13 +35,13 @@ class SplitPart(NamedTuple):
     limit: int | None
 
     def name_row(self, index: int) -> str:
-        """Says which row of the split, counted from 0, row `index` of this part is."""
+        """Names row `index` of this part by its number in the split, counted from 0."""
         numbers = at_most(datasets.Dataset.from_dict({"row": range(self.length)}), self.limit)["row"]
         return f"row {numbers[int(index)]} of the split {self.split!r}"
 
 
 class SegmentationMaps:
-    """For each image of a split the class of each pixel, read one at a time.
+    """Reads the class of each pixel, for one image of a split at a time.
 
     Args:
         part: The rows that are used.
@@ -89,7 +89,7 @@ class SegmentationMaps:
 
 
 class TargetSplits(NamedTuple):
-    """Both splits of a data set whose labels are no classes; see `load_target_splits` for what targets are.
+    """Holds both splits of a data set whose targets are no classes; see `load_target_splits`.
 
     Args:
         train: n images to fit with.
@@ -125,7 +125,7 @@ def load_target_splits(
             in [0, 1].
 
     Returns:
-        The splits, cut down to what is asked for.
+        The splits, with the images that were asked for.
 
     Raises:
         FileNotFoundError: If there is no such data set.
@@ -186,7 +186,7 @@ def _is_of_kind(feature: Any, kind: str) -> bool:
 
 
 def _numbers(part: SplitPart, column: str) -> np.ndarray:
-    """float64 `[n]`."""
+    """Returns the column's numbers, float64 `[n]`."""
     values = part.rows[column][:]
     for index, value in enumerate(values):
         if value is None or not math.isfinite(value):
@@ -205,7 +205,7 @@ def _segmentation_maps(part: SplitPart, column: str) -> SegmentationMaps:
 
 
 def _largest_boxes(part: SplitPart, column: str, images: ImageRows) -> np.ndarray:
-    """float64 `[n, 4]`, shares of the width and height."""
+    """Returns the largest box of each row, float64 `[n, 4]`, as shares of width and height."""
     chosen = np.empty((len(part.rows), 4))
     for index, boxes in enumerate(part.rows[column][:]):
         if not boxes:

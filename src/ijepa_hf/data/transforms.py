@@ -31,7 +31,7 @@ _NORMALIZED_AT_ONCE = 2**18  # values, so that they stay in a core's cache betwe
 def random_resized_crop(
     image: Image.Image | np.ndarray, size: tuple[int, int], min_crop_scale: float, numbers: Sequence[float]
 ) -> torch.Tensor:
-    """Cuts a random part out of an image and resizes it: the only augmentation of the published runs.
+    """Cuts a random part out of an image and resizes it; this is the only augmentation of the published runs.
 
     Args:
         image: what `decode_image` returns: a picture of mode "L" or "RGB", or a float32 array [C, height, width].
@@ -200,7 +200,7 @@ def _resized_part(picture: Image.Image, box: tuple[int, int, int, int], size: tu
 
 
 def _pixels_of_part(picture: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-    """uint8 [height, width, bands] of one part of a picture; the fourth band that Pillow keeps with RGB is left in."""
+    """Returns the pixels of a part of a picture, uint8 [height, width, bands]; keeps Pillow's fourth band of RGB."""
     top, left, height, width = box
     try:
         exported = pa.array(picture)  # Pillow's own memory, where it is in one piece

@@ -1,4 +1,4 @@
-"""What `ijepa-hf finetune` is told: its flags, their checks and its parser."""
+"""Defines the flags of `ijepa-hf finetune`, checks them and parses them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ijepa_hf.recipes.parsing import CommandParser, model_parser, parse_flags
 
 @dataclass(kw_only=True)
 class FinetuningFlags(LabelledDataFlags):
-    """The flags of `ijepa-hf finetune`; names as in `ijepa-hf pretrain` and transformers' examples."""
+    """Defines the flags of `ijepa-hf finetune`; names as in `ijepa-hf pretrain` and transformers' examples."""
 
     samples_per_class: int | None = flag("result", "Few labels: train on N images of each class, drawn by the seed.")
     label_fraction: float | None = flag(
@@ -51,7 +51,7 @@ class FinetuningFlags(LabelledDataFlags):
 
 @dataclass(kw_only=True)
 class FinetuningArguments(FinetuningFlags):
-    """What a fine-tuning is told: the flags, and what comes first on the command line.
+    """Holds the arguments of a fine-tuning: the flags and the model, which comes first on the command line.
 
     Args:
         model: Hub id or folder of a vision model that `AutoModelForImageClassification` reads.

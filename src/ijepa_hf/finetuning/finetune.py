@@ -1,11 +1,11 @@
-"""Fine-tuning for classification: a pretrained encoder and a new linear head, trained together on labelled images.
+"""Fine-tunes for classification: trains a pretrained encoder and a new linear head together on labelled images.
 
-On transformers' own `Trainer` and `AutoModelForImageClassification`, so that what comes out is a stock model that
-loads without this package. What is added is what a fine-tuning of a vision transformer needs and the stock classes
-lack: layer-wise learning rates, few-label draws, a fixed position table, and a resume that restores every weight.
+It uses transformers' own `Trainer` and `AutoModelForImageClassification`, so the result is a stock model that loads
+without this package. It adds four things that the stock classes lack and a vision transformer needs: layer-wise
+learning rates, few-label draws, a fixed position table, and a resume that restores every weight.
 
-Nothing is tuned on the held-out split: there is no early stopping and no best epoch, the last epoch's accuracy is the
-result. Every draw is a function of (seed, epoch, image), as in `data`.
+Nothing is tuned on the held-out split: there is no early stopping and no best epoch, and the result is the last
+epoch's accuracy. Every draw is a function of (seed, epoch, image), as in `data`.
 
     output_dir/
       finetune_arguments.json                                                 written first: whose folder it is
@@ -52,7 +52,7 @@ _CHECKPOINTS = 2
 
 
 class FinetuningTrainer(Trainer):
-    """`Trainer` with layer-wise learning rates, an order that is a function of the epoch, and a complete resume.
+    """Extends `Trainer` by layer-wise learning rates, an order that depends on the epoch, and a complete resume.
 
     Args:
         layer_decay: See `parameter_groups`.
@@ -87,7 +87,7 @@ class FinetuningTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Does what the stock class does, and stops where the loss is no number.
+        """Takes a step as the stock class does; raises an error if the loss is NaN or infinite.
 
         Args:
             model: As in the stock class.
@@ -133,9 +133,10 @@ class FinetuningTrainer(Trainer):
 
 @dataclass(frozen=True)
 class SmoothedCrossEntropy:
-    """The loss: cross-entropy, averaged over the images of an optimiser step, however many micro-batches it has.
+    """Computes the loss: cross-entropy, averaged over all images of an optimiser step and its micro-batches.
 
-    Given to `Trainer` because its own label smoothing is not divided by the number of micro-batches in every version.
+    `Trainer` gets this loss because its own label smoothing is not divided by the number of micro-batches in every
+    version.
 
     Args:
         label_smoothing: Probability that is spread over all classes, in [0, 1).
@@ -169,7 +170,7 @@ def finetune(arguments: FinetuningArguments) -> str:
         arguments: See `FinetuningArguments`.
 
     Returns:
-        What is to be printed, see `render_finetuning`; that of a finished run is given again without work.
+        The text to print, see `render_finetuning`. For a finished run it is returned again without training.
 
     Raises:
         FileNotFoundError: If the data set or a local model does not exist.
@@ -231,7 +232,7 @@ def finetune(arguments: FinetuningArguments) -> str:
 
 
 def _license_of(arguments: FinetuningArguments) -> dict[str, Any]:
-    """The licence that goes with the weights, and whether it is known; read before the work, which it could lose."""
+    """Returns the licence of the weights, and whether it is known; called before the training, which it could lose."""
     if arguments.from_scratch:  # takes no weights
         return {"license": None, "license_is_known": True}
     try:
@@ -250,7 +251,7 @@ def _license_of(arguments: FinetuningArguments) -> dict[str, Any]:
 
 
 def _find_card(model: str, revision: str | None) -> Path | None:
-    """The model's card; `None` where it is known that there is none, an error where it cannot be found out."""
+    """Finds the model's card; returns `None` if there is certainly none, raises an error if that is not certain."""
     if Path(model).is_dir():
         path = Path(model) / REPOCARD_NAME
         return path if path.is_file() else None

@@ -149,7 +149,7 @@ def delete_run(output_dir: Path) -> None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint can be read; `Trainer` writes `trainer_state.json` last."""
+    """Returns whether all of a checkpoint can be read; `Trainer` writes `trainer_state.json` last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
         for name in ("optimizer.pt", "scheduler.pt"):

@@ -1,1 +1,1 @@
-"""Writes the images of any source as parquet shards, made small once."""
+"""Writes the images of any source as parquet shards, shrunk once."""

@@ -1,14 +1,14 @@
-"""Any source to parquet shards, shrunk once instead of in every epoch: `ijepa-hf prepare SOURCE OUT`.
+"""Writes any source as parquet shards, shrunk once instead of in every epoch: `ijepa-hf prepare SOURCE OUT`.
 
-What is written loads with `datasets.load_dataset(OUT)`, and as `dataset_name`, at random or as a stream:
+The folder loads with `datasets.load_dataset(OUT)`, and as `dataset_name`, at random or as a stream:
 
     OUT/
       manifest.json                        settings, source, shards, and each row that was skipped with the reason
       data/train-00000-of-00004.parquet    rows in the order of the source, other columns and features as they were
 
 The same settings and source give the same bytes, for any number of workers, and however often the command was stopped
-and started again (under one version of Pillow and pyarrow). Shards have hidden names until all are written, so that
-half a data set is never taken for a whole one.
+and started again (under one version of Pillow and pyarrow). Shards have hidden names until all are written, so an
+incomplete data set cannot be loaded by mistake.
 
 A picture that is written anew is what `image_transforms.decode_image` makes of it: upright by its EXIF orientation;
 the first frame of an animation; transparency composited onto white; palettes and CMYK to RGB; grayscale stays one
@@ -54,7 +54,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """The options of `ijepa-hf prepare`.
+    """Holds the options of `ijepa-hf prepare`.
 
     Args:
         dataset_config_name: Configuration of a Hub data set.
@@ -90,7 +90,7 @@ class PrepareSettings:
 
     @property
     def picture_format(self) -> PictureFormat:
-        """How each image is written."""
+        """Returns how each image is written."""
         return PictureFormat(self.shortest_side, self.image_format, self.quality, self.channel_axis)
 
     def check(self) -> None:
@@ -170,7 +170,7 @@ def parse_size(size: int | str) -> int:
 
 
 def _check_place(source: str, folder: Path, split: str) -> None:
-    """Refuses what could be overwritten or read back by mistake, before the source is opened, which may take long."""
+    """Refuses an output folder that holds other files or lies in the source; called before the source is opened."""
     if not re.fullmatch(r"\w+", split):
         raise ValueError(f"split_name={split!r} must be a split's whole name of letters, digits and _, e.g. train.")
     if folder.exists() and not folder.is_dir():
@@ -265,7 +265,7 @@ def _as_it_is(images: list[PreparedImage]) -> list[PreparedImage]:
 
 
 def _judge(file: ManifestFile, num_seen: int, num_rows: int, max_share: float) -> None:
-    """Stops where too many images cannot be read, or none can."""
+    """Raises an error if too many images cannot be read, or none can."""
     skipped = file.manifest.skipped
     if num_seen == num_rows == len(skipped):
         lines = "".join(f"\n  {line}" for line in islice(_lines(skipped), MOST_NAMED))

@@ -20,7 +20,7 @@ _GRAY_MODES = ("1", "L", "LA", "La", "F")  # beside I and I;16...
 
 
 def check_numbers(**values: tuple[int | None, int]) -> None:
-    """Raises `ValueError` where a number, given with the least that it may be, is less; `None` is allowed."""
+    """Raises `ValueError` if a number is below its least value; `None` is allowed."""
     for name, (value, least) in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
@@ -28,7 +28,7 @@ def check_numbers(**values: tuple[int | None, int]) -> None:
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """How images are written.
+    """Describes how images are written.
 
     Args:
         shortest_side: Pixels to which larger ones are shrunk; `None` keeps sizes.

@@ -21,7 +21,7 @@ ROWS_AT_ONCE = 16  # read by a worker and handed over together
 
 
 class PreparedImage(NamedTuple):
-    """A row's image as it will be written, or the reason why it will not.
+    """Holds a row's image as it will be written, or the reason why it is skipped.
 
     Args:
         content: Bytes of a picture, or an array; `None` where it is skipped.
@@ -41,7 +41,7 @@ class PreparedImage(NamedTuple):
 
 
 class SourceRows(TorchDataset[list[PreparedImage]]):
-    """The rows of a data set in pieces of `ROWS_AT_ONCE`, at multiples of it; asked with a piece's number.
+    """Reads the rows of a data set in numbered pieces of `ROWS_AT_ONCE` rows.
 
     Args:
         dataset: A map-style data set.
@@ -132,7 +132,7 @@ class SourceRows(TorchDataset[list[PreparedImage]]):
 
 
 def _check_named_files(column: pa.ChunkedArray, kind: Any) -> None:
-    """Refuses a column that names files where they are no pictures on this disk.
+    """Refuses a column of paths whose files are not pictures on this disk.
 
     Whoever wrote the source chose the paths. Without this, `/home/me/.ssh/id_ed25519` or an address inside the network
     would be read, and its bytes would become part of a data set that may be published.

@@ -25,7 +25,7 @@ _GROUP_ROWS, _GROUP_BYTES = 100, 16_000_000  # of a row group, which a reader of
 
 @contextlib.contextmanager
 def failures_named(folder: Path) -> Iterator[None]:
-    """Raises one plain sentence for a full disk or a folder that may not be written."""
+    """Turns a full disk or a missing permission into an error with one plain sentence."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,7 @@ def failures_named(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Manifest:
-    """The record of one split in `manifest.json`.
+    """Holds the record of one split in `manifest.json`.
 
     Args:
         settings: Options of the command that change the rows.
@@ -69,7 +69,7 @@ class Manifest:
 
 @dataclass
 class ManifestFile:
-    """`manifest.json`: the split that is being written, and the others, which stay as they are."""
+    """Reads and writes `manifest.json`: changes the record of the split that is written, and keeps the others."""
 
     folder: Path
     split: str
@@ -83,7 +83,7 @@ class ManifestFile:
 
 
 def take_up(folder: Path, split: str, new: Manifest, *, overwrite: bool) -> tuple[dict[str, Any], Manifest]:
-    """Finds how far an earlier call came, and refuses to go on with something else; changes nothing.
+    """Finds how much an earlier call has written; refuses other settings or another source. Changes nothing.
 
     Returns:
         The other splits of the manifest, and this one's: `new`, or the one found.
@@ -108,7 +108,7 @@ def take_up(folder: Path, split: str, new: Manifest, *, overwrite: bool) -> tupl
 
 
 def make_ready(file: ManifestFile) -> None:
-    """Writes the manifest as it is, and then removes shards that it does not list: half done ones, or overwritten."""
+    """Writes the manifest, then removes shards that it does not list: incomplete or overwritten ones."""
     folder, split = file.folder, file.split
     folder.mkdir(parents=True, exist_ok=True)
     file.write()
@@ -179,7 +179,7 @@ def _find_shard(folder: Path, split: str, number: int, manifest: Manifest) -> Pa
 
 
 class ShardWriter:
-    """Puts rows into row groups and row groups into shards; notes in the manifest what is complete."""
+    """Writes rows as row groups of shards; lists the complete shards in the manifest."""
 
     def __init__(self, rows: SourceRows, file: ManifestFile) -> None:
         self.file, self.manifest, self.column = file, file.manifest, rows.column
@@ -196,12 +196,12 @@ class ShardWriter:
 
     @property
     def path(self) -> Path:
-        """The shard that is being filled, under its hidden name."""
+        """Returns the path of the shard that is being filled, with its hidden name."""
         return self.file.folder / _SHARD_FOLDER / _shard_name(self.file.split, len(self.manifest.shards))
 
     @property
     def partial(self) -> Path:
-        """The file that is written before it gets the name `path`."""
+        """Returns the path of the file that is written before it is renamed to `path`."""
         return self.path.with_name(self.path.name + ".partial")
 
     def add(self, row: int, image: PreparedImage, others: pa.Table | None) -> None:
@@ -223,7 +223,7 @@ class ShardWriter:
         self.manifest.skipped.append({"row": row, "path": image.path, "reason": image.reason})
 
     def finish(self) -> None:
-        """Closes the last shard, and gives all of them the names that readers look for."""
+        """Closes the last shard, and gives all shards their final names."""
         manifest, folder = self.manifest, self.file.folder
         if self.shard_rows:
             self._close_shard(next_row=manifest.source["num_rows"])
@@ -237,7 +237,7 @@ class ShardWriter:
             self.file.write()
 
     def close(self) -> None:
-        """Removes what is half written; the rows before it are safe."""
+        """Removes an incomplete shard; earlier shards are kept."""
         if self.writer is not None:
             with contextlib.suppress(OSError):  # of a disk that is full, which was reported already
                 self.writer.close()

@@ -23,7 +23,7 @@ def cannot_be_read(path: Path, error: BaseException) -> ValueError:
 
 
 def map_array_file(path: Path) -> datasets.Dataset:
-    """Returns a data set whose Arrow table is the very file, mapped into memory."""
+    """Returns a data set whose Arrow table is the file itself, mapped into memory."""
     array = _map_array(path)
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
@@ -66,7 +66,7 @@ def _array_feature(image: np.ndarray) -> Any:
 
 
 def _as_arrow(array: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Nested lists around the values of a contiguous array, which are not copied."""
+    """Makes nested Arrow lists of a contiguous array, without copying its values."""
     values = pa.array(np.asarray(array).reshape(-1))
     for axis in range(array.ndim - 1, 0, -1):
         length = array.shape[axis]
@@ -76,7 +76,7 @@ def _as_arrow(array: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def read_array_files(files: LocalFiles, split: str) -> datasets.Dataset:
-    """Copies .npy files of one image each into the cache of `datasets`, which knows them again by size and time."""
+    """Copies .npy files of one image each into the cache of `datasets`, which recognises them by size and time."""
     first = _map_array(files.splits[split][0])
     if first.ndim not in (2, 3) or 0 in first.shape:
         raise ValueError(

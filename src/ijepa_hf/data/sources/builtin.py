@@ -20,7 +20,7 @@ SHAPES_SPLITS = {"train": (0, 5000), "test": (1, 1000)}  # seed and number of sc
 
 @functools.cache
 def load_digits(split: str) -> datasets.Dataset:
-    """scikit-learn's 1,797 scanned digits (UCI), 8x8 grayscale, enlarged to 32x32 (bilinear); works offline.
+    """Loads scikit-learn's 1,797 scanned digits (UCI): 8x8 grayscale, enlarged to 32x32 (bilinear); works offline.
 
     They are drawn once in a process: the result is shared, so do not change its format in place.
 
@@ -52,7 +52,7 @@ def load_digits(split: str) -> datasets.Dataset:
 
 
 def load_shapes(split: str) -> datasets.Dataset:
-    """Drawn scenes of a few coloured shapes (see `draw_shape_scene`), 96x96; works offline.
+    """Draws 96x96 scenes of a few coloured shapes (see `draw_shape_scene`); works offline.
 
     They are drawn once, about 2 ms each on one CPU core, and kept in the cache of `datasets`, 7 MB per 1,000.
 
@@ -83,7 +83,7 @@ def load_shapes(split: str) -> datasets.Dataset:
             "segmentation": datasets.Image(),
         }
     )
-    # the cache is asked for what these very lines of code draw
+    # a change of this code gives another entry in the cache
     key = (Path(shapes.__file__).read_text("utf-8"), PIL.__version__, np.__version__)
     arguments = {"seed": seed, "count": count, "key": Hasher.hash(key)}
     return datasets.Dataset.from_generator(_shapes_rows, features=features, gen_kwargs=arguments)

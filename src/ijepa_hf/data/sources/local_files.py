@@ -34,12 +34,12 @@ _SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
 def is_shard(file: str) -> bool:
-    """Whether a file can be a shard of a stream: .parquet or .tar."""
+    """Returns whether a file can be a shard of a stream: .parquet or .tar."""
     return KIND_OF_SUFFIX.get(os.path.splitext(file)[1].lower()) in ("parquet", "tar")
 
 
 class LocalFiles(NamedTuple):
-    """The files of a path, all of one kind, by split; whether the folder that each lies in is its class."""
+    """Holds the files of a path, all of one kind, by split, and whether each file's folder is its class."""
 
     path: Path
     kind: str
@@ -49,7 +49,7 @@ class LocalFiles(NamedTuple):
 
 
 def find_files(path: Path) -> LocalFiles:
-    """Finds the files of a path: the only place that decides what kind they are and which split they belong to."""
+    """Finds the files of a path, and decides their kind and the split of each."""
     if path.is_file():
         kind = KIND_OF_SUFFIX.get(path.suffix.lower())
         if kind == "images":
@@ -122,7 +122,7 @@ def _files_of_one_kind(folder: Path) -> tuple[str, list[Path]]:
 
 
 def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one that it lies in: following it would never end."""
+    """Returns whether a folder is a link to a folder above it: following it would never end."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 

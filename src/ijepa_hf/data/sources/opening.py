@@ -1,8 +1,8 @@
 """Opens a data set of images by name or path, and finds its columns of images and labels.
 
-Everything becomes a `datasets` data set with an image column, whatever it was on disk, by a builder of `datasets`
-wherever there is one; nothing is decoded here. What a path holds, and which split each file belongs to, is decided
-in one place, by the files' names, for data sets read at random and for streams alike.
+Every source becomes a `datasets` data set with an image column, by a builder of `datasets` if there is one; nothing is
+decoded here. `local_files` decides what a path holds and the split of each file, by the files' names, both for data
+sets read at random and for streams.
 """
 
 import glob
@@ -54,7 +54,7 @@ class ImageSource:
 
 
 class ImageStream(NamedTuple):
-    """Images to be read from front to end.
+    """Holds images to be read from front to end.
 
     Args:
         rows: The images, undecoded.
@@ -135,7 +135,7 @@ def open_stream(source: ImageSource, split: str) -> ImageStream:
 
 
 class _Opened(NamedTuple):
-    """An opened split; for a stream that `datasets` builds also its files."""
+    """Holds an opened split; for a stream that `datasets` builds also its files."""
 
     rows: AnyDataset
     files: Sequence[str] = ()

@@ -1,7 +1,7 @@
-"""Draws scenes of a few coloured shapes, and says everything that is in them; nothing is downloaded.
+"""Draws scenes of a few coloured shapes, with complete labels; nothing is downloaded.
 
-A scene is a function of (seed, index) alone. Its labels ask for more than a class: how many objects there are, how
-near each other, where, and which of them is seen at each pixel; so features can be scored on what they know of it.
+A scene is a function of (seed, index) alone. Its labels are more than a class: the number of objects, their distances
+and positions, and the object at each pixel. So features can be scored on more than classification.
 """
 
 import itertools
@@ -34,7 +34,7 @@ _COLORS = np.array(
 
 @dataclass(frozen=True)
 class ShapeScene:
-    """A picture and what is in it; n is `count`, pixels are counted from the upper left corner.
+    """Holds a picture and its labels; n is `count`, pixels are counted from the upper left corner.
 
     Attributes:
         image: Picture of mode RGB, `size` x `size`.
@@ -152,7 +152,7 @@ def _draw_object(
 
 
 def _draw_background(generator: np.random.Generator, size: int) -> Image.Image:
-    """A plain, graded or cloudy background between two muted colours."""
+    """Draws a plain, graded or cloudy background between two muted colours."""
     lightness = generator.uniform(*_BACKGROUND_LIGHTNESS, (2, 1))
     rear, front = (lightness + generator.uniform(-_COLOR_SPREAD, _COLOR_SPREAD, (2, 3))).astype(int).tolist()
     kind = generator.integers(3)
@@ -172,14 +172,14 @@ def _draw_background(generator: np.random.Generator, size: int) -> Image.Image:
 
 
 def _on_circle(corners: int, *radii: float) -> np.ndarray:
-    """The outline `[corners, 2]` of points at equal angles, at distances from the middle that `radii` give in turn."""
+    """Returns points `[corners, 2]` at equal angles, whose distances from the centre are `radii` in turn."""
     angles = 2 * math.pi * np.arange(corners) / corners
     distances = np.resize(radii, corners)
     return np.stack([distances * np.cos(angles), distances * np.sin(angles)], axis=1)
 
 
 def _cross(half_width: float) -> np.ndarray:
-    """The outline `[12, 2]` of a cross whose outer corners lie on the unit circle."""
+    """Returns the outline `[12, 2]` of a cross whose outer corners lie on the unit circle."""
     far = math.sqrt(1 - half_width**2)
     arm = np.array([(far, -half_width), (far, half_width), (half_width, half_width)])
     quarter = np.array([[0, 1], [-1, 0]])
