@@ -1,8 +1,8 @@
-"""How good is an encoder, measured without training it: frozen features, then kNN and a linear probe.
+"""Scores encoders without training them: extracts frozen features, then applies kNN and a linear probe.
 
-`extract_features` turns images into one vector each; `knn_accuracy` and `linear_accuracy` judge these vectors against
-labels. Both take plain numpy arrays, so raw pixels and other people's features are judged by the same yardstick. Test
-labels are used once, to count: every choice (scaling, regularisation) is made on the training half.
+`extract_features` turns images into one vector each; `knn_accuracy` and `linear_accuracy` score these vectors with
+labels. Both take plain numpy arrays, so raw pixels and other people's features are scored in the same way. Test labels
+are used only for counting: every choice (scaling, regularisation) is made on the training half.
 """
 
 from ijepa_hf.evaluation.probes.knn import knn_accuracy

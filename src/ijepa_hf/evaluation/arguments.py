@@ -20,7 +20,7 @@ _SHAPES_TARGETS = ("count", "nearest_distance")
 
 @dataclass(kw_only=True)
 class EvaluationFlags(LabelledDataFlags):
-    """The flags of `ijepa-hf evaluate`; names as in `ijepa-hf pretrain` and `finetune`."""
+    """Defines the flags of `ijepa-hf evaluate`; names as in `ijepa-hf pretrain` and `finetune`."""
 
     method: list[str] = flag("result", f"One or several of {', '.join(METHODS)}.", ["knn", "linear"])
     model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
@@ -62,7 +62,7 @@ class EvaluationFlags(LabelledDataFlags):
 
 @dataclass(kw_only=True)
 class EvaluationArguments(EvaluationFlags):
-    """The flags, and what comes first on the command line.
+    """Holds the arguments of an evaluation: the flags and the model, which comes first on the command line.
 
     Without `samples_per_class` and `label_fraction`, `label_fraction` becomes its default; without `target_columns`
     they become the columns of numbers of `shapes`, if that is the data set.

@@ -1,8 +1,8 @@
-"""Any vision backbone of transformers as one thing: images in, one vector a patch (and a class token) out.
+"""Gives all vision backbones of transformers one interface: one vector for each patch (and a class token) of an image.
 
-I-JEPA, DINOv2, ViT, ViT-MAE, the vision tower of CLIP, ResNet and their like differ in where their patches are among
-their tokens. What a model gives is found by one forward pass when it is loaded, so that a model that does not fit is
-refused before the work. Beside each stands its untrained twin: the same configuration with new weights.
+I-JEPA, DINOv2, ViT, ViT-MAE, the vision tower of CLIP, ResNet and others differ in which of their tokens are patches.
+One forward pass at loading finds this out, so that a model that does not fit is refused before the work. Each model
+can be compared with its untrained twin: the same configuration with new weights.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _UNUSED = "pooler."  # weights that no feature passes through
 
 
 class Tokens(NamedTuple):
-    """What a backbone gives for B images.
+    """Holds the output of a backbone for B images.
 
     Args:
         patches: float32 `[B, rows, columns, D]`, without class token and registers.
@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen vision model in eval mode and float32.
+    """Computes features with a frozen vision model, in eval mode and float32.
 
     Args:
         model: The vision tower.
@@ -55,7 +55,7 @@ class Backbone:
         num_prefix_tokens: Tokens before the patches: the class token and registers.
         has_class_token: Whether the first token is a class token.
         width: D, of all its layers together.
-        norm: What makes of an inner layer's output what the last layer's is; `None` where nothing does.
+        norm: The model's final norm, which is also applied to inner layers; `None` if the model has none.
     """
 
     model: nn.Module
@@ -81,8 +81,8 @@ class Backbone:
             pixel_values: Floating `[B, C, height, width]`, normalised, on any device.
 
         Returns:
-            The patches of the last layer, or of the last four one beside the other (the last one last), and the class
-            token likewise; on the model's device. Inner layers pass through the model's final norm, as its last does.
+            Patches and class token of the last layer, or of the last four layers concatenated (the last one last); on
+            the model's device. Inner layers pass through the model's final norm, as the last one does.
         """
         with _recorded(self._recorded_layers()) as recorded:
             hidden = _hidden_states(self.model, pixel_values.to(self.device, torch.float32), self.shape)
@@ -94,7 +94,7 @@ class Backbone:
         return Tokens(patches, states[:, 0] if self.has_class_token else None)
 
     def pooled(self, pixel_values: Tensor, pooling: str) -> Tensor:
-        """One vector an image.
+        """Computes one vector for each image.
 
         Args:
             pixel_values: As for `tokens`.
@@ -146,7 +146,7 @@ def load_backbone(
     revision: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Loads a vision backbone and finds out what it gives; never runs code from its folder, and reads no pickle.
+    """Loads a vision backbone and finds which of its tokens are patches; runs no code of its folder, reads no pickle.
 
     Args:
         source: Hub id or folder of a transformers model; of one for pictures and text the vision tower is taken.
@@ -197,7 +197,7 @@ def untrained_twin(
     revision: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """The same network with new weights: what its architecture alone is worth.
+    """Makes the same network with new weights, to measure what the architecture alone gives.
 
     Args:
         source: See `load_backbone`; only its configuration is read.
@@ -226,7 +226,7 @@ def untrained_twin(
 
 
 def raw_pixels(pixel_values: Tensor) -> Tensor:
-    """The row that any encoder has to beat: the pixels themselves.
+    """Returns the pixels themselves as features; any encoder should be better than this row.
 
     Args:
         pixel_values: Floating `[B, C, height, width]`.
@@ -239,7 +239,7 @@ def raw_pixels(pixel_values: Tensor) -> Tensor:
 
 
 def raw_patches(pixel_values: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """The pixels of each patch.
+    """Returns the pixels of each patch as features.
 
     Args:
         pixel_values: Floating `[B, C, height, width]`.
@@ -265,7 +265,7 @@ def _shrunk(pixel_values: Tensor, sides: list[int]) -> Tensor:
 
 
 def _without_masking(config: Any) -> Any:
-    """ViT-MAE hides three quarters of the patches unless it is told to hide none."""
+    """Returns a configuration without masking: ViT-MAE hides three quarters of the patches by default."""
     if config.model_type == "vit_mae":
         config = copy.deepcopy(config)
         config.mask_ratio = 0.0
@@ -327,7 +327,7 @@ def _hidden_states(model: nn.Module, pixel_values: Tensor, shape: tuple[int, int
 def _grid_of(
     config: Any, shape: tuple[int, int], num_tokens: int, has_class_token: bool, source: str
 ) -> tuple[tuple[int, int], int]:
-    """Rows and columns of the patches, and the number of tokens before them."""
+    """Returns the rows and columns of the patches, and the number of tokens before them."""
     if getattr(config, "patch_size", None) is not None:
         patch = _pair(config.patch_size)
         rows, columns = shape[0] // patch[0], shape[1] // patch[1]
@@ -339,8 +339,8 @@ def _grid_of(
     if not has_class_token and rows and num_tokens % rows == 0 and rows * shape[1] == num_tokens // rows * shape[0]:
         return (rows, num_tokens // rows), 0
     raise ValueError(
-        f"model={source!r} gives {num_tokens} tokens for an image of {shape[0]}x{shape[1]}; which of them are patches "
-        "cannot be told, so that it cannot be evaluated here."
+        f"model={source!r} gives {num_tokens} tokens for an image of {shape[0]}x{shape[1]}; it is not known which of "
+        "them are patches, so the model cannot be evaluated here."
     )
 
 
@@ -349,7 +349,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _stack(model: nn.Module) -> list[nn.Module]:
-    """The layers of a plain transformer; empty where a model is none."""
+    """Returns the layers of a plain transformer; empty for other models."""
     count = getattr(model.config, "num_hidden_layers", None)
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     return list(lists[0]) if lists else []
@@ -357,7 +357,7 @@ def _stack(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _recorded(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Outputs of some layers, in order, as they are computed: hidden states differ between versions in the last."""
+    """Records the outputs of some layers, by hooks: the last hidden state differs between versions of transformers."""
     outputs: list[Tensor] = []
 
     def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -372,7 +372,7 @@ def _recorded(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def _final_norm(model: nn.Module, last: Tensor, hidden: Tensor, source: str) -> nn.Module | None:
-    """The norm that the last layer's output passes before it is given out, told by its effect."""
+    """Finds the norm that is applied to the last layer's output, by comparing results; `None` if there is none."""
     if torch.allclose(last, hidden, atol=1e-5):
         return None
     width = hidden.shape[-1]
@@ -380,4 +380,4 @@ def _final_norm(model: nn.Module, last: Tensor, hidden: Tensor, source: str) -> 
         is_norm = isinstance(part, nn.LayerNorm) and tuple(part.normalized_shape) == (width,)
         if is_norm and torch.allclose(part(last), hidden, atol=1e-4):
             return part
-    raise ValueError(f"layers=4: how model={source!r} finishes a layer's output cannot be told; use --layers 1.")
+    raise ValueError(f"layers=4: model={source!r} has an unknown step after its last layer; use --layers 1.")

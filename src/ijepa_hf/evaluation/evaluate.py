@@ -1,4 +1,4 @@
-"""Scores an encoder by any of several methods, beside its untrained twin and raw pixels: the order of things.
+"""Scores an encoder by one or more methods, beside its untrained twin and raw pixels.
 
 Features of the model, of the same network untrained, and raw pixels are scored alike, by the records of `methods`.
 Every score has the 95 % interval of `intervals`, with the same draws of test images in every row, also in those of
@@ -289,7 +289,7 @@ def _check_finetunings(arguments: EvaluationArguments, subject: Subject, classes
 
 
 def _finetuned(wanted: FinetuningArguments, classes: Targets) -> tuple[Prediction, int]:
-    """Fine-tunes, or goes on; returns right (1) and wrong (0) test images, and the number of training images."""
+    """Fine-tunes, or resumes; returns 1 (right) or 0 for each test image, and the number of training images."""
     folder = Path(str(wanted.output_dir))
     finetune(dataclasses.replace(wanted, resume_from_checkpoint="latest" if holds_a_run(folder) else None))
     result = read_json(folder / FINETUNING_FILE)

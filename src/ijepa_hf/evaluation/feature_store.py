@@ -1,12 +1,13 @@
-"""Features on disk: extracted once, in shards that survive a kill, and given out only to who asks for the very same.
+"""Stores features on disk in shards that survive a kill; returns them only for the same model, images and settings.
 
-    root/<hash>/                                 of all that the features depend on, the identity
+    root/<hash>/                                 hash of everything that the features depend on, the identity
       manifest.json                              the identity, and the SHA-256 of each shard that is complete
       00000.safetensors  00001.safetensors ...   `features`, a tensor of at most 1,024 images
 
-A shard is written beside its place, flushed and moved; then the manifest is, likewise. So a kill at any moment loses
-at most one shard, and a later call computes what is missing. A shard whose bytes are not what the manifest says is
-computed again, and that is said. Another model, transform, version or image gives another hash and another folder.
+Each shard is written to a temporary file, flushed and renamed; then the manifest is written in the same way. So a kill
+at any moment loses at most one shard, and a later call computes the missing shards. A shard whose SHA-256 is not that
+of the manifest is computed again, with a warning. Another model, transform, version or image gives another hash and
+another folder.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ _ROWS_AT_ONCE = 256
 
 
 class StoredFeatures:
-    """Features of n images on disk, mapped into memory shard by shard: reading some images reads no others.
+    """Holds the features of n images on disk, mapped into memory shard by shard: reading some images reads no others.
 
     Args:
         folder: Where they lie.
@@ -71,7 +72,7 @@ class StoredFeatures:
         return found
 
     def whole(self) -> np.ndarray:
-        """All features as one array that needs no memory, `[n, ...]`; what is written to it never reaches the files.
+        """Returns all features as one mapped array `[n, ...]`; writing to it does not change the files.
 
         Where there are several shards, they are first copied into a temporary file in the folder, which takes as much
         disk again and is gone when the array is.
@@ -87,7 +88,7 @@ class StoredFeatures:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a folder of features is to hold.
+    """Describes the features that a folder is to hold.
 
     Args:
         identity: All that the features depend on.
@@ -124,7 +125,7 @@ def store_features(
     item_shape: tuple[int, ...],
     compute: Callable[[Sequence[range]], Iterator[np.ndarray]],
 ) -> StoredFeatures:
-    """Gives features from the disk, after computing those that are not there yet.
+    """Returns features from the disk, after computing the missing ones.
 
     Args:
         root: Folder of folders of features; made if missing.
@@ -160,7 +161,7 @@ def store_features(
 
 
 def fingerprint_model(source: str, commit: str | None) -> dict[str, Any]:
-    """What says which weights these are, wherever they lie.
+    """Returns values that identify a model's weights, independent of their path.
 
     Args:
         source: Hub id or folder.
@@ -182,7 +183,7 @@ def fingerprint_model(source: str, commit: str | None) -> dict[str, Any]:
 
 
 def fingerprint_images(images: ImageRows) -> str:
-    """SHA-256 over the undecoded images: another image, order or number gives another one.
+    """Computes a SHA-256 over the undecoded images: another image, order or number gives another one.
 
     A file beside the data set, of which rows hold the path alone, counts with its path, size and time of change.
 
@@ -213,7 +214,7 @@ def fingerprint_images(images: ImageRows) -> str:
 
 
 def differences(mine: Any, other: Any, name: str = "") -> list[str]:
-    """What differs between two nested dictionaries, one sentence each.
+    """Describes the differences between two nested dictionaries, one sentence each.
 
     Args:
         mine: What is asked for.
@@ -241,7 +242,7 @@ def _named(plan: _Plan) -> list[tuple[str, range]]:
 
 
 def _sound_shards(folder: Path, plan: _Plan) -> dict[str, str]:
-    """SHA-256 of the shards that are there and whole."""
+    """Returns the SHA-256 of each shard that exists and is undamaged."""
     path = folder / _FEATURES_FILE
     if not path.is_file():
         return {}
@@ -294,7 +295,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _map_shard(path: Path) -> np.ndarray:
-    """The tensor of a safetensors file, in place: 8 bytes of length, a header in JSON, then the values."""
+    """Maps the tensor of a safetensors file: 8 bytes of length, a header in JSON, then the values."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[_TENSOR]

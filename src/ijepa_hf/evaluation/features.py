@@ -1,4 +1,4 @@
-"""Frozen features: one vector an image, the mean over its patches of the encoder's last layer; or what is asked for.
+"""Extracts frozen features: by default one vector for each image, the mean over the patches of the last layer.
 
 The mean is how the paper evaluates ("average-pooled patches"), and what the stock classification head does.
 `extract_features` takes pixels that are in memory. `iterate_features` takes images as they lie on disk, and reads the
@@ -23,7 +23,7 @@ _MOST_READERS = 16  # threads
 
 
 class Images(Protocol):
-    """Decoded images by number, as `data.ImageRows` gives them."""
+    """Describes decoded images by number, as `data.ImageRows` has them."""
 
     def __len__(self) -> int:
         """Returns how many there are."""

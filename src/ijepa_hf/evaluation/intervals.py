@@ -1,8 +1,8 @@
-"""How sure a score is: the 95 % interval by the bootstrap over test images.
+"""Computes the 95 % interval of a score, by the bootstrap over test images.
 
 Test images are drawn again, with replacement, many times; the score of each draw is computed, and the middle 95 % of
-these scores is the interval. It says how much the score would change with other test images of the same kind. It does
-not say how much it would change with another training seed or other training images.
+these scores is the interval. It shows how much the score would change with other test images of the same kind. It does
+not show how much it would change with another training seed or other training images.
 
 A draw is a row of weights: how often each image was drawn. So any score that is a function of sums over images, such
 as an accuracy, an R2 or a mean IoU, is computed for many draws by one matrix product.
@@ -20,7 +20,7 @@ _WEIGHTS_AT_ONCE = 2**22  # 32 MiB
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], np.ndarray], num_images: int, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of a score over test images.
+    """Computes the 95 % percentile bootstrap interval of a score over test images.
 
     Two scores with one `num_images` and `seed` are given the same draws, so their intervals can be compared.
 
@@ -62,7 +62,7 @@ def bootstrap_interval(
 
 
 def mean_interval(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The 95 % interval of a mean over test images, such as an accuracy or a mean IoU of boxes.
+    """Computes the 95 % interval of a mean over test images, such as an accuracy or a mean IoU of boxes.
 
     Args:
         values: `[n]`, one number (or truth value) an image, finite; n at least 1.

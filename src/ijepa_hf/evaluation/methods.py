@@ -37,14 +37,14 @@ _ENOUGH_NUMBERS = 10  # that differ: one draw in 10^9 holds one of them alone
 
 
 class Metric(NamedTuple):
-    """A measure of predictions; higher is better.
+    """Describes a measure of predictions; higher is better.
 
     Args:
-        value: Predictions and truth, as a method gives them, to the score.
-        interval: Predictions, truth and a seed to the score's 95 % interval over test images.
+        value: Computes the score from predictions and truth, as a method returns them.
+        interval: Computes the score's 95 % interval over test images from predictions, truth and a seed.
         hub_name: The metric's type on the Hub.
-        factor: What people's unit is of the score.
-        digits: After the point, in that unit.
+        factor: Factor from the score to the unit that is shown, such as 100 for percent.
+        digits: Digits after the decimal point, in that unit.
     """
 
     value: Callable[[np.ndarray, np.ndarray], float]
@@ -107,7 +107,7 @@ METRICS = {
 
 
 class Targets(NamedTuple):
-    """What is to be predicted of n training and m test images.
+    """Holds the values to predict for n training and m test images.
 
     Args:
         columns: Names of the columns that the targets are from.
@@ -126,7 +126,7 @@ class Targets(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a method is given.
+    """Holds the inputs of a method.
 
     Args:
         train: Features of n training images: float32 `[n, D]`, or of their patches `[n, rows, columns, D]`.
@@ -149,7 +149,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a method says of one target of the test images.
+    """Holds a method's predictions of one target of the test images.
 
     Args:
         target: The column.
@@ -274,7 +274,7 @@ def _check_few_labels(targets: Targets, settings: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(targets: Targets, settings: Mapping[str, Any]) -> None:
-    """R2 is a share of how much the test numbers vary, so they must, in every draw of the interval."""
+    """Refuses numbers without an R2: test numbers must vary, also in every draw of the interval."""
     _check_enough(targets, settings)
     for place, column in enumerate(targets.columns):
         train_y, test_y = targets.train[:, place], targets.test[:, place]
@@ -311,7 +311,7 @@ def _check_numbers(targets: Targets, settings: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """An evaluation method.
+    """Describes an evaluation method.
 
     Args:
         features: What it needs of an image: `pooled` (one vector), `patches` (one vector for each patch), or `None`:

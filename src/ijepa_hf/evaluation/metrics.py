@@ -1,4 +1,4 @@
-"""The scores, as `evaluate.Metric` classes that are defined here: nothing is fetched from the Hub.
+"""Defines the scores as `evaluate.Metric` classes; nothing is downloaded from the Hub.
 
 Importing `evaluate` takes seconds, so nothing but the command imports this module. Its classes make a folder for the
 files of distributed scoring when they are built; `new_metric` gives them one that is deleted again.
@@ -23,7 +23,7 @@ _INPUTS = "predictions: what was predicted, one entry each. references: the trut
 
 
 class Top1(evaluate.Metric):
-    """Share of images whose predicted class is right, from 0 to 1."""
+    """Computes the share of images whose predicted class is right, from 0 to 1."""
 
     def _info(self) -> evaluate.MetricInfo:
         whole = datasets.Value("int64")
@@ -34,7 +34,7 @@ class Top1(evaluate.Metric):
 
 
 class R2(evaluate.Metric):
-    """Share of the truth's variance that is explained: 1 at best, 0 for its mean, without a lower end."""
+    """Computes the share of the truth's variance that is explained: 1 at best, 0 for its mean, or below 0."""
 
     def _info(self) -> evaluate.MetricInfo:
         # as lists, for the numpy format of `datasets` makes float32 of all floats
@@ -45,7 +45,7 @@ class R2(evaluate.Metric):
 
 
 class MeanIoU(evaluate.Metric):
-    """Mean over classes of intersection over union, both counted over the pixels of all images; from 0 to 1.
+    """Computes the mean over classes of intersection over union, over the pixels of all images; from 0 to 1.
 
     An entry is the class of a pixel, 0 to 65535. A class that is neither predicted nor there has no IoU.
     """
@@ -60,7 +60,7 @@ class MeanIoU(evaluate.Metric):
 
 
 class BoxIoU(evaluate.Metric):
-    """Mean over images of the intersection over union of two boxes, from 0 to 1.
+    """Computes the mean over images of the intersection over union of two boxes, from 0 to 1.
 
     An entry is left, top, right and bottom of a box, as shares of the picture; a predicted one may be empty.
     """

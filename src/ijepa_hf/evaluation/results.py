@@ -29,18 +29,18 @@ _HUB_DIGITS = 4
 
 @dataclass(frozen=True)
 class Score:
-    """One number and all that is needed to read it.
+    """Holds one score and all that is needed to understand it.
 
     Args:
-        method: How it was made, such as `knn`.
-        features: Of what: one of `ROWS`.
-        target: What was predicted: the name of the column.
+        method: Name of the method, such as `knn`.
+        features: Whose features were scored: one of `ROWS`.
+        target: Column that was predicted.
         metric: One of `METRICS`.
         value: The score; higher is better.
         interval: Its 95 % interval over test images.
         num_train_images: Images that were fitted to.
         num_eval_images: Images that were scored.
-        settings: What was asked for, such as `k`.
+        settings: Settings of the method, such as `k`.
         draws: Scores of single draws of labels, where there were several; `value` is their mean.
     """
 
@@ -249,7 +249,7 @@ def _add_entry(entries: list[dict[str, Any]], new: dict[str, Any]) -> None:
 
 
 def _subject(entry: Mapping[str, Any]) -> list[Any]:
-    """What a result is about: the kind of task, and the data."""
+    """Returns the subject of a result: the kind of task, and the data."""
     data = entry.get("dataset") or {}
     return [
         (entry.get("task") or {}).get("type"),

@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-learn")
 
 
 class Subject(NamedTuple):
-    """The model that is evaluated.
+    """Describes the model that is evaluated.
 
     Args:
         commit: On the Hub; `None` for a folder.
@@ -114,7 +114,7 @@ def package_versions() -> dict[str, str]:
 
 
 class Images(NamedTuple):
-    """The images of both splits, and the SHA-256 of each split."""
+    """Holds the images of both splits, and the SHA-256 of each split."""
 
     train: ImageRows
     test: ImageRows
@@ -129,7 +129,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFeatures:
-    """The features of one row.
+    """Computes the features of one row, or reads them from the disk.
 
     Args:
         row: One of `ROWS`.

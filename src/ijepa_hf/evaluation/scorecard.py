@@ -1,8 +1,8 @@
 """Scores features in a few numbers: those of a run and its report, and of many encoders side by side.
 
-What `ijepa-hf evaluate` does for one model with intervals, files and baselines, this does in memory, in seconds. The
-report of a run sets the trained encoder beside rows that keep it honest: the weights that it started from, if any, the
-same network untrained, with both usual initial values of its patch embedding, and the raw pixels.
+`ijepa-hf evaluate` scores one model with intervals, files and baselines; this module scores in memory, in seconds. The
+report of a run compares the trained encoder with baselines: the weights that it started from, if any; the same network
+untrained, with both usual initial values of its patch embedding; and the raw pixels.
 """
 
 import logging
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Labelled images on which encoders are compared.
+    """Holds labelled images on which encoders are compared.
 
     Args:
         train_pixels: uint8 `[n, C, height, width]`.
@@ -125,9 +125,9 @@ def pooled_features(
     """Computes features of images, a batch at a time, without gradients.
 
     Args:
-        encode: Normalised images, float `[B, C, height, width]`, to one vector each, `[B, D]`.
+        encode: Turns normalised images, float `[B, C, height, width]`, into one vector each, `[B, D]`.
         pixels: uint8 `[n, C, height, width]`.
-        prepare: Pixels of a batch to normalised images, on the encoder's device.
+        prepare: Turns the pixels of a batch into normalised images, on the encoder's device.
         batch_size: Images at once.
 
     Returns:
@@ -300,9 +300,9 @@ def _all_features(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Features `[n, D]` under each name, and the numbers of their images: those that cannot be read are left out.
+    """Computes features `[n, D]` under each name, and the numbers of their images; leaves out unreadable images.
 
-    A part of the images at a time, so that pixels of all need no memory.
+    Reads a part of the images at a time, so that not all pixels are in memory.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
     kept: list[int] = []

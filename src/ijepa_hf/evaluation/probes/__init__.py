@@ -1,1 +1,1 @@
-"""Scores of frozen features: plain functions of arrays."""
+"""Scores frozen features, by plain functions of arrays."""

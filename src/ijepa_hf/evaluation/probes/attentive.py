@@ -95,7 +95,7 @@ def predict_attentive(
 
 
 class _AttentiveProbe(nn.Module):
-    """One learned query, a cross-attention block and a linear head: [B, N, D] to logits [B, classes]."""
+    """Computes logits [B, classes] of patches [B, N, D]: one learned query, a cross-attention block, a linear head."""
 
     def __init__(self, width: int, num_heads: int, num_classes: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def _train(
 
 
 def _logits(probes: nn.ModuleList, patches: np.ndarray, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Float32 logits [rows, classes] of each probe."""
+    """Computes the logits of each probe, float32 [rows, classes]."""
     pieces: list[list[np.ndarray]] = [[] for _ in probes]
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):

@@ -13,7 +13,7 @@ _NUMBERS_AT_ONCE = 2**22  # 32 MB in float64
 
 @dataclass(frozen=True)
 class ProbeTraining:
-    """How a probe is trained by gradient descent.
+    """Holds the settings for training a probe by gradient descent.
 
     Args:
         epochs: passes over the training images, 1 or more.

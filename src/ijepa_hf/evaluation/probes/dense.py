@@ -122,7 +122,7 @@ def _is_finite(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _SegmentationProbe:
-    """Linear layers on standardised patches of the training images, and their score; see `predict_segmentation`."""
+    """Trains and scores linear layers on standardised patches of the training images; see `predict_segmentation`."""
 
     patches: np.ndarray
     masks: np.ndarray
@@ -133,7 +133,7 @@ class _SegmentationProbe:
 
     @functools.cached_property
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of the training images' patches."""
+        """Returns mean and deviation of the training images' patches."""
         return _patch_statistics(self.patches)
 
     def batches(self, patches: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -177,7 +177,7 @@ class _SegmentationProbe:
         return layers.requires_grad_(False)
 
     def score(self, layer: nn.Module, rows: np.ndarray) -> float:
-        """Mean IoU on some training images; -1 for a layer that diverged, whatever class argmax makes of NaN."""
+        """Computes the mean IoU on some training images; -1 for a layer that diverged."""
         if not _is_finite(layer):
             return -1.0
         counts = []
@@ -355,7 +355,7 @@ def _check_boxes(name: str, boxes: np.ndarray) -> None:
 
 
 def _patch_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 mean and deviation [D] over all patches, read in pieces; a constant column has deviation 1."""
+    """Computes float32 mean and deviation [D] over all patches, in pieces; a constant column has deviation 1."""
     count, total = 0, np.zeros(patches.shape[-1])
     for rows in in_pieces(patches):
         piece = patches[rows].reshape(-1, patches.shape[-1])
@@ -370,7 +370,7 @@ def _patch_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resized_logits(layer: nn.Module, patches: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[B, rows, columns, D] to [B, classes, height, width]."""
+    """Computes logits of patches [B, rows, columns, D], and resizes them to [B, classes, height, width]."""
     return nn.functional.interpolate(layer(patches).permute(0, 3, 1, 2), size=shape, mode="bilinear")
 
 
@@ -380,7 +380,7 @@ def _pixel_loss(layer: nn.Module, patches: Tensor, masks: Tensor) -> Tensor:
 
 
 def _cells(patches: np.ndarray) -> np.ndarray:
-    """Float32 [n, cells * D]: means of at most 4 x 4 cells, left to right and top to bottom."""
+    """Averages patches in at most 4 x 4 cells, left to right and top to bottom: float32 [n, cells * D]."""
     shape = tuple(min(_BOX_CELLS, side) for side in patches.shape[1:3])
     pieces = []
     for rows in in_pieces(patches):

@@ -1,4 +1,4 @@
-"""Linear probes on frozen features: logistic regression, and the paper's sweep of SGD. No choice sees a test label."""
+"""Classifies by linear probes on frozen features: logistic regression, and the paper's sweep of SGD."""
 
 import itertools
 import logging

@@ -139,7 +139,7 @@ def numbers_as_classes(train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndar
 
 
 def _quantities(name: str, values: np.ndarray, *, axes: tuple[int, ...] | None) -> np.ndarray:
-    """As float64, if they are finite numbers on one of these numbers of axes."""
+    """Returns quantities as float64; refuses what is not finite or has another number of axes."""
     array = np.asarray(values)
     if array.dtype.kind not in "fiub" or array.size == 0 or (axes is not None and array.ndim not in axes):
         raise ValueError(
