@@ -38,14 +38,14 @@ pretrain: setup  ## pretrain on scikit-learn's digits into runs/digits; goes on 
 # its tests share is made once; tests/conftest.py puts the long files first.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: setup  ## check format, lint and types
-	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy
+CHECK := $(BIN)/python -m ruff format --check . && $(BIN)/python -m ruff check . && $(BIN)/python -m mypy
 
-# The check runs beside the tests and is printed after them.
+check: setup  ## check format, lint and types
+	$(CHECK)
+
+# The check runs beside the tests and is printed after them. It is no second make, which `make -n` would start.
 test: setup  ## run the tests, except those marked slow, and beside them the check of format, lint and types
-	@log=`mktemp`; $(MAKE) check >$$log 2>&1 & check=$$!; \
+	@log=`mktemp`; { $(CHECK); } >$$log 2>&1 & check=$$!; \
 	trap 'kill $$check 2>/dev/null; rm -f $$log' EXIT; trap 'exit 130' INT TERM; \
 	$(PYTEST) $(ARGS); tests=$$?; wait $$check; checked=$$?; cat $$log; \
 	if [ $$checked -ne 0 ]; then echo 'make check: failed, see above' >&2; exit $$checked; fi; exit $$tests
