@@ -105,12 +105,15 @@ _block_network()
 
 # The files that take longest, longest first: each is run by one worker, and both should end at the same time.
 LONG_FILES = (
-    "invariant/test_data_faults", "invariant/test_stopping", "invariant/test_hub_circle", "project/test_documents",
-    "invariant/test_parallel", "finetuning/test_finetune", "hub/test_uploader", "invariant/test_faults",
-    "runs/test_checkpoints", "evaluation/test_evaluate", "project/test_examples", "model/test_sharding",
-    "diagnosis/test_demo", "test_image_kinds", "invariant/test_streaming", "data/test_streaming",
-    "diagnosis/test_run_monitor", "weights/test_convert", "project/test_comparison", "project/test_tutorial",
-    "invariant/test_without_package", "training/test_start", "recipes/test_expected_band", "commands/test_main",
+    "hub/test_uploader", "model/test_masking", "figures/test_features", "figures/test_curves", "model/test_mask_audit",
+    "project/test_documents", "invariant/test_stopping", "evaluation/test_scorecard",
+    "weights/test_official_checkpoint", "runs/test_folder", "invariant/test_hub_circle", "diagnosis/test_demo",
+    "model/test_modeling_ijepa", "invariant/test_bad_checkpoints", "training/test_pretrain", "runs/test_export",
+    "invariant/test_faults", "evaluation/probes/test_linear", "invariant/test_parallel", "invariant/test_data_faults",
+    "test_image_kinds", "evaluation/test_evaluate", "evaluation/test_backbones", "invariant/test_resume",
+    "diagnosis/test_run_monitor", "invariant/test_without_package", "finetuning/test_finetune", "data/test_streaming",
+    "invariant/test_streaming", "model/test_sharding", "runs/test_checkpoints", "weights/test_convert",
+    "project/test_tutorial", "project/test_sweep",
 )  # fmt: skip
 
 
