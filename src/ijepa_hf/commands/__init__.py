@@ -1,1 +1,1 @@
-"""The commands of `ijepa-hf`: one module each, with its flags and its exit codes."""
+"""Runs the commands of `ijepa-hf`; each has a module with its flags and exit codes."""

@@ -1,4 +1,4 @@
-"""`ijepa-hf convert`: turns a published checkpoint into a model folder, or a model folder into such a file."""
+"""Runs `ijepa-hf convert`: turns a published checkpoint into a model folder, or a model folder into such a file."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
-"""`ijepa-hf diagnose`: judges whether a run or a model has collapsed, and prints the numbers behind the verdict.
+"""Runs `ijepa-hf diagnose`: judges whether a run or a model has collapsed, and prints the numbers of the verdict.
 
 A run was measured while it trained (`diagnostics.jsonl`), and is judged by all its rows. A model's folder or Hub
-repository is measured now, on given images: both encoders and the predictor where it has them, the encoder alone of
-any other vision backbone of transformers.
+repository is measured now, on given images: both encoders and the predictor if it has them, otherwise the encoder (of
+any vision backbone of transformers).
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ _OF_IMAGES = ("dataset_config_name", "split_name", "image_column_name", "max_sam
 
 @dataclass(kw_only=True)
 class DiagnoseFlags:
-    """The flags of `ijepa-hf diagnose`."""
+    """Defines the flags of `ijepa-hf diagnose`."""
 
     dataset_name: str | None = flag(
         "result",
@@ -202,7 +202,7 @@ def measure_model(model: str, flags: DiagnoseFlags) -> dict[str, Any]:
 
 
 def _source(model: str, flags: DiagnoseFlags) -> tuple[ImageSource, str]:
-    """The images and their split: those that the flags name, else those of the model's run."""
+    """Returns the images and their split: those that the flags name, else those of the model's run."""
     if flags.dataset_name is not None:
         source = ImageSource(flags.dataset_name, flags.dataset_config_name, flags.image_column_name)
         return source, flags.split_name or "test"
@@ -233,7 +233,7 @@ def _has_predictor(model: str, commit: str | None) -> bool:
 
 
 def _render(last: Mapping[str, Any], verdict: CollapseVerdict, picture: str) -> str:
-    """The verdict and a table of the last row; `picture` is a line on the picture, empty where none was drawn."""
+    """Renders the verdict and a table of the last row; `picture` is a line about the picture, empty without one."""
     titles = {"target": "target encoder", "context": "context encoder", "prediction": "predictor"}
     parts = [part for part in titles if f"{part}_patch_normalized_std" in last]
     of_step = "" if last.get("step") is None else f" at step {last['step']}"

@@ -1,4 +1,4 @@
-"""`ijepa-hf estimate`: prints what a run takes before it is started: parameters, FLOPs, memory, steps and hours."""
+"""Runs `ijepa-hf estimate`: estimates parameters, FLOPs, memory, steps and hours of a run before it is started."""
 
 import argparse
 import json
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
 def _parse(
     argv: Sequence[str],
 ) -> tuple[argparse.Namespace, tuple[ModelArguments, DataArguments, PretrainingArguments]]:
-    """The command's own flags, and the arguments of the run; data set and learning rate may be left out here."""
+    """Parses the command's own flags and the run's arguments, which need no data set and no learning rate here."""
     named = parse_flags(build_parser(), argv)
     own = argparse.ArgumentParser(prog="ijepa-hf estimate", add_help=False, allow_abbrev=False)
     _add_flags(own)

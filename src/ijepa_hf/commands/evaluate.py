@@ -1,4 +1,4 @@
-"""`ijepa-hf evaluate`: scores a model's frozen features, beside the untrained network's and raw pixels."""
+"""Runs `ijepa-hf evaluate`: scores a model's frozen features, those of the untrained network, and raw pixels."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""`ijepa-hf finetune`: trains an encoder with a classification head on labelled images."""
+"""Runs `ijepa-hf finetune`: trains an encoder with a classification head on labelled images."""
 
 from collections.abc import Sequence
 

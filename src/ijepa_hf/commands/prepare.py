@@ -1,4 +1,4 @@
-"""`ijepa-hf prepare`: writes the images of any source as parquet shards."""
+"""Runs `ijepa-hf prepare`: writes the images of any source as parquet shards."""
 
 from collections.abc import Sequence
 

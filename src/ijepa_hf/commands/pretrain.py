@@ -1,4 +1,4 @@
-"""`ijepa-hf pretrain`: runs a pretraining, and gives each way in which it can stop an exit code of its own."""
+"""Runs `ijepa-hf pretrain`: pretrains a model, and returns a different exit code for each way in which it can stop."""
 
 import sys
 from collections.abc import Sequence

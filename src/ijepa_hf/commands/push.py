@@ -1,4 +1,4 @@
-"""`ijepa-hf push`: uploads a folder to the Hub."""
+"""Runs `ijepa-hf push`: uploads a folder to the Hub."""
 
 from collections.abc import Sequence
 from pathlib import Path

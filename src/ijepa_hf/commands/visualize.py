@@ -1,4 +1,4 @@
-"""`ijepa-hf visualize`: draws a recipe's masks or what a model has learnt, and writes a run as one HTML file.
+"""Runs `ijepa-hf visualize`: draws a recipe's masks or what a model has learnt, or writes a run as one HTML file.
 
     ijepa-hf visualize --masks RECIPE [--audit] ...
     ijepa-hf visualize MODEL --figure pca|cosine|error|expectation|retrieval|spectrum --dataset_name NAME ...
@@ -134,7 +134,7 @@ def _draw_first_masks(config: IJepaConfig, data: DataArguments, batch_size: int,
 
 
 def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArguments, DataArguments]:
-    """The command's own flags, and the recipe's arguments with flags over them."""
+    """Parses the command's own flags and the recipe's arguments; flags override the recipe."""
     parser = build_masks_parser()
     named, known = parse_flags(parser, argv), flag_names(parser)
     values = {name: value for name, value in load_recipe(named.masks).items() if f"--{name}" in known}
@@ -398,7 +398,7 @@ def _choose_masks(
     box: tuple[int, int, int, int] | None,
     shapes: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor, str]:
-    """Context and target indices, of the box or drawn as in training; and what is to be said of them."""
+    """Returns context and target indices, of the box or drawn as in training, and a line to print about them."""
     if box is None:
         generator = keyed_generator(named.seed, DRAW_BLOCKS)
         masks = draw_masks(config.mask_settings(), len(shapes), generator)
@@ -414,7 +414,7 @@ def _choose_masks(
 
 
 class _Source:
-    """The images of a split, with their labels' names."""
+    """Reads the images of a split and the names of their labels."""
 
     def __init__(self, named: argparse.Namespace, channels: int) -> None:
         source = ImageSource(named.dataset_name, named.dataset_config_name, named.image_column_name)
@@ -561,7 +561,7 @@ def _draw_predictions(request: _Request, weights: StartingWeights, output: Path)
 
 
 def _tiles(request: _Request, found: PatchMatches, model: IJepaForPretraining) -> np.ndarray:
-    """The pixels `[B, M, P, height, width, 3]` of patches of the gallery."""
+    """Returns the pixels `[B, M, P, height, width, 3]` of patches of the gallery."""
     raw = cut_patches(request.gallery.pixels.permute(0, 2, 3, 1).numpy(), found, model.config.patch_shape)
     flat = torch.from_numpy(raw).flatten(0, -4).permute(0, 3, 1, 2)
     return to_pictures(flat, limits=request.limits()).reshape(*raw.shape[:-1], 3)

@@ -198,7 +198,7 @@ def _measure_predictions(features: dict[str, Tensor], target_indices: Tensor) ->
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """At most `SPECTRUM_ROWS` rows, from everywhere."""
+    """Chooses at most `SPECTRUM_ROWS` rows, spread evenly."""
     if len(rows) <= SPECTRUM_ROWS:
         return rows
     return rows[torch.from_numpy(np.linspace(0, len(rows) - 1, SPECTRUM_ROWS).round().astype(np.int64))]

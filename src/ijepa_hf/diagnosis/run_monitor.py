@@ -1,4 +1,4 @@
-"""Measures, judges and draws a run while it trains: `diagnostics.jsonl`, a warning or an early end, pictures."""
+"""Measures a run while it trains (`diagnostics.jsonl`), judges it (a warning or an early stop) and draws pictures."""
 
 import logging
 import math

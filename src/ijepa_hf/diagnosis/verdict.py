@@ -158,7 +158,7 @@ class _Rule:
 
 
 def _least(row: Row, name: str) -> float | None:
-    """The lower of both encoders' numbers; of one alone where a model has one only."""
+    """Returns the lower of both encoders' numbers, or the only one of a model with one encoder."""
     values = [float(row[key]) for key in (f"target_{name}", f"context_{name}") if row.get(key) is not None]
     return min(values, default=None)
 
@@ -173,7 +173,7 @@ def _below(name: str, limit: float) -> tuple[Callable[[Row], bool], Callable[[Ro
 
 
 def _predictor_had_time(name: str) -> Callable[[Row], bool]:
-    """Returns whether the predictor has trained long enough; one of a model without a run has."""
+    """Returns a check whether the predictor has trained long enough; without a run it counts as trained."""
     return lambda row: (
         row.get(name) is not None
         and row.get("progress", 1.0) >= PREDICTOR_PROGRESS

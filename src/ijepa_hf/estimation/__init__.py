@@ -1,1 +1,1 @@
-"""Says what a run takes before it is started: operations, memory, time."""
+"""Estimates operations, memory and time of a run before it is started."""

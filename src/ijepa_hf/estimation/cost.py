@@ -26,7 +26,7 @@ from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of patches of one image in one step.
+    """Holds the numbers of patches of one image in one step.
 
     Args:
         patches: N.
@@ -65,7 +65,7 @@ def draw_sizes(config: IJepaConfig, batch_size: int) -> list[Sizes]:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The numbers of parameters of each part; the target encoder's are not trained."""
+    """Holds the numbers of parameters of each part; the target encoder's are not trained."""
 
     context_encoder: int
     target_encoder: int
@@ -107,7 +107,7 @@ def count_parameters(config: IJepaConfig) -> Parameters:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one image: 2 for a multiplication with its addition. Only matrix products count, as is usual.
+    """Holds the FLOPs of one image: 2 for a multiplication with its addition; only matrix products count, as usual.
 
     Args:
         forward: In the forward pass.
@@ -136,7 +136,7 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
 
 
 def _layer(rows: int, width: int, intermediate: int, outputs: int) -> int:
-    """Forward FLOPs of a layer on `rows` that attend to each other, of which `outputs` go through the MLP."""
+    """Computes the forward FLOPs of a layer on `rows` that attend to each other; `outputs` of them enter the MLP."""
     projections, scores_and_sums = 4 * _linear(rows, width, width), 4 * rows * rows * width
     return projections + scores_and_sums + 2 * _linear(outputs, width, intermediate)
 
@@ -144,7 +144,7 @@ def _layer(rows: int, width: int, intermediate: int, outputs: int) -> int:
 def _trained_layers(
     count: int, rows: int, width: int, intermediate: int, *, outputs: int | None = None, checkpointing: bool
 ) -> Work:
-    """A stack of layers; the MLP of the last one sees `outputs` rows, all if not given."""
+    """Computes the FLOPs of a stack of layers; the MLP of the last one gets `outputs` rows, all if not given."""
     forward = repeated = 0
     for come_out, times in ((rows, count - 1), (rows if outputs is None else outputs, 1)):
         layer = _layer(rows, width, intermediate, come_out)
@@ -155,7 +155,7 @@ def _trained_layers(
 
 
 def _target_encoder(config: IJepaConfig, sizes: Sizes) -> Work:
-    """The full image, without a backward pass; the last MLP sees the targets, if those are fewer than all patches."""
+    """Computes FLOPs of the full image, without backward; the last MLP gets the target patches, if fewer than all."""
     if config.target_type == "pixels":
         return Work(0)
     patches, width, intermediate = sizes.patches, config.hidden_size, config.intermediate_size
@@ -166,14 +166,17 @@ def _target_encoder(config: IJepaConfig, sizes: Sizes) -> Work:
 
 
 def _context_encoder(config: IJepaConfig, sizes: Sizes, checkpointing: bool) -> Work:
-    """K patches of each context set. The pixels need no gradient: the embedding's backward pass costs its forward."""
+    """Computes the FLOPs of K patches of each context set.
+
+    Pixels need no gradient, so the backward pass of the embedding costs only as much as its forward pass.
+    """
     embed = _linear(sizes.context, config.pixels_per_patch, config.hidden_size)
     shape = (config.num_hidden_layers, sizes.context, config.hidden_size, config.intermediate_size)
     return (Work(embed, embed) + _trained_layers(*shape, checkpointing=checkpointing)) * sizes.sets
 
 
 def _predictor(config: IJepaConfig, sizes: Sizes, checkpointing: bool) -> Work:
-    """Each target block by itself with its context, K + P rows; the last layer's MLP sees the target's rows only."""
+    """Computes FLOPs of each target block with its context, K + P rows; the last MLP gets only the target's rows."""
     width, rows = config.predictor_hidden_size, sizes.context + sizes.target
     embed = _linear(sizes.context, config.hidden_size, width)
     project = _linear(sizes.target, width, config.target_size)
@@ -216,7 +219,7 @@ def update_bytes(parameters: Parameters) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process holds at the fullest moment of a step.
+    """Holds the bytes that one process needs at the moment of a step with the highest use of memory.
 
     Args:
         weights: float32, of both encoders and the predictor.
@@ -243,7 +246,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a run takes its steps, as far as memory depends on it.
+    """Holds the settings of a run on which its use of memory depends.
 
     Args:
         bf16: Whether products are computed in bfloat16; weights stay float32.
@@ -263,13 +266,13 @@ class StepSettings:
 
     @property
     def element(self) -> int:
-        """Bytes of a number that a product gives."""
+        """Returns the bytes of each number in the result of a product."""
         return 2 if self.bf16 else 4
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of a trained part on the rows of one image, in sequences of `length`; `outputs` leave the last."""
+    """Describes the layers of a trained part: `rows` of one image in sequences of `length`, `outputs` of the last."""
 
     depth: int
     rows: int
@@ -280,12 +283,12 @@ class _Layers:
     outputs: int
 
     def _layer_bytes(self, settings: StepSettings, outputs: int) -> int:
-        """What a layer keeps for its backward pass.
+        """Computes the bytes that a layer keeps for its backward pass.
 
-        The half that attends: the norm's input and output, queries, keys, values, attention's result (6 widths).
+        The half with attention: the norm's input and output, queries, keys, values, attention's result (6 widths).
         The half with the MLP: the norm's input and output, the activation's input and output (2 widths, 2 MLP widths).
-        Per row also two moments of each norm and a log-sum of each head, or with eager attention all its weights. In
-        bfloat16 all take half the bytes but the norms' inputs, the sums that go from layer to layer.
+        For each row also two moments of each norm and a log-sum of each head, or with eager attention all its weights.
+        In bfloat16 these take half the bytes, except the norms' inputs (the sums that go from layer to layer).
         """
         element, width = settings.element, self.width
         attends, has_mlp = 4 * width + 5 * element * width, 4 * width + element * (width + 2 * self.intermediate)
@@ -295,7 +298,7 @@ class _Layers:
         return self.rows * (attends + scores + 8) + picked + outputs * (has_mlp + 8)
 
     def kept_and_working(self, settings: StepSettings) -> tuple[int, int]:
-        """Bytes kept for the backward pass, and those beside them while one layer is worked on backwards."""
+        """Returns the bytes kept for the backward pass, and the further bytes during one layer's backward pass."""
         element, rows, width = settings.element, self.rows, self.width
         layer = self._layer_bytes(settings, rows)
         if not (settings.checkpointing or settings.selective):
@@ -319,7 +322,7 @@ def estimate_memory(
     batch_size: int,
     settings: StepSettings = StepSettings(),
 ) -> Memory:
-    """Estimates what a process holds.
+    """Estimates the memory of a process.
 
     Args:
         config: The model's.

@@ -1,4 +1,4 @@
-"""Puts together what a run will take: parameters, FLOPs, memory, steps and hours, as numbers and as a table.
+"""Estimates parameters, FLOPs, memory, steps and hours of a run, as numbers and as a table.
 
 The numbers are those of cost.py and timing.py. Not counted are reading images, exchange between processes, evaluations
 and uploads.
@@ -57,7 +57,7 @@ def estimate_run(
     num_processes: int = 1,
     num_images: int | None = None,
 ) -> dict[str, Any]:
-    """Estimates what a run takes.
+    """Estimates parameters, FLOPs, memory and time of a run.
 
     Args:
         model_arguments: The model.
@@ -97,7 +97,7 @@ def estimate_run(
     )
 
     def memory(images: int) -> Memory:
-        """Of the masks that need most."""
+        """Returns the memory with the masks that need the most."""
         found = (estimate_memory(config, sizes, parameters, images, settings) for sizes in drawn)
         return max(found, key=lambda one: one.peak)
 
@@ -267,7 +267,7 @@ class _Length:
 
 
 def _length(data: DataArguments, run: PretrainingArguments, num_processes: int, num_images: int | None) -> _Length:
-    """The length of the run; `None` for what its images decide and nothing else gives."""
+    """Computes the length of the run; fields that depend on an unknown number of images are `None`."""
     if num_images is None and data.train_split_name == "train":
         num_images = KNOWN_SIZES.get(str(data.dataset_name))
     if data.max_train_samples is not None:

@@ -27,7 +27,7 @@ SECONDS_OF_A_STEP = 0.8  # at most, of a timed step; batches that would take lon
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimiser step.
+    """Holds the seconds of an optimiser step.
 
     Args:
         seconds: The estimate.
@@ -45,7 +45,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Hardware:
-    """An accelerator.
+    """Describes an accelerator.
 
     Args:
         bf16: Peak of dense matrix products in bfloat16 with float32 sums, FLOP/s; `None` where it has no such units.
@@ -99,7 +99,7 @@ def step_time_on(
 
 
 class _TimedModel:
-    """A shallow model with its optimiser and a batch, for timing its steps."""
+    """Times steps of a shallow model, with its optimiser and a batch."""
 
     def __init__(
         self,

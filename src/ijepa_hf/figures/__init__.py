@@ -1,1 +1,1 @@
-"""Pictures of masks, curves and features, and what is computed for them."""
+"""Draws masks, curves and features, and computes the values for these pictures."""

@@ -1,4 +1,4 @@
-"""Draws features and predictions: what patches have in common, where predictions fail, what they expect.
+"""Draws features and predictions: which patches are similar, where predictions fail, what the predictor expects.
 
 `figures.views` computes what is drawn here. Functions named `draw_...` write a PNG and return the matplotlib figure.
 """
@@ -161,7 +161,7 @@ def draw_expectation_figure(
     path: str | Path,
     errors: Tensor | None = None,
 ) -> Figure:
-    """Draws what the predictor expects: in the place of each target patch the real patch most like the prediction.
+    """Draws what the predictor expects: shows at each target patch the real patch that is most like the prediction.
 
     The last panel shows the same for the true targets, which is the best that this gallery could show. Where blocks
     share a patch, the first counts.
@@ -343,7 +343,7 @@ def _outline_blocks(axis: Axes, targets: Tensor, picture: np.ndarray, patch_size
 def _draw_outlines(
     axis: Axes, blocks: Sequence[np.ndarray], patch_size: tuple[int, int], first_color: int = 0
 ) -> None:
-    """Blocks, each in its colour."""
+    """Draws the outlines of blocks, each in its colour."""
     edges, colors = [], []
     for number, block in enumerate(blocks, first_color):
         own = outline(block, patch_size)
@@ -381,7 +381,7 @@ def _cut(name: str) -> str:
 
 
 def _foot_of_figure(figure: Figure, text: str) -> None:
-    """A line of text below everything, for which the figure grows."""
+    """Writes a line of text below all panels, and makes the figure higher for it."""
     width, height = figure.get_size_inches()
     grown = height + 0.24
     figure.set_size_inches(width, grown)

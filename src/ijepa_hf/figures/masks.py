@@ -162,7 +162,7 @@ def _check_masks(
 def _draw_masks_of_image(
     row: np.ndarray, picture: np.ndarray, contexts: torch.Tensor, targets: torch.Tensor, patch_size: tuple[int, int]
 ) -> None:
-    """The image, its context sets [S, K] and its target blocks [M, P] in the first panels of a row."""
+    """Draws the image, its context sets [S, K] and its target blocks [M, P] in the first panels of a row."""
     show_picture(row[0], picture)
     for axis, indices in zip(row[1:], contexts, strict=False):
         show_picture(axis, keep_patches(picture, mark_patches(indices, picture, patch_size), patch_size))
@@ -189,7 +189,7 @@ def _draw_probabilities(axis: Axes, probabilities: np.ndarray, highest: float) -
 
 
 def _draw_context_shares(axis: Axes, audit: MaskAudit) -> None:
-    """Mean share with a bar from least to most, at each batch size."""
+    """Draws the mean share, with a bar from least to most, at each batch size."""
     places = np.arange(len(audit.context_share))
     shares = list(audit.context_share.values())
     means = np.array([share.mean for share in shares])
@@ -207,7 +207,7 @@ def _draw_context_shares(axis: Axes, audit: MaskAudit) -> None:
 
 
 def _bars_of_sizes(audit: MaskAudit) -> dict[str, float]:
-    """Share of the steps for the name of each of the most frequent block sizes, and of all others together."""
+    """Returns the share of the steps of each of the most frequent block sizes, and of all others together."""
     sizes = list(audit.block_sizes.items())
     bars = {f"{height}x{width}": share for (height, width), share in sizes[:_AUDIT_SIZES_SHOWN]}
     others = sizes[_AUDIT_SIZES_SHOWN:]
@@ -215,7 +215,7 @@ def _bars_of_sizes(audit: MaskAudit) -> dict[str, float]:
 
 
 def _draw_block_sizes(axis: Axes, audit: MaskAudit) -> None:
-    """A bar for each of the most frequent block sizes, the others in one."""
+    """Draws a bar for each of the most frequent block sizes, and one for all others."""
     if not audit.block_sizes:
         axis.set_axis_off()
         patches = f"{audit.block_patches.mean:.0f}"

@@ -1,6 +1,6 @@
 """Computes what the pictures of features and predictions show; `figures.features` draws it.
 
-There is no decoder anywhere: a prediction is shown by the real patches whose targets are most like it.
+There is no decoder: a prediction is shown by the real patches whose targets are most like it.
 
 Models run in eval mode and without gradients; the mode of each module is then put back, and no random number is drawn.
 Shape letters as in `modeling_ijepa`; n images, q queries.

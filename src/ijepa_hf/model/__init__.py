@@ -1,1 +1,1 @@
-"""The networks, their configuration and their masks: what is computed, without data, files or training."""
+"""Defines the networks, their configuration and their masks; needs no data, files or training."""

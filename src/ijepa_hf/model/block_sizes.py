@@ -15,7 +15,7 @@ ASPECT_RATIO_LIMITS = (1e-5, 1e5)  # of a block's height / width; longer than th
 
 
 class _SizeSettings(Protocol):
-    """The fields of `masking.MaskSettings` that the sizes of blocks follow from; ranges are lowest and highest."""
+    """Declares the fields of `masking.MaskSettings` that decide the sizes of blocks; ranges are lowest and highest."""
 
     @property
     def grid_size(self) -> tuple[int, int]: ...
@@ -196,7 +196,7 @@ def check_scatter(settings: _SizeSettings) -> None:
 
 
 def _fewest_context_patches(settings: _SizeSettings, target_scale: tuple[float, float]) -> int:
-    """The fewest patches that any drawn sizes leave of a context block when all target blocks lie on one place."""
+    """Computes the fewest patches left of a context block, over all sizes, if all target blocks coincide."""
     grid = settings.grid_size
     # Both blocks grow with their scale, so the worst case is the smallest context with the largest target; only over
     # aspect ratios is there anything to search.
@@ -232,7 +232,7 @@ def check_official_ends(settings: _SizeSettings) -> None:
 def _smallest_official_block(
     settings: _SizeSettings, scale: tuple[float, float], aspect_ratio: tuple[float, float]
 ) -> int:
-    """The fewest patches of any block that `official_block_sizes` can give."""
+    """Computes the fewest patches of any block that `official_block_sizes` can give."""
     cells = settings.num_patches
     areas = np.arange(int(cells * scale[0]), int(cells * scale[1]) + 1)
     ends = _shares(areas / cells, scale)  # of the numbers that give an area, which is one number to the next
@@ -249,9 +249,9 @@ def _smallest_official_block(
 
 
 def _ratios_that_round(area: float, grid: tuple[int, int], low: float, high: float) -> np.ndarray:
-    """The aspect ratios from low to high at which the rounded height or width of a block of this area steps on.
+    """Computes the aspect ratios from low to high at which the rounded height or width of a block changes.
 
-    Some outside of low and high may be among them. Past the grid's sides all blocks are cut to the same.
+    Some values may lie outside of low and high. Blocks longer than the grid's sides are all cut to the same size.
     """
     if area * ASPECT_RATIO_LIMITS[1] < 0.25:
         return np.empty(0)  # always one patch
@@ -266,17 +266,17 @@ def _ratios_that_round(area: float, grid: tuple[int, int], low: float, high: flo
 
 
 def _around(steps: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Numbers that visit every piece of [low, high] between steps of a function: the ends and the middles."""
+    """Returns numbers in every part of [low, high] between the steps of a function: the ends and the middles."""
     edges = np.unique(np.concatenate([[low, high], steps[(low < steps) & (steps < high)]]))
     return np.concatenate([[low], (edges[:-1] + edges[1:]) / 2, [high]])
 
 
 def _shares(values: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
-    """Where in an interval values lie, 0 at its start and 1 at its end."""
+    """Returns the positions of values in an interval, 0 at its start and 1 at its end."""
     return (values - interval[0]) / (interval[1] - interval[0]) if interval[1] > interval[0] else np.zeros(len(values))
 
 
 def _floor_digits(value: float) -> float:
-    """Cut to three significant digits, never upwards."""
+    """Rounds a value down to three significant digits."""
     digits = 2 - math.floor(math.log10(value))
     return math.floor(value * 10**digits) / 10**digits

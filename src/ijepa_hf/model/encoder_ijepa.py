@@ -217,7 +217,10 @@ class IJepaPreTrainedModel(stock.IJepaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals (bounds -2 .. 2, absolute) and zero biases; the patch embedding has a width of its own."""
+        """Draws weights from truncated normals (absolute bounds -2 .. 2) and sets biases to 0.
+
+        The patch embedding has its own standard deviation.
+        """
         grid_size = getattr(module, "grid_size", None)
         if grid_size is not None:  # our embeddings, or the predictor, which has a mask token too
             table = cast(Tensor, module.position_embeddings)

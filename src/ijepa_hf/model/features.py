@@ -109,7 +109,7 @@ def predict_targets(
 
 
 def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> np.ndarray:
-    """Runs a frozen vision backbone over images and average its last layer over the patches.
+    """Runs a frozen vision backbone over images and averages its last layer over the patches.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype; the mode of each of its
     modules is then put back.

@@ -31,7 +31,7 @@ _IMAGES_PER_PATCH = 4  # with this many images for each patch of the grid, a pat
 
 
 class Spread(NamedTuple):
-    """Mean, least and most of a number over the steps of an audit."""
+    """Holds mean, least and most of a number over the steps of an audit."""
 
     mean: float
     least: float
@@ -286,7 +286,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _context_sets(masks: Masks, num_patches: int) -> np.ndarray:
-    """Which patches are visible, bool `[B, S, N]`."""
+    """Returns which patches are visible, bool `[B, S, N]`."""
     indices = masks.context_indices.numpy()
     indices = indices.reshape(len(indices), -1, indices.shape[-1])
     visible = np.zeros((*indices.shape[:2], num_patches), dtype=bool)
@@ -295,14 +295,14 @@ def _context_sets(masks: Masks, num_patches: int) -> np.ndarray:
 
 
 def _times_targeted(masks: Masks, num_patches: int) -> np.ndarray:
-    """How many targets of its image each patch is in, int64 `[B, N]`."""
+    """Counts how many targets of its image each patch is in, int64 `[B, N]`."""
     indices = masks.target_indices.numpy().reshape(len(masks.target_indices), -1)
     flat = indices + np.arange(len(indices))[:, None] * num_patches
     return np.bincount(flat.ravel(), minlength=len(indices) * num_patches).reshape(-1, num_patches)
 
 
 def _block_size(masks: Masks, settings: MaskSettings) -> tuple[int, int] | None:
-    """Height and width of the step's targets, or None where they are no rectangles."""
+    """Returns height and width of the step's targets, or None if they are no rectangles."""
     if settings.masking_strategy == "random":
         return None
     block = masks.target_indices[0, 0]
@@ -318,7 +318,7 @@ def _count_pieces(visible: np.ndarray) -> int:
 
 
 def _leaning(probabilities: np.ndarray) -> tuple[float, float]:
-    """Shares of the sum in the upper and in the left half; a middle row or column counts half to each side."""
+    """Computes the shares of the sum in the upper and the left half; a middle row or column counts half to each."""
     return _first_half(probabilities.sum(axis=1)), _first_half(probabilities.sum(axis=0))
 
 

@@ -401,19 +401,22 @@ def _draw_corners(
     shape: tuple[int, int],
     use_last: bool = True,
 ) -> np.ndarray:
-    """Top-left patches, int64 `shape`, uniform over the places where the block fits, the last ones only if asked."""
+    """Draws top-left patches, int64 `shape`, uniform over the positions where the block fits.
+
+    Without `use_last`, no block reaches the last row or column, as in the published code.
+    """
     places = _block_indices(grid, (grid[0] - size[0] + use_last, grid[1] - size[1] + use_last), np.array(0))
     return places[generator.integers(len(places), size=shape)]
 
 
 def _block_indices(grid: tuple[int, int], size: tuple[int, int], corners: np.ndarray) -> np.ndarray:
-    """The patches of blocks with these corners, int64 `[*corners.shape, height * width]`, ascending."""
+    """Returns the patches of blocks with these corners, int64 `[*corners.shape, height * width]`, ascending."""
     offsets = np.arange(size[0])[:, None] * grid[1] + np.arange(size[1])
     return corners[..., None] + offsets.ravel()
 
 
 def _patches_inside(grid: tuple[int, int], size: tuple[int, int], corners: np.ndarray) -> np.ndarray:
-    """Which patches lie in blocks with these corners, bool `[*corners.shape, N]`."""
+    """Returns which patches lie in blocks with these corners, bool `[*corners.shape, N]`."""
     tops, lefts = np.divmod(corners[..., None], grid[1])
     rows, columns = np.arange(grid[0]), np.arange(grid[1])
     in_rows = (rows >= tops) & (rows < tops + size[0])
@@ -422,7 +425,7 @@ def _patches_inside(grid: tuple[int, int], size: tuple[int, int], corners: np.nd
 
 
 def _without_targets(inside: np.ndarray, target_blocks: np.ndarray) -> np.ndarray:
-    """Bool `[B, S, N]` like `inside`, less the patches of each image's target blocks `[B, M, P]`."""
+    """Returns `inside`, bool `[B, S, N]`, without the patches of each image's target blocks `[B, M, P]`."""
     num_images, num_sets, num_patches = inside.shape
     first = np.arange(0, inside.size, num_patches).reshape(num_images, num_sets, 1)
     visible = inside.ravel().copy()
@@ -432,7 +435,7 @@ def _without_targets(inside: np.ndarray, target_blocks: np.ndarray) -> np.ndarra
 
 
 def _first_covering(target_blocks: np.ndarray, num_patches: int) -> np.ndarray:
-    """Which of an image's target blocks `[B, M, P]` is the first to hold each patch, M if none: int64 `[B, N]`."""
+    """Finds the first of an image's target blocks `[B, M, P]` that holds each patch, M if none: int64 `[B, N]`."""
     num_images, num_blocks = target_blocks.shape[:2]
     first = np.full((num_images, num_patches), num_blocks)
     for block in range(num_blocks - 1, -1, -1):
@@ -441,7 +444,7 @@ def _first_covering(target_blocks: np.ndarray, num_patches: int) -> np.ndarray:
 
 
 def _images_short_of(visible: np.ndarray, keep: int) -> np.ndarray:
-    """The images, int64, of `[B, S, N]` of which some context set has fewer than `keep` visible patches."""
+    """Finds the images, int64, of `[B, S, N]` in which a context set has fewer than `keep` visible patches."""
     return np.flatnonzero(visible.sum(axis=2).min(axis=1) < keep)
 
 
@@ -449,7 +452,7 @@ def _images_short_of(visible: np.ndarray, keep: int) -> np.ndarray:
 
 
 def _first_patches(visible: np.ndarray, keep: int) -> np.ndarray:
-    """The `keep` lowest positions that are True in each row of `[rows, N]`: int64 `[rows, keep]`, ascending."""
+    """Returns the `keep` lowest positions that are True in each row of `[rows, N]`: int64 `[rows, keep]`."""
     num_patches = visible.shape[1]
     start_of_row = np.arange(0, visible.size, num_patches)
     found = np.flatnonzero(visible)
@@ -505,7 +508,7 @@ def _is_number(value: object) -> bool:
 
 
 class Strategy(NamedTuple):
-    """Holds all in which one strategy differs from the others.
+    """Holds everything that is specific to one strategy.
 
     Attributes:
         fields: the fields of `MaskSettings` that it uses, besides the grid.

@@ -1,1 +1,1 @@
-"""The arguments of a run: dataclasses, command line, recipe files, and the curves expected of a recipe."""
+"""Defines the arguments of a run, reads them from command line and recipe files, and has the expected curves."""

@@ -142,7 +142,7 @@ class ModelArguments(_ConfigArguments):
 
 @dataclass
 class DataArguments:
-    """The source of the images, and how they are read and cropped."""
+    """Declares the source of the images, and how they are read and cropped."""
 
     dataset_name: str | None = flag(
         "result",
@@ -255,7 +255,7 @@ class DataArguments:
 
 @dataclass
 class PretrainingArguments:
-    """The run: optimiser, schedules, batch, saving, logging."""
+    """Declares the run: optimiser, schedules, batch, saving, logging."""
 
     output_dir: str | None = flag("place", "Folder of the run; runs/<recipe> if not given.")
     overwrite_output_dir: bool = flag("place", "Delete what another run left in output_dir.", False)
@@ -498,7 +498,7 @@ def differing_arguments(
 
 @dataclass(kw_only=True)
 class LabelledDataFlags:
-    """The flags that choose the labelled images of a command; names as in `ijepa-hf pretrain`."""
+    """Declares the flags that choose the labelled images of a command; names as in `ijepa-hf pretrain`."""
 
     dataset_name: str | None = flag(
         "result",
@@ -536,7 +536,7 @@ def nearest_name(name: str, known: set[str]) -> str:
 
 
 def _entries(group: Any) -> list[dataclasses.Field]:
-    """The arguments among the fields of a group."""
+    """Returns the fields of a group that are arguments."""
     return [entry for entry in dataclasses.fields(group) if entry.init]
 
 

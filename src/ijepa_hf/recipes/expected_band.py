@@ -1,4 +1,4 @@
-"""Compares the curves of a run with the band that earlier runs of its recipe, with several seeds, have made.
+"""Compares the curves of a run with the band of earlier runs of its recipe with several seeds.
 
 A recipe that was measured ships `recipes/bands/<recipe>.json`, made by `scripts/record_band.py`. For each curve it has
 steps, with the lowest and the highest value expected there, and it records the runs. A run with the recipe's arguments
@@ -38,7 +38,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class BandCurve:
-    """The expected values of a curve.
+    """Holds the expected values of a curve.
 
     Args:
         steps: Optimiser steps, ascending; for the loss, the last of each window.
@@ -59,7 +59,7 @@ class BandCurve:
 
 @dataclass(frozen=True)
 class ExpectedBand:
-    """The expected curves of a recipe, and a record of the runs behind them.
+    """Holds the expected curves of a recipe, and a record of the runs that they come from.
 
     Args:
         recipe: Its name.
@@ -91,7 +91,7 @@ class ExpectedBand:
 
 @dataclass(frozen=True)
 class RunRows:
-    """The logs of a run.
+    """Holds the logs of a run.
 
     Args:
         arguments: All its arguments, as in `run.json`.
@@ -115,7 +115,7 @@ class RunRows:
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a run and its expected range.
+    """Holds a value of a run and its expected range.
 
     Args:
         step: Optimiser step; for the loss, the last of the window.
@@ -142,7 +142,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Excursion:
-    """A part of a curve that is outside its band.
+    """Describes a part of a curve that is outside its band.
 
     Args:
         first: The first point outside.

@@ -24,7 +24,7 @@ _LARGEST_WHOLE = 2**63 - 1
 
 
 class CommandParser(HfArgumentParser):
-    """An `HfArgumentParser` that ignores `changes` in the metadata of a field."""
+    """Parses as `HfArgumentParser` does, and ignores `changes` in the metadata of a field."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Adds an argument, as argparse does.

@@ -1,1 +1,1 @@
-"""The folder of a run: who owns it, its logs, lock, checkpoints, exported model and cards."""
+"""Reads and writes the folder of a run: its owner, logs, lock, checkpoints, exported model and cards."""

@@ -54,7 +54,7 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been checked.
+    """Describes a checkpoint whose files have been checked.
 
     Args:
         path: The folder.
@@ -73,7 +73,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingTensors:
-    """All tensors of a training state, unsharded, on the CPU; a model on the CPU shares its memory with them.
+    """Holds all tensors of a training state, unsharded, on the CPU; a model on the CPU shares its memory with them.
 
     Args:
         model: By name: both encoders and the predictor.
@@ -381,7 +381,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether an error is not the file's: a server that does not answer, no permission, out of memory."""
+    """Returns whether an error may pass and is no damage of the file: a silent server, no permission, no memory."""
     lasting = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}  # EIO: a bad sector
     return isinstance(error, OSError) and error.errno not in lasting
 
@@ -412,7 +412,7 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 
 
 def _seal_holds(content: bytes, manifest: Mapping[str, Any]) -> bool:
-    """Whether every byte is as written; a record of an earlier version has no SHA-256, and has to be complete."""
+    """Returns whether every byte is as written; an earlier version's record has no SHA-256, but must be complete."""
     if "sha256" not in manifest:
         return set(manifest) | {"stream"} == _MANIFEST_FIELDS
     digest = str(manifest["sha256"]).encode()
@@ -424,7 +424,7 @@ def _own(cls: type) -> set[str]:
 
 
 def _folders(output_dir: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders, oldest first."""
+    """Lists the checkpoint folders, oldest first."""
     if not output_dir.is_dir():
         return []
     found = [(match, path) for path in output_dir.iterdir() if (match := _FOLDER_NAME.fullmatch(path.name))]
@@ -432,7 +432,7 @@ def _folders(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _candidates(output_dir: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders, and those that a killed process moved aside without replacing them."""
+    """Lists the checkpoint folders, and those that a killed process renamed without replacing them."""
     folders = dict(_folders(output_dir))
     for path in output_dir.glob(".checkpoint-*.replaced") if output_dir.is_dir() else ():
         match = _HIDDEN_NAME.fullmatch(path.name)
@@ -451,7 +451,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """Returns the part of an unsharded tensor that this process has of the other one."""
+    """Returns this process's part of an unsharded tensor, cut like the given sharded one."""
     if not isinstance(tensor, DTensor):
         return whole
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)

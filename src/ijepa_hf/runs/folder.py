@@ -1,4 +1,4 @@
-"""Checks whose a run's folder is and whether the run is finished, and prepares the folder for a start or a resume.
+"""Checks which run a folder belongs to and whether it is finished, and prepares the folder for a start or a resume.
 
     output_dir/   run.json  metrics.jsonl  diagnostics.jsonl  evaluations.jsonl  unreadable_images.jsonl  ...
 
@@ -134,7 +134,7 @@ def _check_nothing_needed_is_deleted(output_dir: Path, run: PretrainingArguments
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file or folder does not count as content: a lock, or a leftover of a killed process."""
+    """Returns whether a file or folder does not count as content: a lock, or a leftover of a killed process."""
     return name == LOCK_FILE or (name.startswith(".") and name.endswith((".partial", ".deleted")))
 
 

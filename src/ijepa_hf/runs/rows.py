@@ -74,7 +74,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 class RowFile:
-    """A log, and the lines that a full disk has refused: they are written with the next lines.
+    """Appends to a log; keeps the lines that a full disk has refused, and writes them with the next lines.
 
     Args:
         path: The file; made if it is missing.
