@@ -24,7 +24,7 @@ class SaveError(OSError):
 
     Args:
         message: Folder, reason, bytes needed and free, and what to do.
-        number: The operating system's error number, as in `errno`; `None` where it gave none.
+        number: The operating system's error number, as in `errno`; `None` if it gave none.
     """
 
     def __init__(self, message: str, number: int | None = None) -> None:
@@ -74,7 +74,7 @@ def free_bytes(path: Path) -> int | None:
         path: A file or folder; need not exist.
 
     Returns:
-        The bytes; `None` where the file system does not report them.
+        The bytes; `None` if the file system does not report them.
     """
     existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
     if existing is None:
@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         path: The file.
 
     Returns:
-        The object; `None` where there is no such file.
+        The object; `None` if there is no such file.
 
     Raises:
         ValueError: If the file is not JSON, or its value is not an object.

@@ -139,7 +139,7 @@ def _parse_masks(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelArgument
     named, known = parse_flags(parser, argv), flag_names(parser)
     values = {name: value for name, value in load_recipe(named.masks).items() if f"--{name}" in known}
     if any(word.split("=")[0] == "--masking_strategy" for word in argv):
-        # The recipe's numbers were meant for its own strategy; those that the new one has no use for go with it.
+        # The recipe's numbers were meant for its own strategy; those that the new strategy does not use are dropped.
         strategy = STRATEGIES.get(named.masking_strategy)
         used = ("masking_strategy", *(strategy.fields if strategy else MASK_FIELDS))
         values = {name: value for name, value in values.items() if name not in MASK_FIELDS or name in used}

@@ -42,7 +42,7 @@ class LabelledSource:
         dataset_config_name: As for `ImageSource`.
         train_split_name: Split to train on.
         eval_split_name: Held-out split.
-        image_column_name: Column of the images; found by itself if there is only one.
+        image_column_name: Column of the images; found automatically if there is only one.
         label_column_name: Column of the labels; `label` if not given.
         max_train_samples: Use at most this many training images, spread evenly over the split.
         max_eval_samples: The same for held-out images.

@@ -209,12 +209,12 @@ def keep_in_memory(images: ImageRows, crops: CropReader, choice: str, *, num_rea
     Args:
         images: The images.
         crops: Says how they will be cropped.
-        choice: `yes`, `no`, or `auto`: where they are alike, take `AUTOMATIC_BYTES` at most, and are read at least
-            once each.
+        choice: `yes`, `no`, or `auto`. `auto` keeps images that are 8-bit pictures of one size and take at most
+            `AUTOMATIC_BYTES`, if the run reads as many images as the set has or more.
         num_reads: Images that the run will read.
 
     Returns:
-        The crops; `None` where images are to be read one by one.
+        The crops; `None` if images are to be read one by one.
 
     Raises:
         ValueError: If `choice` is `yes` and they cannot be kept.

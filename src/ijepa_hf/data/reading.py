@@ -62,7 +62,7 @@ def too_many_unreadable(
         max_share: Share of the images seen that may be unreadable, in [0, 1].
 
     Returns:
-        The beginning of an error's message, which lists the first `MOST_NAMED`; `None` where there are few enough, or
+        The beginning of an error's message, which lists the first `MOST_NAMED`; `None` if there are few enough, or
         fewer than `IMAGES_BEFORE_JUDGING` (and not all) were seen.
     """
     if num_seen < min(num_images, IMAGES_BEFORE_JUDGING) or count <= max_share * num_seen:

@@ -269,7 +269,7 @@ def judge_collapse(rows: Sequence[Row]) -> CollapseVerdict:
     Args:
         rows: From `CollapseMonitor.measure`, in the order of steps, each with `step`, `progress` (share of the run)
             and `ema_expected` (share of the way to the context encoder that the momenta since the row before make;
-            `None` where the encoders stood still on purpose). A row without `step` is that of a model. Only rows of
+            `None` if the encoders stood still on purpose). A row without `step` is that of a model. Only rows of
             the newest row's images (`batch`) count.
 
     Returns:

@@ -48,7 +48,7 @@ class Hardware:
     """Describes an accelerator.
 
     Args:
-        bf16: Peak of dense matrix products in bfloat16 with float32 sums, FLOP/s; `None` where it has no such units.
+        bf16: Peak of dense matrix products in bfloat16 with float32 sums, FLOP/s; `None` if it has no such units.
         fp32: Peak in float32 without TF32, which torch leaves off, FLOP/s.
         memory: Bytes.
         bandwidth: Of the memory, bytes/s.
@@ -86,7 +86,7 @@ def step_time_on(
         utilization: Share of the peak, 0 to 1.
 
     Returns:
-        The time, or `None` where the hardware has no bfloat16.
+        The time, or `None` if the hardware has no bfloat16.
     """
     peak = hardware.bf16 if bf16 else hardware.fp32
     if peak is None:

@@ -24,8 +24,8 @@ class EvaluationFlags(LabelledDataFlags):
 
     method: list[str] = flag("result", f"One or several of {', '.join(METHODS)}.", ["knn", "linear"])
     model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
-    pooling: str = flag("result", "What stands for an image: mean (of its patches) or cls (the class token).", "mean")
-    layers: int = flag("result", "Layers that features are of: 1, the last; 4, the last four, concatenated.", 1)
+    pooling: str = flag("result", "Feature of an image: mean (of its patches) or cls (its class token).", "mean")
+    layers: int = flag("result", "Layers that features are from: 1, the last; 4, the last four, concatenated.", 1)
     k: int = flag("result", "knn: neighbours that vote.", NEIGHBOURS)
     temperature: float = flag(
         "result", "knn: towards 0 only the nearest counts, towards infinity all k count alike.", 0.07
@@ -52,7 +52,7 @@ class EvaluationFlags(LabelledDataFlags):
     update_card: bool = flag(
         "place", "Add the scores to the model-index of MODEL's README.md; MODEL must be a folder.", False
     )
-    batch_size: int = flag("speed", "Images a forward pass.", 64)
+    batch_size: int = flag("speed", "Images in a forward pass.", 64)
     device: str | None = flag("speed", "Such as cpu or cuda; a GPU if there is one.")
     num_cpu_threads: int | None = flag(
         "speed", "Threads of torch and of numpy on a CPU; their own choice if not given."

@@ -52,7 +52,7 @@ def iterate_features(
         parts: Ranges of them.
         encode: Takes float32 `[B, C, height, width]`, normalised, on `device`, and returns `[B, ...]`.
         settings: The size that each whole image is resized to, and the mean and deviation of its channels.
-        batch_size: Images a forward pass, 1 or more.
+        batch_size: Images in a forward pass, 1 or more.
         device: Where pixels are normalised and `encode` works.
         description: Of the progress bar.
 

@@ -65,8 +65,8 @@ def read_scores(path: Path, model: Mapping[str, Any], data: Mapping[str, Any]) -
 
     Args:
         path: An `evaluation.json`, which may be missing.
-        model: What says which model it is; all but its `name` has to agree.
-        data: What says which images they are; all but their `dataset_name` has to agree.
+        model: Values that identify the model; all except its `name` must agree.
+        data: Values that identify the images; all except their `dataset_name` must agree.
 
     Returns:
         The scores, none where there is no file.
@@ -235,7 +235,7 @@ def _eval_result(score: Score, dataset: Mapping[str, str]) -> EvalResult:
 def _add_entry(entries: list[dict[str, Any]], new: dict[str, Any]) -> None:
     """Puts the metrics of a result into a card's results: in the place of the same ones, else beside them."""
     for entry in entries:
-        # what somebody else has measured stays as it is
+        # entries with a source are other people's measurements and stay
         if _subject(entry) == _subject(new) and "source" not in entry:
             metrics = entry.setdefault("metrics", [])
             for metric in new["metrics"]:

@@ -208,7 +208,7 @@ def load_evaluation_sets(data: DataArguments, config: IJepaConfig) -> LabelledSp
         config: Says the number of channels.
 
     Returns:
-        Both splits, or `None` where no evaluation split was named.
+        Both splits, or `None` if no evaluation split was named.
 
     Raises:
         ValueError: If the split or its labels are missing, or there are too few images.
@@ -345,6 +345,6 @@ def _readable(images: ImageRows, indices: Iterable[int]) -> dict[int, Any]:
     for index in indices:
         try:
             found[index] = images[index]
-        except ValueError as error:  # a broken image must not cost the scores of all others
+        except ValueError as error:  # one damaged image must not prevent all scores
             logger.warning("not scored: %s", error)
     return found

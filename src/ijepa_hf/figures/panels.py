@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by nearly everyone, in the order that stands out most on photographs.
+# Okabe and Ito's colours, which also colour-blind people can distinguish, in the order that stands out on photographs.
 BLOCK_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2")
 LINE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 TEXT_COLOR, FAINT_COLOR = "#333333", "#555555"

@@ -18,7 +18,7 @@ class FinetuningFlags(LabelledDataFlags):
     )
     output_dir: str | None = flag("place", "Folder of the classifier.")
     overwrite_output_dir: bool = flag("place", "Delete what another fine-tuning left in output_dir.", False)
-    resume_from_checkpoint: str | None = flag("place", "A checkpoint folder, or `latest` of output_dir.")
+    resume_from_checkpoint: str | None = flag("place", "A checkpoint folder; or `latest`, the newest in output_dir.")
     model_revision: str | None = flag("result", "Branch, tag or commit of MODEL on the Hub.")
     from_scratch: bool = flag(
         "result",
@@ -28,7 +28,7 @@ class FinetuningFlags(LabelledDataFlags):
     freeze_encoder: bool = flag("result", "Train the linear head alone.", False)
     learning_rate: float = flag("result", "Highest learning rate, that of the head.", 1e-3)
     layer_decay: float = flag(
-        "result", "The learning rate of a layer, times that of the layer above it; 1 is off.", 0.75
+        "result", "Factor from the learning rate of each layer to that of the layer below it; 1 is off.", 0.75
     )
     weight_decay: float = flag("result", "Weight decay, of matrices only.", 0.05)
     warmup_ratio: float = flag(

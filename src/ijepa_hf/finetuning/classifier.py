@@ -81,7 +81,7 @@ def parameter_groups(
         Groups for `torch.optim.AdamW`, the head's first, each with `params`, `lr` and `weight_decay`.
 
     Raises:
-        ValueError: If `layer_decay` is not 1 and the layers of the model cannot be told from its parameters' names.
+        ValueError: If `layer_decay` is not 1 and its parameters' names do not show the layers of the model.
 
     Source: Clark et al. 2020 (ELECTRA, arXiv 2003.10555), appendix A; Bao et al. 2022 (BEiT, arXiv 2106.08254),
     appendix; the fine-tuning of He et al. 2022 (MAE, arXiv 2111.06377), appendix A.1.

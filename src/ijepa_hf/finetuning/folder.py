@@ -68,7 +68,7 @@ def holds_a_run(folder: Path) -> bool:
         folder: The folder; it need not exist.
 
     Returns:
-        `False` where it is missing or empty.
+        `False` if it is missing or empty.
 
     Raises:
         ValueError: If it holds something else.
@@ -108,7 +108,7 @@ def find_checkpoint(output_dir: Path, arguments: FinetuningArguments) -> Path | 
         arguments: Its arguments.
 
     Returns:
-        The folder that was named, or the newest complete one; `None` where none was asked for or there is none.
+        The folder that was named, or the newest complete one; `None` if none was asked for or there is none.
 
     Raises:
         FileNotFoundError: If the folder that was named is no complete and undamaged checkpoint.

@@ -35,7 +35,7 @@ def finetuning_result(
         resumed_from: The checkpoint, if any.
 
     Returns:
-        What `finetune.json` holds, but for the model's licence and commit.
+        The contents of `finetune.json`, without the model's licence and commit.
     """
     history = state.log_history
     evaluations = [

@@ -119,7 +119,7 @@ class HubProcess:
             missing_ok: Return `None` if the repository or revision does not exist, instead of raising an error.
 
         Returns:
-            The folder; `None` where there is nothing to fetch.
+            The folder; `None` if there is nothing to fetch.
         """
         job = {"job": "fetch", "repo_id": repo_id, "revision": revision, "missing_ok": missing_ok,
                "patterns": patterns, "waits": RETRY_WAITS}  # fmt: skip

@@ -69,7 +69,7 @@ class RepositoryContents:
     Args:
         repo_id: With its owner.
         files: All names.
-        texts: Contents of `STATE_FILES`, as far as they are there.
+        texts: Contents of those `STATE_FILES` that exist.
     """
 
     repo_id: str
@@ -83,7 +83,7 @@ class RepositoryContents:
             arguments: Of the run, as `run.json` keeps them.
 
         Returns:
-            Words for a message; `None` where it is this run or holds no model.
+            Words for a message; `None` if the repository holds this run or no model.
         """
         if RUN_FILE not in self.files:
             weights = [name for name in self.files if name.endswith(_WEIGHT_SUFFIXES)]

@@ -193,7 +193,7 @@ def _explain_status(error: HfHubHTTPError, repo_id: str) -> tuple[str, str, floa
     status = error.response.status_code
     said = f" (the server says: {error.server_message})" if error.server_message else ""
     if status in (409, 412):
-        return "server", f"HTTP {status}: somebody else is writing to {repo_id!r}", None
+        return "server", f"HTTP {status}: another process is writing to {repo_id!r}", None
     if status == 401:
         text = (
             f"HTTP 401: the Hub does not take this token, or it may not see {repo_id!r}; log in again with "

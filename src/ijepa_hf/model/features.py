@@ -34,7 +34,7 @@ def encode_patches(encoder: IJepaModel, pixel_values: Tensor, *, batch_size: int
     Args:
         encoder: An I-JEPA encoder; for other vision backbones there is `evaluation.backbones`.
         pixel_values: float `[n, C, height, width]`, normalised.
-        batch_size: Images a forward pass.
+        batch_size: Images in a forward pass.
 
     Returns:
         float32 `[n, rows, columns, D]` on the CPU.
@@ -118,7 +118,7 @@ def extract_features(model: nn.Module, pixel_values: torch.Tensor, *, batch_size
         model: a transformers vision backbone, whose output has `last_hidden_state` [B, N, D] (a class token counts as
             a patch) or [B, D, rows, columns].
         pixel_values: [n, C, height, width], floating point and normalised, on any device; n at least 1.
-        batch_size: images a forward pass, 1 or more.
+        batch_size: images in a forward pass, 1 or more.
 
     Returns:
         float32 [n, D], averaged in float32.

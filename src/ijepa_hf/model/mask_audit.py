@@ -1,8 +1,8 @@
-"""Measures the masks of a configuration before anything is trained on them.
+"""Measures the masks of a configuration before a training uses them.
 
-`audit_masks` draws the masks of many steps and counts: how often each patch is seen and predicted, how much context is
-left at which batch size, what overlaps, what is never reached. `render_audit` prints it and says in words what is
-biased; `ijepa_hf.figures.masks.draw_audit_figure` draws it.
+`audit_masks` draws the masks of many steps and counts how often each patch is seen and predicted, how much context is
+left at each batch size, how much overlaps, and which patches are never used. `render_audit` renders the results as a
+table with notes on biases; `ijepa_hf.figures.masks.draw_audit_figure` draws them.
 
 Letters in shapes as in `masking`: B images, N patches, K context patches, M target blocks, P patches in a block,
 S context sets.

@@ -514,8 +514,8 @@ class Strategy(NamedTuple):
         fields: the fields of `MaskSettings` that it uses, besides the grid.
         draw: gives the masks; takes what `draw_masks` takes, `slots` being a slice inside the batch.
         check_sizes: raises a `ValueError` for sizes that can never fit the grid.
-        num_targets: target blocks of an image; `None` where `num_target_blocks` says it.
-        num_context_patches: gives the context patches of a set; `None` where they depend on the draws.
+        num_targets: target blocks of an image; `None` if `num_target_blocks` gives it.
+        num_context_patches: gives the context patches of a set; `None` if they depend on the draws.
     """
 
     fields: tuple[str, ...]

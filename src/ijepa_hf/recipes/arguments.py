@@ -154,7 +154,7 @@ class DataArguments:
     eval_split_name: str | None = flag(
         "reporting", "Labelled split on which the finished encoder is scored; none if not given."
     )
-    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
+    image_column_name: str | None = flag("result", "Column of the images; found automatically if there is only one.")
     label_column_name: str | None = flag(
         "reporting", "Column of the labels, for the scores only; `label` if there is one."
     )
@@ -260,7 +260,7 @@ class PretrainingArguments:
     output_dir: str | None = flag("place", "Folder of the run; runs/<recipe> if not given.")
     overwrite_output_dir: bool = flag("place", "Delete what another run left in output_dir.", False)
     resume_from_checkpoint: str | None = flag(
-        "place", "A checkpoint folder, `latest` of output_dir, or `hub`: the last one that hub_model_id has."
+        "place", "A checkpoint folder; `latest`, the newest in output_dir; or `hub`, the newest in hub_model_id."
     )
     model_name_or_path: str | None = flag(
         "result",
@@ -507,7 +507,7 @@ class LabelledDataFlags:
     dataset_config_name: str | None = flag("result", "Configuration of the Hub data set.")
     train_split_name: str = flag("result", "Split to train on.", "train")
     eval_split_name: str = flag("result", "Held-out split: scored, never used for a choice.", "test")
-    image_column_name: str | None = flag("result", "Column of the images; found by itself if there is only one.")
+    image_column_name: str | None = flag("result", "Column of the images; found automatically if there is only one.")
     label_column_name: str | None = flag(
         "result", "Column of the labels: classes, whole numbers or words; `label` if any."
     )

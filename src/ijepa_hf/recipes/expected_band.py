@@ -147,7 +147,7 @@ class Excursion:
     Args:
         first: The first point outside.
         farthest: The point farthest outside.
-        back: The first point inside again; `None` where the curve has stayed outside.
+        back: The first point inside again; `None` if the curve has stayed outside.
     """
 
     first: Point
@@ -332,7 +332,7 @@ def find_band(arguments: Mapping[str, Any]) -> ExpectedBand | None:
         arguments: All arguments of the run, as in `run.json`.
 
     Returns:
-        The band; `None` where the arguments, apart from `NOT_COMPARED`, are those of no recipe with a band.
+        The band; `None` if the arguments, apart from `NOT_COMPARED`, are those of no recipe with a band.
     """
     for band in _shipped_bands():
         if not differing_arguments(band.arguments, arguments, NOT_COMPARED):
@@ -348,7 +348,7 @@ def band_notice(arguments: Mapping[str, Any], given: Iterable[str]) -> str | Non
         given: Names that its recipe or a flag has set (`ModelArguments.given`).
 
     Returns:
-        Text; `None` where the run's recipe has no band. A recipe counts as the run's if the run sets all arguments of
+        Text; `None` if the run's recipe has no band. A recipe counts as the run's if the run sets all arguments of
         the recipe, and has the same data set.
     """
     band = find_band(arguments)
@@ -369,7 +369,7 @@ def load_band(recipe: str) -> ExpectedBand | None:
         recipe: Its name.
 
     Returns:
-        The band; `None` where the recipe has none.
+        The band; `None` if the recipe has none.
     """
     file = resources.files("ijepa_hf.recipes") / "bands" / f"{recipe}.json"
     return read_band(file.read_text(encoding="utf-8")) if file.is_file() else None

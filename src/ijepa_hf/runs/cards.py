@@ -254,10 +254,10 @@ def read_license(card: Path | None) -> str | None:
     """Reads the licence that a model card names.
 
     Args:
-        card: A README.md; `None` where the model has none.
+        card: A README.md; `None` if the model has none.
 
     Returns:
-        Such as "cc-by-nc-4.0"; `None` where the card names none.
+        Such as "cc-by-nc-4.0"; `None` if the card names none.
 
     Raises:
         ValueError: If the metadata of the card cannot be read.

@@ -239,7 +239,7 @@ def find_latest(output_dir: Path) -> Checkpoint | None:
         output_dir: The run's folder; need not exist.
 
     Returns:
-        The checkpoint, or `None` where there is none.
+        The checkpoint, or `None` if there is none.
     """
     checkpoint, damaged = _newest_whole(output_dir)
     for error in damaged.values():

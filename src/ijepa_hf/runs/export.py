@@ -104,7 +104,7 @@ def exported_step(folder: Path) -> int | None:
         folder: A run's folder.
 
     Returns:
-        The step, or `None` where a weight file is missing or damaged, or the two differ.
+        The step, or `None` if a weight file is missing or damaged, or the two differ.
     """
     steps = {_step_of(folder / part / WEIGHTS_FILE) for part in ("", PRETRAINING_SUBFOLDER)}
     return steps.pop() if len(steps) == 1 else None

@@ -147,7 +147,7 @@ def read_run(output_dir: Path, run: PretrainingArguments | None = None) -> dict[
             read instead, with a warning.
 
     Returns:
-        The record, or `None` where there is none.
+        The record, or `None` if there is none.
 
     Raises:
         ValueError: If it is damaged.

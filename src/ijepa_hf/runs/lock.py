@@ -44,7 +44,7 @@ class RunLock:
 
     Args:
         path: The lock file; must exist.
-        flock: The kernel's lock on it; `None` where the file system has none.
+        flock: The kernel's lock on it; `None` if the file system has none.
         made: Folders that were created for it, innermost first; removed at the end if they are still empty.
 
     Raises:
@@ -232,7 +232,7 @@ def _in_use(output_dir: Path, record: dict[str, Any] | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the record of a lock file; `None` where there is none."""
+    """Returns the record of a lock file; `None` if there is none."""
     try:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -72,7 +72,7 @@ def _announce_masks(config: IJepaConfig) -> None:
 
 
 def draw_first_masks(batch: Batch, config: IJepaConfig, output_dir: Path) -> None:
-    """Draws the first images of the run with their masks, into `figures/masks.png`: worth a look while it trains.
+    """Draws the first images of the run with their masks, into `figures/masks.png`.
 
     Args:
         batch: Some of the run's first images.

@@ -50,7 +50,7 @@ def largest_micro_batch(
         autocast: Makes the context of the forward pass.
 
     Returns:
-        `batch_size` itself or a divisor of it; `None` where not even one image fits.
+        `batch_size` itself or a divisor of it; `None` if not even one image fits.
     """
     for size in (size for size in range(batch_size, 0, -1) if batch_size % size == 0):
         if _fits(model, _inputs(model, size), num_ranks, autocast):

@@ -27,7 +27,7 @@ def first_non_finite(
         autocast: Makes the context in which the step's forward pass runs.
 
     Returns:
-        A name, such as "the output of predictor.layer.3.mlp"; `None` where all is finite.
+        A name, such as "the output of predictor.layer.3.mlp"; `None` if all is finite.
     """
     found = [f"the input {name}" for batch in micro_batches for name, value in batch.items() if not _is_finite(value)]
     found += [f"the weight {name}" for name, parameter in model.named_parameters() if not _is_finite(parameter)]

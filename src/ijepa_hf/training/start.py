@@ -108,7 +108,7 @@ def find_start(
         assert weights is not None  # no record, no checkpoint
         base = weights.config
         stored = {"license": weights.license, "image_mean": weights.image_mean, "image_std": weights.image_std}
-    # what nobody asked for is as in the record, or as the weights come with
+    # arguments that are not given are taken from the record, or else from the weights
     kept: dict[str, Any] = {
         name: stored.get(name) for name in ("predictor_warmup_steps", "license") if getattr(run, name) is None
     }

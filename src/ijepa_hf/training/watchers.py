@@ -81,7 +81,7 @@ def watch_band(setup: RunSetup) -> BandWatch | None:
         setup: The run.
 
     Returns:
-        The comparison; `None` where the recipe has no band, and on all processes but the main one.
+        The comparison; `None` if the recipe has no band, and on all processes but the main one.
     """
     band = find_band(setup.arguments) if setup.is_main else None
     if band is None:
@@ -97,8 +97,8 @@ def make_diagnostics(setup: RunSetup) -> RunDiagnostics | None:
         setup: The run.
 
     Returns:
-        What measures them; `None` where `diagnostics_steps` is 0, with a warning where fewer than 2 images can be
-        read, and on all processes but the main one.
+        The object that measures them. `None` if `diagnostics_steps` is 0; if fewer than 2 images can be read, with a
+        warning; and on all processes except the main one.
     """
     config, data, run = setup.config, setup.data, setup.run
     if run.diagnostics_steps == 0 or not setup.is_main:

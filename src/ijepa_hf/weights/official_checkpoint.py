@@ -205,7 +205,7 @@ def read_scalars(contents: Mapping[str, Any]) -> dict[str, int | float | None]:
         contents: As `read_contents` returns them.
 
     Returns:
-        Each of `SCALARS`; `None` where the file has no finite number.
+        Each of `SCALARS`; `None` if the file has no finite number.
     """
     return {name: finite_number(contents.get(name)) for name in SCALARS}
 
@@ -273,8 +273,8 @@ def config_from_official(networks: Networks, *, num_attention_heads: int | None 
         The configuration.
 
     Raises:
-        ValueError: If a telling tensor is missing or has the wrong number of dimensions, layers are missing, the grid
-            is no square, or the heads are not known.
+        ValueError: If a tensor whose shape is needed is missing or has the wrong number of dimensions, layers are
+            missing, the grid is no square, or the heads are not known.
     """
     _check_telling_tensors(networks)
     encoder, predictor = networks["target_encoder"], networks["predictor"]

@@ -93,7 +93,7 @@ def translate(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...
         names: `ENCODER_NAMES` or `PREDICTOR_NAMES`.
 
     Returns:
-        One or three names, or `None` where the table has none.
+        One or three names, or `None` if the table has none.
     """
     layer = re.search(r"\.([0-9]+)\.", name)
     pattern = name.replace(layer[0], ".*.", 1) if layer else name

@@ -28,7 +28,7 @@ class OptimizerState:
 
     Args:
         step: Optimiser steps done, the same for every tensor.
-        steps_per_epoch: Optimiser steps of an epoch; `None` where they are no whole number, or no epoch is done.
+        steps_per_epoch: Optimiser steps of an epoch; `None` if they are no whole number, or no epoch is done.
         tensors: Of each trained parameter, `step`, `exp_avg` and `exp_avg_sq`.
         arguments: What the file says of the run, under our names.
     """

@@ -117,10 +117,10 @@ def start_model(
 def adapt_channels(kernels: Tensor, num_channels: int) -> Tensor:
     """Adapts patch kernels to C' channels: each new kernel is the average of the C old ones, times C / C'.
 
-    An image whose channels are all alike (gray, repeated) then gives the same response before and after, whatever C
-    and C' are: 3 to 1 is the sum over the channels, 1 to 3 a third in each. Repeating the old kernels in turn would do
-    that only where C divides C', and would claim that the fourth channel is like the first; the average claims
-    nothing of the kind. Where channels differ, the response is that to their mean, until training tells them apart.
+    An image whose channels are all equal (gray, repeated) then gives the same response before and after, for any C and
+    C': from 3 to 1 channels the kernel is the sum over the channels, from 1 to 3 it is a third in each. Repeating the
+    old kernels in turn would do that only if C divides C', and would treat the fourth channel like the first. If
+    channels differ, the response is that to their mean, until training has learnt different kernels.
 
     Args:
         kernels: float `[D, C, height, width]`.

@@ -118,8 +118,8 @@ class StartingWeights:
         has_predictor: Whether there is a trained predictor.
         commit: The commit of the Hub repo, for the record; `None` for what is local.
         dtypes: Of the tensors on disk, e.g. `("bfloat16",)`.
-        license: What their card says, such as "cc-by-nc-4.0"; `None` where it names none or cannot be read.
-        image_mean: Mean of each channel that their images were normalised with, of pixels in [0, 1]; `None` where no
+        license: What their card says, such as "cc-by-nc-4.0"; `None` if it names none or cannot be read.
+        image_mean: Mean of each channel that their images were normalised with, of pixels in [0, 1]; `None` if no
             image processor comes with them.
         image_std: The standard deviation, in the same way.
         license_is_known: `False` if, offline, the card is not in the cache, so that its licence is not known.

@@ -565,11 +565,11 @@ def test_folders_of_other_things_and_places_in_the_source_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         prepare(source, tmp_path / "other" / "thesis.tex")
     for place in (source / "out", source / "deep" / "out"):
-        with pytest.raises(ValueError, match="lie in one another"):
+        with pytest.raises(ValueError, match="lies inside the other"):
             prepare(source, place)
     prepare(source, tmp_path / "out")
     for again in (tmp_path / "out", tmp_path / "out" / "data"):
-        with pytest.raises(ValueError, match="lie in one another"):
+        with pytest.raises(ValueError, match="lies inside the other"):
             prepare(again, tmp_path / "out", overwrite=True)
     (tmp_path / "out" / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(ValueError, match=r"manifest\.json is not one that this version of ijepa-hf prepare wrote"):

@@ -59,11 +59,12 @@ class PrepareSettings:
     Args:
         dataset_config_name: Configuration of a Hub data set.
         split_name: Split to read and write.
-        image_column_name: Column of the images; found by itself if there is only one.
-        shortest_side: Pixels to which images are shrunk whose shortest side has more, aspect kept; `None` keeps sizes.
-        image_format: `keep`, `jpeg`, `png`, `webp` or `bmp`. `keep` leaves pictures that need no shrinking the very
-            bytes they are, writes shrunk JPEG and WebP in their own format and all else as PNG. `bmp` is uncompressed:
-            six times the bytes of JPEG, decoded in a quarter of the time.
+        image_column_name: Column of the images; found automatically if there is only one.
+        shortest_side: Pixels. Images whose shortest side is longer are shrunk to it, with their aspect; `None` shrinks
+            none.
+        image_format: `keep`, `jpeg`, `png`, `webp` or `bmp`. `keep` copies pictures that need no shrinking unchanged,
+            writes shrunk JPEG and WebP in their own format and everything else as PNG. `bmp` is uncompressed: six
+            times the bytes of JPEG, decoded in a quarter of the time.
         quality: Of JPEG and WebP, 1 to 100. The default, 95, is 39 dB from the pixels at a quarter of the bytes of PNG
             (photographs at 256 pixels; 90 is 37 dB at a fifth).
         channel_axis: 0 or -1 for arrays to be shrunk; by default the axis, first or last, that is shortest.
@@ -185,7 +186,7 @@ def _check_place(source: str, folder: Path, split: str) -> None:
     given, place = Path(source).expanduser(), folder.resolve()
     if given.exists() and (given.resolve() in (place, *place.parents) or place in given.resolve().parents):
         raise ValueError(
-            f"out={str(folder)!r} and source={str(source)!r} lie in one another; choose a folder beside the source."
+            f"out={str(folder)!r} and source={str(source)!r}: one lies inside the other; choose another folder."
         )
 
 

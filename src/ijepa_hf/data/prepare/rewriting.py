@@ -14,7 +14,7 @@ from ijepa_hf.data.transforms import resize
 IMAGE_FORMATS = ("keep", "jpeg", "png", "webp", "bmp")
 DEFAULT_QUALITY = 95
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
-_KEPT_LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}  # what `keep` shrinks to; all else becomes PNG
+_KEPT_LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}  # formats with `keep` after shrinking; else PNG
 _LOSSLESS = ("png", "bmp")
 _GRAY_MODES = ("1", "L", "LA", "La", "F")  # beside I and I;16...
 
@@ -77,7 +77,7 @@ def rewrite_picture(data: bytes, settings: PictureFormat) -> tuple[bytes, str | 
         settings: How to write it.
 
     Returns:
-        The bytes; a file name's suffix that fits them, `None` where they are `data` unchanged; whether it was shrunk.
+        The bytes; a file name's suffix that fits them, `None` if they are `data` unchanged; whether it was shrunk.
 
     Raises:
         ValueError: If it cannot be decoded, or not be written in that format.
@@ -185,7 +185,7 @@ def _shortest_axis(shape: tuple[int | None, ...], settings: PictureFormat) -> in
         if lengths[axis] < min(length for number, length in enumerate(lengths) if number != axis % 3):
             return axis
     raise ValueError(
-        f"shortest_side={settings.shortest_side}: which axis of arrays of shape {shape} counts the channels cannot be "
-        "told from their lengths; write --channel_axis 0 ([channels, height, width]) or --channel_axis -1 ([height, "
-        "width, channels])."
+        f"shortest_side={settings.shortest_side}: the shape {shape} of the arrays does not show which axis is that of "
+        "the channels; write --channel_axis 0 ([channels, height, width]) or --channel_axis -1 ([height, width, "
+        "channels])."
     )

@@ -24,7 +24,7 @@ class PreparedImage(NamedTuple):
     """Holds a row's image as it will be written, or the reason why it is skipped.
 
     Args:
-        content: Bytes of a picture, or an array; `None` where it is skipped.
+        content: Bytes of a picture, or an array; `None` if it is skipped.
         name: File name, where it is known.
         path: Where it was read from, as far as known.
         bytes_in: Bytes that the source has for it.

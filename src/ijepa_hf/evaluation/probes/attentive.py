@@ -1,4 +1,4 @@
-"""Classifies by an attentive probe: a small cross-attention block learns which frozen patches tell the class.
+"""Classifies by an attentive probe: a small cross-attention block learns which frozen patches show the class.
 
 A linear probe on the mean of the patches misses what only few patches show. Here one learned query attends to them.
 """
@@ -78,7 +78,7 @@ def predict_attentive(
     fit, held_out = hold_out(len(codes), seed=seed, labels=codes)
     scores = []
     for logits in _logits(trained(fit, learning_rates), train_patches, held_out, batch_size):
-        # A probe that diverged has no score, whatever class argmax makes of NaN.
+        # A probe that diverged has no score, although argmax gives a class for NaN.
         right = np.mean(logits.argmax(axis=1) == codes[held_out])
         scores.append(float(right) if np.isfinite(logits).all() else -1.0)
     best = int(np.argmax(scores))

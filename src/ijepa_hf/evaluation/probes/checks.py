@@ -172,7 +172,7 @@ def in_pieces(array: np.ndarray, numbers: int = _NUMBERS_AT_ONCE) -> Iterator[sl
 
     Args:
         array: [n, ...], possibly memory-mapped.
-        numbers: at most so many numbers a piece, though never less than one row.
+        numbers: most numbers in a piece; a piece has at least one row.
 
     Yields:
         Slices of rows, in order.

@@ -164,7 +164,7 @@ def predict_linear_sgd(
         return _train_heads(features[rows], targets[rows], len(labels), chosen, training, seed)
 
     logits = [head(features[held_out]) for head in trained(fit, settings)]
-    # A head that diverged has no score, whatever class argmax makes of NaN.
+    # A head that diverged has no score, although argmax gives a class for NaN.
     scores = [
         (each.argmax(dim=1) == targets[held_out]).double().mean().item() if each.isfinite().all() else -1.0
         for each in logits

@@ -127,7 +127,7 @@ def numbers_as_classes(train_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndar
         test_y: [m] numbers of the held-out images.
 
     Returns:
-        Classes of both, int64, and in words what a class is.
+        Classes of both, int64, and a description of what a class is.
 
     Raises:
         ValueError: As `distance_bins`.
