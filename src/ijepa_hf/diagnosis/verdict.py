@@ -220,7 +220,7 @@ _RULES = (
         lambda row: row["prediction_place_ratio"] < LEAST_RATIO,
         ("prediction_place_ratio", "prediction_skill"),
         lambda row: (
-            "the predictor says the same for every place of an image: its predictions vary "
+            "the predictor predicts the same at every position of an image: its predictions vary "
             f"{row['prediction_place_ratio']:.4f} times as much as their targets inside an image, where below "
             f"{LEAST_RATIO} is dead."
         ),
@@ -233,7 +233,7 @@ _RULES = (
         lambda row: row["prediction_image_ratio"] < LEAST_RATIO,
         ("prediction_image_ratio", "cross_image_gap"),
         lambda row: (
-            "the predictor says the same for every image: at one place its predictions vary "
+            "the predictor predicts the same for every image: at one position its predictions vary "
             f"{row['prediction_image_ratio']:.4f} times as much as their targets, where below {LEAST_RATIO} is dead."
         ),
         "Check that it gets the context and learns (grad_norm_predictor in metrics.jsonl); try a higher "
@@ -245,7 +245,7 @@ _RULES = (
         lambda row: row["target_position_share"] > MOST_POSITION_SHARE,
         ("target_position_share", "cross_image_gap", "perfect_gap"),
         lambda row: (
-            "patches say where they are and not what they show: position alone explains "
+            "patches encode their position and not their content: position alone explains "
             f"{row['target_position_share']:.2f} of their variance, where above {MOST_POSITION_SHARE} is collapse."
         ),
         "Leave out --patch_init_std (its default fits the patch size), or use larger patches.",
@@ -268,7 +268,7 @@ def judge_collapse(rows: Sequence[Row]) -> CollapseVerdict:
 
     Args:
         rows: From `CollapseMonitor.measure`, in the order of steps, each with `step`, `progress` (share of the run)
-            and `ema_expected` (share of the way to the context encoder that the momenta since the row before make;
+            and `ema_expected` (share of the way to the context encoder, by the momenta since the previous row;
             `None` if the encoders stood still on purpose). A row without `step` is that of a model. Only rows of
             the newest row's images (`batch`) count.
 
@@ -288,9 +288,7 @@ def judge_collapse(rows: Sequence[Row]) -> CollapseVerdict:
     if len(rows) < needed:
         return CollapseVerdict(UNKNOWN, step, {}, f"a run is judged by {PATIENCE} rows or more.", "")
     if not any(rule.applies(last) for rule in _RULES):
-        return CollapseVerdict(
-            UNKNOWN, step, {}, "the newest row has none of the numbers that a verdict rests on.", ""
-        )
+        return CollapseVerdict(UNKNOWN, step, {}, "the newest row has none of the numbers that a verdict needs.", "")
     for rule in _RULES:
         recent = [row for row in rows if rule.applies(row)][-needed:]
         if len(recent) == needed and all(map(rule.holds, recent)):

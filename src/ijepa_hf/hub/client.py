@@ -67,7 +67,7 @@ class HubProcess:
         license: str | None = None,
         waits: Sequence[float] | None = None,
     ) -> RepositoryContents:
-        """Makes the repository and the branch where they are missing, and reads what they hold.
+        """Makes the repository and the branch if they are missing, and reads what they hold.
 
         Args:
             repo_id: The repository.

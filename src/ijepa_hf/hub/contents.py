@@ -37,7 +37,7 @@ LAST_CHECKPOINT = "last-checkpoint"  # transformers' Trainer uses this name too
 _CHECKPOINT_RECORD = f"{LAST_CHECKPOINT}/{CHECKPOINT_FILE}"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _SHARDS = "model-*-of-*.safetensors"
-# What is taken of a folder, as patterns of `Path.glob`. First of a run's or a converted one ...
+# Files to push from a folder, as patterns of `Path.glob`. First of a run or a converted model ...
 _RUN_PATTERNS = (
     "config.json", WEIGHTS_FILE, "preprocessor_config.json", REPOCARD_NAME, RUN_FILE, REPORT_FILE, RECIPE_FILE,
     CONVERSION_FILE, *GROWING_FILES, *CODE_FILES, "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
@@ -48,7 +48,7 @@ _MODEL_PATTERNS = (
     "config.json", WEIGHTS_FILE, _SHARDS, _INDEX_FILE, "preprocessor_config.json", "processor_config.json",
     REPOCARD_NAME, FINETUNING_FILE, "*_results.json", "figures/*.png", f"{EVAL_RESULTS_FOLDER}/*.yaml",
 )  # fmt: skip
-# What is deleted in the repository where the pushed folder has none: it would be of another state of the model.
+# Files to delete in the repository if the pushed folder has none: they would belong to another state of the model.
 _OWNED_WEIGHTS = (WEIGHTS_FILE, _SHARDS, _INDEX_FILE)
 _OWNED_BY_RUN = (
     *_OWNED_WEIGHTS, RUN_FILE, REPORT_FILE, RECIPE_FILE, CONVERSION_FILE, *GROWING_FILES,
@@ -57,7 +57,7 @@ _OWNED_BY_RUN = (
 # Deleted too if they are about another run, or about the end of a run that has not ended yet. Else they stay, because
 # others may have added to them.
 ABOUT_THE_MODEL = (REPOCARD_NAME, f"{EVAL_RESULTS_FOLDER}/*", "figures/*.png")
-# What shows whose a repository is, and at which step.
+# Files that show which run a repository belongs to, and its step.
 STATE_FILES = (RUN_FILE, REPORT_FILE, _CHECKPOINT_RECORD)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 
@@ -122,8 +122,8 @@ class StagedFolder:
 
     Args:
         path: A folder with the names that the repository is to have.
-        owned: Patterns of what is deleted in the repository where the folder has no such file.
-        arguments: Of the run, where it is one's.
+        owned: Patterns of files to delete in the repository if the folder does not have them.
+        arguments: The run's arguments, if the folder is that of a run.
     """
 
     path: Path
@@ -132,7 +132,7 @@ class StagedFolder:
 
     @classmethod
     def of(cls, folder: Path, label: str, checkpoint: Path | None) -> "StagedFolder":
-        """Gathers a folder's model and, where one is given, a checkpoint.
+        """Gathers a folder's model and, if one is given, a checkpoint.
 
         Args:
             folder: The folder.

@@ -2,7 +2,7 @@
 
 `hub/client.py` starts this file as a script, gives it jobs and reads events, both as lines of JSON:
 
-    {"job": "prepare", ...}   makes the repository and the branch where they are missing, checks the licence and the
+    {"job": "prepare", ...}   makes the repository and the branch if they are missing, checks the licence and the
                               permission to write, and returns what they hold
     {"job": "push", ...}      pushes the files of a folder to a prepared repository, in one commit
     {"job": "fetch", ...}     downloads a part of the repository into the cache
@@ -324,7 +324,7 @@ def _fetch(api: HfApi, job: Mapping[str, Any], _: Report) -> dict[str, Any]:
 
 
 def _full_name(api: HfApi, repo_id: str) -> str:
-    """Returns the repository's name with its owner, who is the user where none is given."""
+    """Returns the repository's name with its owner; the owner is the user if none is given."""
     return repo_id if "/" in repo_id or api.token is False else f"{api.whoami()['name']}/{repo_id}"
 
 

@@ -12,7 +12,7 @@ from ijepa_hf.model.modeling_ijepa import IJepaForPretraining
 from ijepa_hf.recipes.expected_band import band_notice
 from ijepa_hf.training.setup import RunSetup
 
-TRIAL_IMAGES = 64  # in each step whose masks are drawn to announce what they are like
+TRIAL_IMAGES = 64  # in each step whose masks are drawn for the announcement
 HIGH_REDRAW_RATE = 0.4
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def announce(setup: RunSetup, model: IJepaForPretraining, start_step: int) -> No
 
 
 def _announce_masks(config: IJepaConfig) -> None:
-    """Prints what the masks of this run are like, and warns where they are hard to fit."""
+    """Prints the sizes of this run's masks, and warns if they are hard to fit."""
     settings = config.mask_settings()
     trials = trial_masks(settings, TRIAL_IMAGES)
     redraw_rate = sum(masks.redraw_rate for masks in trials) / len(trials)

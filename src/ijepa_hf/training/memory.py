@@ -66,7 +66,7 @@ def fit_batch(setup: RunSetup, model: IJepaForPretraining) -> RunSetup:
         model: Not sharded; moved to the run's device.
 
     Returns:
-        The run with smaller micro-batches and more of them; as it is, where all fits.
+        The run, with more and smaller micro-batches if they did not fit.
 
     Raises:
         ValueError: If smaller micro-batches would change the run, or cannot be tried.

@@ -33,7 +33,7 @@ class Start:
     Args:
         config: The model's configuration.
         model_arguments: With the configuration's values where they come from weights.
-        data: With the normalisation of the weights, where none was asked for.
+        data: With the normalisation of the weights, if none was given.
         run: With `predictor_warmup_steps`, the licence and the commit of the weights as in the run's record.
         checkpoint: The run goes on from it; `None` in a run that starts now.
         weights: The run starts from them; `None` in a run that goes on or starts from nothing.
