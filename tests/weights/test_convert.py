@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from plain_ijepa import TRAINING, same_bits, trained_networks, write_checkpoint, write_run
 from safetensors.torch import load_file, save_file
@@ -180,6 +181,8 @@ def goes_on(folder, step):
     before = copy.deepcopy(optimizer.state_dict())
     values = StepValues(TRAINING["learning_rate"], TRAINING["weight_decay"], TRAINING["momentum"])
     batches = [plain_ijepa.make_batch(step)]
+    AcceleratorState._reset_state(True)  # a test before may have left one that computes in bfloat16
+    PartialState._reset_state()
     loss = ReadyModel(Accelerator(cpu=True), model, model, optimizer).step(batches, values).loss
     return model, optimizer, before, loss
 

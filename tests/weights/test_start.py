@@ -422,7 +422,7 @@ DAMAGE = {
     "config of another width": (lambda f: with_config(f, hidden_size=64), r"expected \[64"),
     "config that is wrong": (lambda f: with_config(f, hidden_size="32"), r"config\.json cannot be used"),
     "config that is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is damaged"),
-    "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no object"),
+    "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json.*Usable are"),
     "no model_type": (lambda f: with_config(f, model_type=...), "names no model_type.*Usable are"),
     "quantized": (lambda f: with_config(f, quantization_config={"bits": 8}), "is quantized"),
