@@ -105,6 +105,7 @@ def test_the_page_on_cifar10_has_the_committed_trials() -> None:
 
 IN_THE_TABLE = {
     "digits, 10 labels a class": "digits, 10 a class",
+    "digits, 10 labels a class, initializer_range 0.06": "digits, 10 a class, today's recipe",
     "digits, all 1,437 labels": "digits, all 1,437",
     "CIFAR-10, 1 % of the labels (50 a class)": "CIFAR-10, 50 a class (1 %)",
     "CIFAR-10, 100 labels a class": "CIFAR-10, 100 a class",
