@@ -161,6 +161,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scored_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose encoder was scored, to be read only."""
+    from tiny import tiny_run
+
+    folder = tmp_path_factory.mktemp("scored") / "digits-tiny"
+    return tiny_run(folder, eval_split_name="test", max_eval_samples=80)
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of reference numbers that the published code produced."""
     return ROOT / "tests" / "fixtures" / "golden"

@@ -8,7 +8,7 @@ demand.
 
 Every commit keeps all files of its revision, so each stays loadable. Large files travel as on the Hub: announced,
 uploaded by content, and downloaded through a redirect to another host name. Restarting (`stop`, `start`) keeps
-address and contents. `python fakehub.py PORT` serves one until it is killed.
+address and contents.
 """
 
 import base64
@@ -19,7 +19,6 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -223,6 +222,27 @@ class FakeHub:
                     fault.times -= 1
                     return fault
         return None
+
+
+@contextlib.contextmanager
+def in_this_process(monkeypatch: Any, cache: str) -> Iterator[FakeHub]:
+    """Serves a Hub that the libraries of this process take for the real one.
+
+    Args:
+        monkeypatch: Puts everything back when the test ends.
+        cache: Folder of what is downloaded.
+    """
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # shared by the process, with the address of the Hub of the first test that used it; not in every version
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    with FakeHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
 
 
 class _Server(ThreadingHTTPServer):
@@ -598,10 +618,3 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = int(match[1]), int(match[2] or len(content) - 1)
         part = content[first : last + 1]
         return Answer(206, part, {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"})
-
-
-if __name__ == "__main__":
-    with FakeHub(int(sys.argv[1]) if len(sys.argv) > 1 else 0) as served:
-        print(served.endpoint, flush=True)
-        while True:
-            time.sleep(60)

@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from fakehub import FakeHub
+from fakehub import in_this_process
 from image_zoo import BROKEN, write_zoo
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -418,15 +417,7 @@ REPO = "me/birds"
 @pytest.fixture
 def fake(model, tmp_path, monkeypatch):
     """A Hub with the model at the tag v1, and other weights on main."""
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # shared by the process, with the address of the Hub of the first test that used it; not in every version
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-    with FakeHub() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
-        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with in_this_process(monkeypatch, str(tmp_path / "cache")) as fake:
         names = ("config.json", "model.safetensors", "preprocessor_config.json")
         fake.create(REPO, files={name: (model / name).read_bytes() for name in names})
         fake.repos[REPO].branches["v1"] = fake.commit(REPO).sha

@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from fakehub import FakeHub
+from fakehub import in_this_process
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -235,16 +235,8 @@ REPO = "me/birds"
 @pytest.fixture
 def fake(pretrained, tmp_path, monkeypatch):
     """A Hub with a model whose licence is cc-by-nc-4.0 at the tag v1, and mit with other weights on main."""
-    constants = huggingface_hub.constants
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between retries
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # shared by the process, with the address of the Hub of the first test that used it; not in every version
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-    with FakeHub() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
-        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with in_this_process(monkeypatch, str(tmp_path / "cache")) as fake:
         names = ("config.json", "model.safetensors", "preprocessor_config.json")
         fake.create(REPO, files={name: (pretrained / name).read_bytes() for name in names})
         fake.change(REPO, {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})

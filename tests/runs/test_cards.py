@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
-from tiny import tiny_run
 
 from ijepa_hf.recipes.arguments import ModelArguments, argument_values
 from ijepa_hf.runs.cards import read_license, render_eval_results, render_run_card, verdict
@@ -16,13 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("run") / "digits-tiny", eval_split_name="test", max_eval_samples=80)
-
-
-@pytest.fixture(scope="module")
-def report(run):
-    return json.loads((run / "report.json").read_text())
+def report(scored_run):
+    return json.loads((scored_run / "report.json").read_text())
 
 
 def configuration(report):
@@ -37,8 +31,8 @@ def committed_report(name):
     return json.loads((results / f"{name}_report.json").read_text())
 
 
-def test_the_runs_card_is_the_rendered_one_and_says_what_was_measured(run, report):
-    text = (run / "README.md").read_text("utf-8")
+def test_the_runs_card_is_the_rendered_one_and_says_what_was_measured(scored_run, report):
+    text = (scored_run / "README.md").read_text("utf-8")
     assert text == render_run_card(report, configuration(report))
     for needed in (
         "# digits-tiny",
@@ -56,8 +50,8 @@ def test_the_runs_card_is_the_rendered_one_and_says_what_was_measured(run, repor
         assert needed in text, needed
 
 
-def test_the_hubs_library_reads_the_metadata_and_the_same_scores(run, report):
-    data = ModelCard.load(run / "README.md").data
+def test_the_hubs_library_reads_the_metadata_and_the_same_scores(scored_run, report):
+    data = ModelCard.load(scored_run / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "image-feature-extraction")
     assert (data.license, data.datasets) == (None, None)
     assert "self-supervised-learning" in data.tags
@@ -67,7 +61,7 @@ def test_the_hubs_library_reads_the_metadata_and_the_same_scores(run, report):
         " logistic regression on frozen mean-pooled features": round(trained["linear"], 4),
     }
     assert {result.dataset_split for result in data.eval_results} == {"test"}
-    assert metadata_load(run / "README.md")["model-index"][0]["name"] == "digits-tiny"
+    assert metadata_load(scored_run / "README.md")["model-index"][0]["name"] == "digits-tiny"
 
 
 def test_scores_on_data_of_the_hub_are_written_in_the_hubs_newer_form_too(report):

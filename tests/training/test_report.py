@@ -4,19 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_run
 
 from ijepa_hf.training.report import describe_machine, render_report
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("run") / "digits-tiny", eval_split_name="test", max_eval_samples=80)
-
-
-@pytest.fixture(scope="module")
-def report(run):
-    return json.loads((run / "report.json").read_text())
+def report(scored_run):
+    return json.loads((scored_run / "report.json").read_text())
 
 
 def test_rows_are_the_trained_encoder_both_untrained_ones_and_raw_pixels(report):
@@ -39,14 +33,14 @@ def test_the_machine_is_said_in_words_and_versions():
     assert (machine["processes"], machine["torch"]) == (2, torch.__version__)
 
 
-def test_the_text_names_scores_winners_pictures_and_three_lines_that_load_it(run, report):
-    text = render_report(run)
+def test_the_text_names_scores_winners_pictures_and_three_lines_that_load_it(scored_run, report):
+    text = render_report(scored_run)
     for row in report["scores"]:
         assert f"{100 * row['knn']:.1f}" in text
     raw, trained = report["scores"][-1], report["scores"][0]
     assert ("Raw pixels win" in text) == (raw["knn"] > trained["knn"] or raw["linear"] > trained["linear"])
-    assert str(run / "figures" / "masks.png") in text
-    assert str(run / "figures" / "curves.png") in text
+    assert str(scored_run / "figures" / "masks.png") in text
+    assert str(scored_run / "figures" / "curves.png") in text
     lines = [line.strip() for line in text.splitlines()[-3:]]
     from PIL import Image
 
