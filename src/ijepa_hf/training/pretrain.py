@@ -97,14 +97,14 @@ def _check(
         lock,
     )  # fmt: skip
     check_output_dir(output_dir, setup.arguments, run)
-    if start.checkpoint is not None:
-        check_checkpoint(start.checkpoint, setup.arguments, plan)
     return setup
 
 
 def _train(setup: RunSetup, start: Start) -> None:
     """Builds the model, goes on from a checkpoint if there is one, takes the steps, reports and uploads."""
     output_dir, images, checkpoint = setup.output_dir, setup.images, start.checkpoint
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, setup.arguments, setup.plan)
     model, notes = start.build_model()
     if setup.is_main:
         check_space(output_dir, bytes_to_come(model, output_dir, setup.run.checkpoints_total_limit))
