@@ -107,8 +107,8 @@ class CollapseMonitor:
             as `target_patch_rankme`; `..._position_share` of each; `context_lidar` (None without several views);
             `cross_image_gap` and `perfect_gap`, what perfect predictions would have; `prediction_skill`;
             `prediction_image_ratio` and `prediction_place_ratio` (see `residual_ratio`); `target_distance`, of both
-            encoders' weights, relative to the context encoder's; `target_moved`, the share of that way that the target
-            encoder has gone since the last row (None in the first).
+            encoders' weights, relative to the context encoder's; `target_moved`, the share of that distance that
+            the target encoder has moved since the last row (None in the first).
 
         Raises:
             ValueError: If features are NaN or infinite.

@@ -21,7 +21,7 @@ MOST_POSITION_SHARE = 0.9  # of the variance of patches: above is positional col
 LEAST_RATIO = 0.01  # of predictions' variation beside their targets': below, the predictor is dead
 PREDICTOR_PROGRESS = 0.15  # share of the run before which a predictor need not have learned anything
 PREDICTOR_STEPS = 100  # and steps before which it need not
-LEAST_MOVED = 0.1  # of the way that the target encoder should have gone: below, the moving average is stuck
+LEAST_MOVED = 0.1  # of the distance that the momentum implies; below, the moving average is stuck
 LEAST_EXPECTED = 1e-3  # of the way to the context encoder, between two rows: less may be rounding
 STILL = 1e-9  # of the way: the momentum is 1
 EMA_PROGRESS = 0.9  # share of the run after which the momentum may be 1, as its schedule says
@@ -99,8 +99,8 @@ SINGLE_SIGNS = (
     Sign("prediction_image_ratio", "variation of predictions between images", _VARIATION, "between images"),
     Sign("prediction_place_ratio", "variation of predictions between places", _VARIATION, "between places"),
     Sign("target_distance", "distance of the encoders' weights"),
-    Sign("target_moved", "way gone by the target encoder"),
-    Sign("ema_expected", "way that its momentum makes"),
+    Sign("target_moved", "distance that the target encoder moved"),
+    Sign("ema_expected", "distance that its momentum implies"),
     Sign("loss", "", Panel("Loss on the fixed images", "mean over target values")),
 )
 
