@@ -111,8 +111,10 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_fewer_at_the_same_global_batch(wh
     assert_same_run(other, whole, first_step=SAVED_AT + 1)
 
 
-def test_optimiser_states_of_two_ranks_and_of_one_are_the_same_files_up_to_rounding(whole, on_two):
-    ours, theirs = (load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (on_two, whole))
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_optimiser_states_of_several_ranks_and_of_one_are_the_same_files_up_to_rounding(whole, ranks, request):
+    several = request.getfixturevalue({2: "on_two", 4: "on_four"}[ranks])
+    ours, theirs = (load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (several, whole))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert float((value - theirs[name]).abs().max()) < TOLERANCE, name
